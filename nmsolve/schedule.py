@@ -1,0 +1,26 @@
+"""Constants of the dual ascent, shared by every backend.
+
+The ascent (docs/solver.md) alternates Newton steps on the row and the column duals of the problem
+regularised by a box: an entry is *fractional* while it lies within ``1 / (2 tau)`` of its threshold. tau is
+steered by what it does, not by the size of the scores: after each sweep it is set so that the mean number of
+fractional entries per line falls geometrically from ``FRACTION_START * M`` to ``FRACTION_END``. That makes
+the ascent independent of the scores' scale and of heavy tails.
+"""
+
+SWEEPS = 10
+FRACTION_START = 0.5
+FRACTION_END = 0.2
+FRACTION_FLOOR = 0.05
+
+# Bounds on the change of tau in one sweep.
+GROWTH_MIN = 0.25
+GROWTH_MAX = 3.0
+
+# A Newton step moves a dual by at most STEP_LIMIT / tau; DAMPING keeps it finite where nothing is fractional.
+STEP_LIMIT = 1.0
+DAMPING = 0.3
+
+# The start: line means of the scores clipped to mean +- WINSOR * (mean absolute deviation), and tau there.
+WINSOR = 2.0
+TAU_START = 0.5
+DEVIATION_FLOOR = 2.0**-24
