@@ -8,16 +8,154 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nmsolve.blocks import batched_matrices, demand, grid_of, split_blocks
 from nmsolve.pattern import NMPattern
 
-__all__ = ["BlockResult", "BlockSolution"]
+__all__ = ["BlockResult", "BlockSolution", "dual_bound", "kept_score"]
+
+# Elements looked at together where a whole matrix is reduced block by block: bounds the working memory.
+_CHUNK = 1 << 20
 
 
 class BlockResult(NamedTuple):
-    """A backend's answer for ``(batch, rows, cols)`` scores tiled into ``(batch, GR, GC)`` blocks."""
+    """A backend's answer for ``(batch, rows, cols)`` scores tiled into ``(batch, GR, GC)`` blocks.
+
+    ``mask`` is bool of the scores' shape. ``row_duals`` and ``col_duals`` are ``(batch, GR, GC, M)``;
+    ``objective`` and ``bound`` are ``(batch, GR, GC)`` float64. A backend leaves the last four out unless it
+    was asked for a solution.
+    """
 
     mask: Tensor
     row_duals: Tensor | None = None
     col_duals: Tensor | None = None
     objective: Tensor | None = None
     bound: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BlockSolution:
+    """A mask with its certificate, block by block.
+
+    Attributes
+    ----------
+    mask : Tensor
+        bool, shape and device of the scores; True = keep.
+    row_duals, col_duals : Tensor
+        ``(*batch, GR, GC, M)``, or ``(B, M)`` from :func:`nmsolve.solve_blocks`; prices u and v of the
+        lines of each block, in the unit of the scores. Lines beyond the edge of a partial block hold 0.
+    objective : Tensor
+        float64 ``(*batch, GR, GC)`` or ``(B,)``: kept score of each block.
+    bound : Tensor
+        float64, as ``objective``: no mask of this pattern keeps more. It follows from the duals alone
+        (docs/solver.md), so :func:`nmsolve.dual_bound` recomputes it.
+    scale : Tensor
+        float64, as ``objective``: sum of the absolute kept scores, what ``gap`` is relative to. It equals the
+        objective where no score is negative.
+    """
+
+    mask: Tensor
+    row_duals: Tensor
+    col_duals: Tensor
+    objective: Tensor
+    bound: Tensor
+    scale: Tensor
+
+    @property
+    def gap(self) -> Tensor:
+        """``(bound - objective) / scale`` of each block: 0 proves that the block's mask is optimal."""
+        return _relative(self.bound - self.objective, self.scale)
+
+    @property
+    def max_gap(self) -> float:
+        """The largest gap of any block (0.0 if there is none)."""
+        return float(self.gap.max()) if self.gap.numel() else 0.0
+
+    @property
+    def total_objective(self) -> float:
+        """Kept score of the whole tensor."""
+        return float(self.objective.sum())
+
+    @property
+    def total_bound(self) -> float:
+        """Upper bound of the kept score of the whole tensor."""
+        return float(self.bound.sum())
+
+    @property
+    def relative_gap(self) -> float:
+        """``(total_bound - total_objective)`` relative to the sum of the absolute kept scores."""
+        return float(_relative((self.bound - self.objective).sum(), self.scale.sum()))
+
+
+def _relative(difference: Tensor, scale: Tensor) -> Tensor:
+    return torch.where(difference == 0, 0.0, difference / scale)
+
+
+def kept_score(scores: Tensor, mask: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:
+    """Kept score of every block, and the sum of its absolute kept scores.
+
+    Parameters
+    ----------
+    scores, mask : Tensor
+        ``(..., rows, cols)`` real, and bool of the same shape.
+    pattern : NMPattern
+        Its ``m`` is the block size.
+
+    Returns
+    -------
+    objective, scale : Tensor
+        float64 ``(..., GR, GC)``.
+    """
+    grid = grid_of(scores, pattern)
+    shape = (*scores.shape[:-2], grid.block_rows, grid.block_cols)
+    objective = torch.zeros(shape, dtype=torch.float64, device=scores.device)
+    scale = torch.zeros_like(objective)
+    for a, s, o, t in batched_matrices(scores, mask, objective, scale):
+        for b, i, j, r, c in grid.tiles(a.shape[0], _CHUNK):
+            kept = split_blocks(a[b, i, j], r, c).double() * split_blocks(s[b, i, j], r, c)
+            at = (b, *grid.block_slices(i, j))
+            o[at] = kept.sum((-2, -1))
+            t[at] = kept.abs().sum((-2, -1))
+    return objective, scale
+
+
+def dual_bound(scores: Tensor, row_duals: Tensor, col_duals: Tensor, pattern: NMPattern) -> Tensor:
+    r"""Upper bound on the kept score of every block, from prices of its lines.
+
+    For a full block ``D(u, v) = N sum(u) + N sum(v) + sum_ij max(0, A_ij - u_i - v_j)``, in float64. Weak
+    duality makes D a bound for *any* u and v, so whoever trusts this function needs to trust no solver. In a
+    partial block the lines of the longer side hold at most N, so their prices count as at least 0.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``(..., rows, cols)``, real.
+    row_duals, col_duals : Tensor
+        ``(..., GR, GC, M)``.
+    pattern : NMPattern
+
+    Returns
+    -------
+    Tensor
+        float64 ``(..., GR, GC)``.
+
+    Examples
+    --------
+    >>> scores = torch.tensor([[3.0, 1.0], [1.0, 2.0]])
+    >>> u, v = torch.tensor([[[1.5, 1.0]]]), torch.tensor([[[0.5, 0.5]]])
+    >>> dual_bound(scores, u, v, NMPattern(1, 2)).item()
+    5.0
+    """
+    grid = grid_of(scores, pattern)
+    bound = torch.zeros(row_duals.shape[:-1], dtype=torch.float64, device=scores.device)
+    for a, us, vs, out in batched_matrices(scores, row_duals, col_duals, bound):
+        for b, i, j, r, c in grid.tiles(a.shape[0], _CHUNK):
+            at = (b, *grid.block_slices(i, j))
+            u, v = us[at][..., :r].double(), vs[at][..., :c].double()
+            if r > c:
+                u = u.clamp(min=0)
+            if r < c:
+                v = v.clamp(min=0)
+            surplus = split_blocks(a[b, i, j], r, c).double() - u.unsqueeze(-1) - v.unsqueeze(-2)
+            need = demand(r, c, pattern.n)
+            out[at] = need.row * u.sum(-1) + need.col * v.sum(-1) + surplus.clamp(min=0).sum((-2, -1))
+    return bound
