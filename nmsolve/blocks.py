@@ -113,12 +113,12 @@ class BlockGrid:
 
 
 def split_blocks(matrices: Tensor, r: int, c: int) -> Tensor:
-    """``(batch, g*r, h*c)`` as the view ``(batch, g, h, r, c)`` of its blocks."""
-    return matrices.unflatten(2, (-1, c)).unflatten(1, (-1, r)).transpose(2, 3)
+    """``(..., g*r, h*c)`` as the view ``(..., g, h, r, c)`` of its blocks."""
+    return matrices.unflatten(-1, (-1, c)).unflatten(-3, (-1, r)).transpose(-3, -2)
 
 
 def batched_matrices(tensor: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views ``(batch, rows, cols)`` that together cover tensors of the same leading dimensions, without a copy.
+    """Views ``(batch, rows, cols)`` that make up tensors of the same leading dimensions, without a copy.
 
     Leading dimensions are joined where every tensor's strides allow it and walked one index at a time where
     they do not. The other tensors may have any number of trailing dimensions behind the same leading ones.
