@@ -99,7 +99,7 @@ class BlockGrid:
             blocks = max(1, elements // (r * c))
             step_c = min(across, blocks)
             step_r = min(down, max(1, blocks // across))
-            step_b = min(batch, max(1, blocks // (across * down)))
+            step_b = max(1, blocks // (across * down))
             for b in range(0, batch, step_b):
                 for i in range(rows.start, rows.stop, step_r * r):
                     for j in range(cols.start, cols.stop, step_c * c):

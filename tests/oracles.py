@@ -40,7 +40,9 @@ def _array(scores: object) -> np.ndarray:
 def line_limits(rows: int, cols: int, n: int) -> tuple[int, int, int]:
     """(most kept in a row, most kept in a column, kept in all) at the largest cardinality."""
     exact = min(n, max(rows, cols))
-    return (exact, n, exact * rows) if rows <= cols else (n, exact, exact * cols)
+    if rows == cols:
+        return exact, exact, exact * rows
+    return (exact, n, exact * rows) if rows < cols else (n, exact, exact * cols)
 
 
 def min_cost_flow(scores: object, n: int) -> float:
@@ -200,7 +202,7 @@ def check_mask_counts(mask: Tensor, n: int, m: int) -> None:
 
 
 def _student_t(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-    """|t| with 1.5 degrees of freedom, from the quotient that defines it (torch's sampler takes no generator)."""
+    """|t| with 1.5 degrees of freedom, by the quotient that defines it: torch's sampler takes no generator."""
     chi2 = 2 * torch.from_numpy(np.random.default_rng(g.initial_seed()).gamma(0.75, size=shape)).float()
     return (torch.randn(shape, generator=g) / (chi2 / 1.5).sqrt().clamp_min(1e-12)).abs()
 
@@ -226,7 +228,7 @@ distributions: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] =
     "negative": lambda shape, g: -torch.randn(shape, generator=g).abs() - 1,
     "outlier_lines": _outliers,
     "wanda": lambda shape, g: (
-        torch.randn(shape, generator=g).abs() * torch.randn(shape[:-2] + (1, shape[-1]), generator=g).exp()
+        torch.randn(shape, generator=g).abs() * torch.randn((*shape[:-2], 1, shape[-1]), generator=g).exp()
     ),
     "tiny": lambda shape, g: torch.randn(shape, generator=g) * 1e-30,
     "huge": lambda shape, g: torch.randn(shape, generator=g) * 1e30,
