@@ -202,7 +202,7 @@ def check_mask_counts(mask: Tensor, n: int, m: int) -> None:
 
 
 def _student_t(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-    """|t| with 1.5 degrees of freedom, by the quotient that defines it: torch's sampler takes no generator."""
+    """|t| with 1.5 degrees of freedom, by its defining quotient: torch's sampler takes no generator."""
     chi2 = 2 * torch.from_numpy(np.random.default_rng(g.initial_seed()).gamma(0.75, size=shape)).float()
     return (torch.randn(shape, generator=g) / (chi2 / 1.5).sqrt().clamp_min(1e-12)).abs()
 
