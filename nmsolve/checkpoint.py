@@ -1,0 +1,347 @@
+"""Reading and writing safetensors checkpoints as streams: one file, or a folder of shards with an index.
+
+A safetensors file is ``length`` (8 bytes, little-endian), a JSON header of ``length`` bytes, then the
+tensors' bytes without holes. The header gives every tensor's dtype, shape and place, so a file can be written
+from front to back without any tensor but the current one in memory, which the safetensors library's own
+``save_file`` does not offer. Format: https://huggingface.co/docs/safetensors.
+
+Nothing here imports torch, and nothing ever unpickles.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from nmsolve.errors import NMSolveError
+
+__all__ = [
+    "Checkpoint",
+    "Entry",
+    "Shard",
+    "StreamWriter",
+    "encode_header",
+    "open_checkpoint",
+    "output_names",
+    "read_into",
+    "read_shard",
+]
+
+INDEX_NAME = "model.safetensors.index.json"
+SUFFIX = ".safetensors"
+
+# What ``nmsolve mask`` writes beside the weights.
+REPORT_NAME = "nmsolve_report.json"
+MASKS_SUFFIX = ".masks.safetensors"
+MASKS_FOLDER = "masks"
+
+# Formats that hold weights in another form. Pickles can run code when read and are never opened; beside a
+# masked checkpoint a dense copy in any of them would be a trap, so they are not copied either.
+PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+OTHER_WEIGHTS = PICKLES | {".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".tflite"}
+
+_HEADER_LENGTH = struct.Struct("<Q")
+_COPY_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors file; ``start`` and ``stop`` are byte positions in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its header as it stands on disk and its tensors in the order of their bytes."""
+
+    path: Path
+    header: bytes
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + sum(entry.nbytes for entry in self.entries)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint to be read.
+
+    Attributes
+    ----------
+    root : Path
+        The file, or the folder.
+    shards : tuple of Shard
+        The weights. A file has one shard.
+    extras : tuple of Path
+        Files of a folder to be copied as they are (configuration, tokenizer, index), relative to ``root``.
+    left_out : tuple of Path
+        Files of a folder that hold weights but are no part of this checkpoint, relative to ``root``.
+    """
+
+    root: Path
+    shards: tuple[Shard, ...]
+    extras: tuple[Path, ...] = ()
+    left_out: tuple[Path, ...] = ()
+
+    @property
+    def is_folder(self) -> bool:
+        return self.root.is_dir()
+
+    def entries(self) -> Iterator[tuple[Shard, Entry]]:
+        """Every tensor with its shard, in the order in which they are written."""
+        for shard in self.shards:
+            for entry in shard.entries:
+                yield shard, entry
+
+
+def read_shard(path: Path) -> Shard:
+    """The header of a safetensors file, checked by the safetensors library before it is believed.
+
+    Raises
+    ------
+    NMSolveError
+        If the file cannot be read or is not safetensors.
+    """
+    if path.suffix.lower() in PICKLES:
+        raise NMSolveError(
+            f"{path}: expected a {SUFFIX} file, got a pickle, which can run code when it is opened; "
+            "save the weights as safetensors first"
+        )
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            prefix = file.read(_HEADER_LENGTH.size)
+            text = file.read(_HEADER_LENGTH.unpack(prefix)[0])
+    except SafetensorError as error:
+        raise NMSolveError(
+            f"{path}: expected a {SUFFIX} file, got one that does not parse: {error}"
+        ) from None
+    except OSError as error:
+        raise NMSolveError(f"{path}: cannot be read: {error.strerror or error}") from None
+    fields: dict[str, Any] = json.loads(text)
+    metadata = fields.pop("__metadata__", None) or {}
+    base = len(prefix) + len(text)
+    entries = [
+        Entry(name, field["dtype"], tuple(field["shape"]), *(base + x for x in field["data_offsets"]))
+        for name, field in fields.items()
+    ]
+    entries.sort(key=lambda entry: (entry.start, entry.stop))
+    return Shard(path, prefix + text, tuple(entries), metadata)
+
+
+def open_checkpoint(root: Path) -> Checkpoint:
+    """Reads every header below ``root``, a .safetensors file or a Hugging Face checkpoint folder.
+
+    Raises
+    ------
+    NMSolveError
+        If there is no such file, a shard is missing or damaged, or the folder has no safetensors weights.
+    """
+    if not root.exists():
+        raise NMSolveError(f"{root}: no such file or folder")
+    if not root.is_dir():
+        return Checkpoint(root, (read_shard(root),))
+    names, index = _shard_names(root)
+    shards = tuple(read_shard(root / name) for name in names)
+    if index is not None:
+        _check_index(root / INDEX_NAME, index, shards)
+    _check_unique(shards)
+    extras: list[Path] = []
+    left_out: list[Path] = []
+    for path in _files_below(root):
+        suffix = path.suffix.lower()
+        if path.as_posix() in names:
+            continue
+        (left_out if suffix == SUFFIX or suffix in OTHER_WEIGHTS else extras).append(path)
+    return Checkpoint(root, shards, tuple(extras), tuple(left_out))
+
+
+def _shard_names(root: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The weight files of a folder, and the index's map from tensor to file if there is one."""
+    index_path = root / INDEX_NAME
+    if index_path.is_file():
+        try:
+            weight_map = json.loads(index_path.read_bytes())["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+            raise NMSolveError(f"{index_path}: expected JSON with a 'weight_map': {problem}") from None
+        for name in names:
+            if not isinstance(name, str) or name != Path(name).name or not name.endswith(SUFFIX):
+                raise NMSolveError(
+                    f"{index_path}: expected names of {SUFFIX} files in this folder, got {name!r}"
+                )
+        if not names:
+            raise NMSolveError(f"{index_path}: expected at least one tensor, got an empty 'weight_map'")
+        return names, weight_map
+    names = sorted(path.name for path in root.glob(f"*{SUFFIX}"))
+    if "model.safetensors" in names:
+        return ["model.safetensors"], None
+    if len(names) == 1:
+        return names, None
+    if names:
+        raise NMSolveError(
+            f"{root}: expected {INDEX_NAME}, model.safetensors or a single {SUFFIX} file, "
+            f"got {len(names)} files without an index ({', '.join(names[:3])}, ...)"
+        )
+    pickles = sorted(path.name for path in root.iterdir() if path.suffix.lower() in PICKLES)
+    if pickles:
+        raise NMSolveError(
+            f"{root}: expected {SUFFIX} weights, got only pickles ({pickles[0]}), which can run code "
+            "when they are opened; save the model as safetensors first"
+        )
+    raise NMSolveError(f"{root}: expected {SUFFIX} weights, found none in this folder")
+
+
+def _check_index(path: Path, weight_map: Mapping[str, str], shards: Iterable[Shard]) -> None:
+    held = {(entry.name, shard.path.name) for shard in shards for entry in shard.entries}
+    for name, file in weight_map.items():
+        if (name, file) not in held:
+            raise NMSolveError(f"{path}: expected tensor {name!r} in {file}, but that file does not hold it")
+
+
+def _check_unique(shards: Iterable[Shard]) -> None:
+    seen: dict[str, str] = {}
+    for shard in shards:
+        for entry in shard.entries:
+            if entry.name in seen:
+                raise NMSolveError(f"{shard.path}: tensor {entry.name!r} is also in {seen[entry.name]}")
+            seen[entry.name] = shard.path.name
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Regular files (links followed) below ``root`` in sorted order, hidden ones left aside."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = Path(folder, name)
+            if not name.startswith(".") and path.is_file():
+                yield path.relative_to(root)
+
+
+def output_names(out: Path) -> tuple[str, str, str]:
+    """Names of the report, the masks and the weights for a single-file output, the weights last."""
+    stem = out.name.removesuffix(SUFFIX)
+    return f"{stem}.report.json", f"{stem}{MASKS_SUFFIX}", out.name
+
+
+def encode_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The first bytes of a safetensors file whose tensors follow in the order given.
+
+    Parameters
+    ----------
+    tensors : iterable of (name, dtype, shape, nbytes)
+        dtype in safetensors' spelling: ``"F32"``, ``"BF16"``, ``"U8"``.
+    metadata : mapping of str to str, optional
+
+    Returns
+    -------
+    bytes
+        Length, JSON header, and spaces up to a multiple of 8 bytes.
+    """
+    fields: dict[str, object] = {}
+    if metadata:
+        fields["__metadata__"] = dict(metadata)
+    start = 0
+    for name, dtype, shape, nbytes in tensors:
+        if name in fields or name == "__metadata__":
+            raise NMSolveError(f"tensor name: expected each name once and none '__metadata__', got {name!r}")
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, start + nbytes]}
+        start += nbytes
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return _HEADER_LENGTH.pack(len(text)) + text
+
+
+class StreamWriter:
+    """Writes one safetensors file from front to back and makes sure that it is complete and on disk.
+
+    ``with StreamWriter(path, header, data_bytes) as out: out.write(...)``. A block that ends without an error
+    has written exactly ``data_bytes`` bytes after the header, and the file is synced; anything else raises.
+    """
+
+    def __init__(self, path: Path, header: bytes, data_bytes: int) -> None:
+        self.path = path
+        self._expected = len(header) + data_bytes
+        self._written = 0
+        self._file: BinaryIO = path.open("xb", buffering=0)
+        self.write(header)
+
+    def __enter__(self) -> StreamWriter:
+        return self
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Appends ``data``, all of it: an unbuffered write may take only a part."""
+        view = _flat(data)
+        while view.nbytes:
+            count = self._file.write(view[:_COPY_BYTES])
+            self._written += count
+            view = view[count:]
+
+    def copy(self, source: BinaryIO, entry: Entry) -> Iterator[int]:
+        """Appends the bytes of ``entry`` from ``source`` as they are; yields the size of each piece."""
+        source.seek(entry.start)
+        left = entry.nbytes
+        while left:
+            piece = source.read(min(_COPY_BYTES, left))
+            if not piece:
+                raise OSError(f"{entry.name}: the input file ended {left} bytes early")
+            self.write(piece)
+            left -= len(piece)
+            yield len(piece)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if kind is None:
+                if self._written != self._expected:
+                    raise RuntimeError(f"{self.path.name}: wrote {self._written} of {self._expected} bytes")
+                os.fsync(self._file.fileno())
+
+
+def read_into(source: BinaryIO, position: int, buffer: memoryview) -> None:
+    """Fills ``buffer`` with the bytes of ``source`` from ``position`` on."""
+    source.seek(position)
+    view = _flat(buffer)
+    while view.nbytes:
+        count = source.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise OSError(f"the input file ended {view.nbytes} bytes early")
+        view = view[count:]
+
+
+def _flat(data: bytes | memoryview) -> memoryview:
+    """``data`` as a run of bytes; memoryview refuses to cast what is empty."""
+    view = memoryview(data)
+    return view.cast("B") if view.nbytes else memoryview(b"")

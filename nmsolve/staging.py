@@ -1,0 +1,168 @@
+"""Output that appears whole or not at all, and signals that end a run tidily."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+__all__ = ["Interrupts", "Staging"]
+
+
+class Staging:
+    """A hidden folder beside ``out``: everything is written there, then moved into place by renaming.
+
+    ``with Staging(out) as staging:`` makes ``.<name of out>.nmsolve-<random>``; leaving the block removes
+    whatever was not published. A run that was killed cannot do that, so each staging folder is locked while
+    its process lives, and the next run for the same ``out`` removes those whose lock is free.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._prefix = f".{out.name}.nmsolve-"
+        self.path = out.with_name(self._prefix + secrets.token_hex(4))
+        self._lock: int | None = None
+
+    def __enter__(self) -> Staging:
+        for stale in sorted(self.out.parent.glob(f"{_literal(self._prefix)}*")):
+            lock = _lock(stale)
+            if lock is not None:
+                shutil.rmtree(stale, ignore_errors=True)
+                os.close(lock)
+        try:
+            self.path.mkdir()
+            self._lock = _lock(self.path)
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def publish_folder(self) -> None:
+        """Renames the staging folder itself to ``out``, replacing a folder that is there."""
+        _sync_tree(self.path)
+        token = self.path.name.removeprefix(self._prefix)
+        replaced = self.out.with_name(f".{self.out.name}.replaced-{token}") if self.out.exists() else None
+        if replaced is not None:
+            os.rename(self.out, replaced)
+        try:
+            os.rename(self.path, self.out)
+        except BaseException:
+            if replaced is not None:
+                os.rename(replaced, self.out)
+            raise
+        _sync_folder(self.out.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
+
+    def publish_files(self, names: Sequence[str]) -> None:
+        """Renames files of the staging folder into the folder of ``out``, in the order given."""
+        moved: list[tuple[Path, bool]] = []
+        try:
+            for name in names:
+                target = self.out.with_name(name)
+                moved.append((target, target.exists()))
+                os.replace(self.path / name, target)
+        except BaseException:
+            for target, existed in moved:
+                if not existed:
+                    target.unlink(missing_ok=True)
+            raise
+        _sync_folder(self.out.parent)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._discard()
+
+    def _discard(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+class Interrupts:
+    """Turns the first SIGINT, SIGTERM or SIGHUP into one KeyboardInterrupt, and ignores those that follow.
+
+    An exception that a signal handler raises can be lost, for instance inside a callback or a destructor;
+    :meth:`check`, called between pieces of work, raises it again. :meth:`hold` is for the last step, which is
+    to be completed once begun.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self._received = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if a signal came."""
+        if self._received:
+            raise KeyboardInterrupt
+
+    def hold(self) -> None:
+        """From here on signals are ignored; raises KeyboardInterrupt if one came before."""
+        for number in self._previous:
+            signal.signal(number, signal.SIG_IGN)
+        self.check()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
+        for other in self._previous:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+
+
+def _lock(folder: Path) -> int | None:
+    """A locked descriptor of ``folder``, or None if another process holds it or the folder is gone.
+
+    Where the file system has no locks, a folder cannot be told stale and is left alone.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _literal(text: str) -> str:
+    """``text`` as a glob that matches only itself."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, _ in os.walk(root):
+        _sync_folder(Path(folder))
