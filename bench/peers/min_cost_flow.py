@@ -1,8 +1,8 @@
-"""Transposable masks by OR-tools' min-cost flow (Hubara et al. 2021, section 5, call it the optimal baseline).
+"""Transposable masks by OR-tools' min-cost flow, the optimal baseline of Hubara et al. (NeurIPS 2021).
 
-Every row is a source of n units and every column a sink of n; the arc from row i to column j holds one unit and
-costs ``max(A) - A_ij`` on an integer scale. Arcs are handed over as arrays: adding them one by one from Python
-takes several times longer than the solver.
+Every row is a source of n units and every column a sink of n; the arc from row i to column j holds one unit
+and costs ``max(A) - A_ij`` on an integer scale. Arcs are handed over as arrays: adding them one by one from
+Python takes longer than the solver.
 """
 
 from __future__ import annotations

@@ -1,0 +1,71 @@
+"""How many augmenting paths a block needs after the dual ascent: writes bench/results/ascent.csv.
+
+For each pattern and score distribution, the mean and the largest number per block after the ascent with its
+self-steering tau, and the mean after a fixed schedule: as many sweeps with tau from 5 to 250 in geometric
+steps, relative to the block's largest score.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import common
+import torch
+from torch import Tensor
+
+from nmsolve import reference, schedule
+
+PATTERNS = ((2, 4), (4, 8), (8, 16), (16, 32), (32, 64))
+DISTRIBUTIONS = ("normal", "student_t", "lognormal", "wanda", "outliers", "bfloat16", "ties")
+
+
+def augmentations(blocks: Tensor, n: int, u: Tensor, v: Tensor) -> Tensor:
+    """Units of imbalance of [A - u - v > 0]: the number of augmenting paths each block needs."""
+    mask = blocks - u.unsqueeze(2) - v.unsqueeze(1) > 0
+    return (n - mask.sum(2)).clamp(min=0).sum(1) + (mask.sum(1) - n).clamp(min=0).sum(1)
+
+
+def fixed_schedule(blocks: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The ascent with tau * max|A| from 5 to 250, steps up to max|A| / 5."""
+    peak = blocks.abs().amax((1, 2)).unsqueeze(1)
+    u, v = torch.zeros_like(blocks[:, 0]), torch.zeros_like(blocks[:, 0])
+    for sweep in range(schedule.SWEEPS):
+        tau = 5 * 50 ** (sweep / (schedule.SWEEPS - 1)) / peak
+        for duals, dim in ((u, 2), (v, 1)):
+            s = tau.unsqueeze(2) * (blocks - u.unsqueeze(2) - v.unsqueeze(1)) + 0.5
+            step = (s.clamp(0, 1).sum(dim) - n) / (tau * (((s > 0) & (s < 1)).sum(dim) + schedule.DAMPING))
+            duals += torch.minimum(torch.maximum(step, -peak / 5), peak / 5)
+    return u, v
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blocks", type=int, default=4000, help="blocks of 16x16; others by equal work")
+    parser.add_argument("--out", type=Path, default=common.RESULTS / "ascent.csv")
+    arguments = parser.parse_args()
+    rows = []
+    for n, m in PATTERNS:
+        count = min(4 * arguments.blocks, max(64, arguments.blocks * 256 // m**2))
+        for name in DISTRIBUTIONS:
+            blocks, _ = reference.normalise(common.scores(name, (count, m, m), seed=m))
+            steered = augmentations(blocks, n, *reference.dual_ascent(blocks, n)).double()
+            fixed = augmentations(blocks, n, *fixed_schedule(blocks, n)).double()
+            rows.append(
+                {
+                    "pattern": f"{n}:{m}",
+                    "distribution": name,
+                    "blocks": count,
+                    "sweeps": schedule.SWEEPS,
+                    "mean": f"{steered.mean():.3f}",
+                    "largest": int(steered.max()),
+                    "blocks_done": f"{(steered == 0).double().mean():.3f}",
+                    "mean_fixed_schedule": f"{fixed.mean():.3f}",
+                }
+            )
+            print(*rows[-1].values(), sep="\t")
+    common.write_csv(arguments.out, rows)
+
+
+if __name__ == "__main__":
+    main()
