@@ -1,0 +1,30 @@
+"""Launch table: how a kernel's tile is laid out for each block size. No run-time tuning."""
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """Register layout of one program, see :mod:`nmsolve.kernels._tile`."""
+
+    size: int
+    """Lanes per block and dimension: the smallest tabled power of two that holds a block."""
+    rows_in: int
+    cols_in: int
+    blocks: int
+    warps: int
+
+
+_TILES = {
+    "exact": (
+        Tile(4, 4, 4, 32, 1),
+        Tile(8, 8, 8, 32, 1),
+        Tile(16, 8, 8, 8, 1),
+        Tile(32, 8, 8, 2, 1),
+        Tile(64, 16, 8, 1, 1),
+    ),
+}
+
+
+def tile(kernel: str, m: int) -> Tile:
+    """The tile that ``kernel`` uses for blocks of size ``m`` (at most 64)."""
+    return next(entry for entry in _TILES[kernel] if entry.size >= m)

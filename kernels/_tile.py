@@ -1,0 +1,129 @@
+r"""Tiles: batches of blocks in registers, loaded straight from a strided matrix.
+
+A program holds ``BLOCKS`` blocks of ``M x M`` lanes (M a power of two) as one tensor of shape
+``[ROWS_IN, COLS_IN, BLOCKS, ROWS_OUT, COLS_OUT]`` with ``M = ROWS_IN * ROWS_OUT = COLS_IN * COLS_OUT``. Entry
+(i, j) of a block lies at ``i = ROWS_IN * row_out + row_in``, ``j = COLS_IN * col_out + col_in``. The compiler
+deals the last axes to the lanes of a warp and keeps the first two in the registers of one lane, so that a
+row or column reduction is ``ROWS_IN`` or ``COLS_IN`` register operations and at most three shuffles.
+
+A vector over the rows of each block is ``[ROWS_IN, 1, BLOCKS, ROWS_OUT, 1]``, one over the columns
+``[1, COLS_IN, BLOCKS, 1, COLS_OUT]``, one number per block ``[1, 1, BLOCKS, 1, 1]``; they broadcast.
+
+Blocks smaller than the tile (M not a power of two, edges of the matrix) leave lanes over: *padding*, which
+holds score -inf and is never kept. A block with more rows than columns is loaded transposed where the
+``SLACK`` specialisation runs, so that R <= C there.
+"""
+
+import triton
+import triton.language as tl
+
+# --- reductions ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sum_rows(x):
+    """Sum along each row: a tile -> a row vector."""
+    return tl.sum(tl.sum(x, 1, keep_dims=True), 4, keep_dims=True)
+
+
+@triton.jit
+def sum_cols(x):
+    """Sum along each column: a tile -> a column vector; a row vector -> one number per block."""
+    return tl.sum(tl.sum(x, 0, keep_dims=True), 3, keep_dims=True)
+
+
+@triton.jit
+def min_rows(x):
+    """Minimum along each row."""
+    return tl.min(tl.min(x, 1, keep_dims=True), 4, keep_dims=True)
+
+
+@triton.jit
+def min_cols(x):
+    """Minimum along each column."""
+    return tl.min(tl.min(x, 0, keep_dims=True), 3, keep_dims=True)
+
+
+@triton.jit
+def max_rows(x):
+    """Maximum along each row."""
+    return tl.max(tl.max(x, 1, keep_dims=True), 4, keep_dims=True)
+
+
+@triton.jit
+def max_cols(x):
+    """Maximum along each column."""
+    return tl.max(tl.max(x, 0, keep_dims=True), 3, keep_dims=True)
+
+
+# --- where the blocks lie -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def row_index(ROWS_IN: tl.constexpr, ROWS_OUT: tl.constexpr):
+    """int32 row numbers inside a block, ``[ROWS_IN, 1, 1, ROWS_OUT, 1]``."""
+    inner = tl.arange(0, ROWS_IN)[:, None, None, None, None]
+    return inner + ROWS_IN * tl.arange(0, ROWS_OUT)[None, None, None, :, None]
+
+
+@triton.jit
+def col_index(COLS_IN: tl.constexpr, COLS_OUT: tl.constexpr):
+    """int32 column numbers inside a block, ``[1, COLS_IN, 1, 1, COLS_OUT]``."""
+    inner = tl.arange(0, COLS_IN)[None, :, None, None, None]
+    return inner + COLS_IN * tl.arange(0, COLS_OUT)[None, None, None, None, :]
+
+
+@triton.jit
+def locate(first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS: tl.constexpr):
+    """The blocks of this program: (int64 batch index, block row, block column, and whether it exists).
+
+    The launch covers a rectangle of ``block_rows x block_cols`` blocks in each of ``batch`` matrices.
+    """
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None]
+    across = block_cols.to(tl.int64)
+    down = block_rows.to(tl.int64)
+    line = block // across
+    matrix = line // down
+    block_row = line - matrix * down + first_block_row
+    block_col = block - line * across + first_block_col
+    return matrix, block_row, block_col, matrix < batch
+
+
+# --- scores -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def widen(x):
+    """float16 and bfloat16 as float32; the others as they are."""
+    return x if x.dtype == tl.float64 else x.to(tl.float32)
+
+
+@triton.jit
+def power_of_two_scale(peak):
+    """(s, 1/s), powers of two: ``peak * s`` lies in [1/2, 1) (in [1, 4) for the two largest exponents).
+
+    Both stay normal numbers, so that multiplying by them is exact short of underflow.
+    """
+    if peak.dtype == tl.float64:
+        exponent = (peak.to(tl.int64, bitcast=True) >> 52) & 2047
+        biased = tl.minimum(tl.maximum(2045 - exponent, 1), 2045)
+        return (biased << 52).to(tl.float64, bitcast=True), ((2046 - biased) << 52).to(
+            tl.float64, bitcast=True
+        )
+    else:
+        exponent = (peak.to(tl.int32, bitcast=True) >> 23) & 255
+        biased = tl.minimum(tl.maximum(253 - exponent, 1), 253)
+        return (biased << 23).to(tl.float32, bitcast=True), ((254 - biased) << 23).to(
+            tl.float32, bitcast=True
+        )
+
+
+@triton.jit
+def load_scaled(pointers, inside, PADDED: tl.constexpr):
+    """Scores as float32 scaled to max 1 (padding lanes -inf), and the power of two that undoes the scaling."""
+    raw = widen(tl.load(pointers, mask=inside, other=0.0))
+    scale, unscale = power_of_two_scale(max_rows(max_cols(tl.abs(raw))))
+    scores = (raw * scale).to(tl.float32)
+    if PADDED:
+        scores = tl.where(inside, scores, float("-inf"))
+    return scores, unscale

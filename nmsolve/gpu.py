@@ -1,0 +1,142 @@
+"""The Triton backend: allocation, grids and launches. The only importer of nmsolve.kernels.
+
+Scores are ``(batch, rows, cols)`` with any strides; a kernel reads them where they lie. Full blocks go in one
+launch, the partial blocks at the right and bottom edge in one more each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from nmsolve import schedule
+from nmsolve.blocks import BlockGrid, grid_of
+from nmsolve.kernels import _launch
+from nmsolve.kernels.exact import exact_kernel
+from nmsolve.pattern import NMPattern
+from nmsolve.solution import BlockResult
+
+__all__ = ["exact", "why_not"]
+
+# The constants of the dual ascent, as the kernel's constexpr arguments.
+_SCHEDULE = {
+    name: getattr(schedule, name)
+    for name in (
+        "SWEEPS",
+        "FRACTION_START",
+        "FRACTION_END",
+        "FRACTION_FLOOR",
+        "GROWTH_MIN",
+        "GROWTH_MAX",
+        "STEP_LIMIT",
+        "DAMPING",
+        "WINSOR",
+        "TAU_START",
+        "DEVIATION_FLOOR",
+    )
+}
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why this backend cannot run tensors on ``device``, or None if it can."""
+    if device.type == "cuda":
+        return None
+    if isinstance(exact_kernel, triton.JITFunction):
+        return f"Triton compiles for GPUs, and the tensor is on {device} (TRITON_INTERPRET=1 emulates one, slowly)"
+    if device.type == "cpu":
+        return None
+    return f"Triton's interpreter runs CPU tensors, and this one is on {device}"
+
+
+def exact(
+    scores: Tensor,
+    pattern: NMPattern,
+    *,
+    warm: tuple[Tensor, Tensor] | None = None,
+    want_solution: bool = False,
+) -> BlockResult:
+    """Optimal masks of ``(batch, rows, cols)`` scores; duals, objective and bound when asked.
+
+    ``warm`` are row and column duals ``(batch, GR, GC, M)`` to start from instead of the ascent's.
+    """
+    grid = grid_of(scores, pattern)
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    work = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    blocks = (len(scores), grid.block_rows, grid.block_cols)
+    u = v = objective = bound = None
+    if want_solution:
+        u, v = (torch.empty((*blocks, pattern.m), dtype=work, device=scores.device) for _ in range(2))
+        objective, bound = (torch.empty(blocks, dtype=torch.float64, device=scores.device) for _ in range(2))
+    warm_u = warm_v = None
+    if warm is not None:
+        warm_u, warm_v = (duals.to(work).contiguous() for duals in warm)
+    outputs = (mask.view(torch.uint8), u, v, objective, bound, warm_u, warm_v)
+    for region in _regions(grid, pattern.m, scores):
+        tile = _launch.tile("exact", pattern.m)
+        _run(
+            exact_kernel,
+            region,
+            tile,
+            scores,
+            *outputs,
+            pattern.n,
+            pattern.m,
+            *_matrix_arguments(scores),
+            *region.rectangle,
+            grid.block_rows,
+            grid.block_cols,
+            PADDED=region.edge or tile.size != pattern.m,
+            SLACK=region.edge,
+            WARM=warm is not None,
+            SOLUTION=want_solution,
+            **_SCHEDULE,
+        )
+    return BlockResult(mask, u, v, objective, bound)
+
+
+class _Region(NamedTuple):
+    """A rectangle of blocks in each matrix that one launch covers."""
+
+    rectangle: tuple[int, int, int, int]  # first block row and column, block rows and columns
+    blocks: int
+    edge: bool  # whether its blocks are partial
+
+
+def _regions(grid: BlockGrid, m: int, scores: Tensor) -> Iterator[_Region]:
+    full_rows, full_cols = grid.rows // m, grid.cols // m
+    for first_row, first_col, rows, cols, edge in (
+        (0, 0, full_rows, full_cols, False),
+        (0, full_cols, full_rows, grid.block_cols - full_cols, True),
+        (full_rows, 0, grid.block_rows - full_rows, grid.block_cols, True),
+    ):
+        blocks = len(scores) * rows * cols
+        if blocks:
+            yield _Region((first_row, first_col, rows, cols), blocks, edge)
+
+
+def _matrix_arguments(scores: Tensor) -> tuple[int, ...]:
+    batch, rows, cols = scores.shape
+    return rows, cols, batch, *scores.stride()
+
+
+def _run(
+    kernel: Any, region: _Region, tile: _launch.Tile, scores: Tensor, *arguments: Any, **meta: Any
+) -> None:
+    on_device = torch.cuda.device(scores.device) if scores.is_cuda else contextlib.nullcontext()
+    with on_device:
+        kernel[(triton.cdiv(region.blocks, tile.blocks),)](
+            scores,
+            *arguments,
+            ROWS_IN=tile.rows_in,
+            COLS_IN=tile.cols_in,
+            ROWS_OUT=tile.size // tile.rows_in,
+            COLS_OUT=tile.size // tile.cols_in,
+            BLOCKS=tile.blocks,
+            num_warps=tile.warps,
+            **meta,
+        )
