@@ -1,9 +1,19 @@
-"""nmsolve: provably optimal N:M and transposable N:M sparsity masks."""
+"""nmsolve: provably optimal N:M and transposable N:M sparsity masks.
+
+The names below are loaded from their modules when they are first used, so that what needs no tensor, such as
+``nmsolve --help``, does not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from nmsolve.errors import BackendError, NMSolveError
-from nmsolve.masks import check_mask, nm_mask, solve_blocks, transposable_mask
 from nmsolve.pattern import NMPattern
-from nmsolve.solution import BlockSolution, dual_bound, kept_score
+
+if TYPE_CHECKING:
+    from nmsolve.masks import check_mask, nm_mask, solve_blocks, transposable_mask
+    from nmsolve.packed import load_masks, save_masks
+    from nmsolve.solution import BlockSolution, dual_bound, kept_score
 
 __version__ = "0.1.0"
 
@@ -16,7 +26,27 @@ __all__ = [
     "check_mask",
     "dual_bound",
     "kept_score",
+    "load_masks",
     "nm_mask",
+    "save_masks",
     "solve_blocks",
     "transposable_mask",
 ]
+
+_MODULES = {
+    "nmsolve.masks": ("check_mask", "nm_mask", "solve_blocks", "transposable_mask"),
+    "nmsolve.packed": ("load_masks", "save_masks"),
+    "nmsolve.solution": ("BlockSolution", "dual_bound", "kept_score"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

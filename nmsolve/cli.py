@@ -78,7 +78,7 @@ which tensors:
   dimension is not smaller than its first is a stack of matrices, one for each expert.
 
 in Python:
-  masks = nmsolve.packed.load_masks("Llama-3.2-1B-8of16")     # name -> bool tensor, True = keep
+  masks = nmsolve.load_masks("Llama-3.2-1B-8of16")     # name -> bool tensor, True = keep
 
 Everything is written beside OUT in a hidden folder and renamed when it is complete. Memory holds a slab of
 one tensor at a time, whatever the size of the model.
@@ -356,10 +356,7 @@ def _print_selection(selection: Selection) -> None:
 
 def _print_summary(report: Report, settings: Settings, out: Path) -> None:
     totals = report.totals()
-    if settings.transposable:
-        certificate = f"no mask keeps more than {totals['gap']:.1e} (relative) above that"
-    else:
-        certificate = "which is the most there is"
+    certificate = f"provably within {totals['gap']:.1e} of the optimum" if totals["gap"] else "the optimum"
     kind = (
         f"transposable {settings.pattern} by {settings.method}"
         if settings.transposable

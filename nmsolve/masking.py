@@ -38,10 +38,11 @@ from nmsolve.pattern import NMPattern
 from nmsolve.report import MaskedTensor, Report
 from nmsolve.selection import DTYPES, Layout, Selected, Selection
 
-__all__ = ["SLAB", "Settings", "backend_name", "bytes_needed", "write_masked"]
+__all__ = ["Settings", "backend_name", "bytes_needed", "write_masked"]
 
-# Elements that are read and solved together: enough to keep every core or a GPU busy.
-SLAB = 1 << 22
+# Elements that are read and solved together: enough to keep every core or a GPU busy, and fewer for the torch
+# backend, whose working memory is many times what it solves.
+SLABS = {"triton": 1 << 22, "cpu": 1 << 22, "torch": 1 << 20}
 
 # What the run tells of itself: (bytes done, name of the tensor). It may raise to stop the run.
 Progress = Callable[[int, str], None]
@@ -179,7 +180,7 @@ def _write_masked_tensor(
     bits = BitStream()
     position = entry.start
     seconds = 0.0
-    for shape in _slabs(item.layout, settings.pattern.m):
+    for shape in _slabs(item.layout, settings.pattern.m, SLABS[backend]):
         slab = torch.empty(shape, dtype=getattr(torch, DTYPES[entry.dtype]))
         raw = slab.view(-1).view(torch.uint8).numpy().data
         read_into(source, position, raw)
@@ -202,15 +203,18 @@ def _write_masked_tensor(
     return row
 
 
-def _slabs(layout: Layout, m: int) -> Iterator[tuple[int, int, int, int]]:
-    """Shapes ``(batch, rows, cols, positions)`` of consecutive slabs: whole matrices, or whole block rows."""
+def _slabs(layout: Layout, m: int, elements: int) -> Iterator[tuple[int, int, int, int]]:
+    """Shapes ``(batch, rows, cols, positions)`` of consecutive slabs of about ``elements`` entries at most.
+
+    A slab is several whole matrices, or whole block rows of one.
+    """
     matrix = layout.rows * layout.cols * layout.positions
-    if matrix <= SLAB:
-        step = max(1, SLAB // matrix)
+    if matrix <= elements:
+        step = elements // matrix
         for b in range(0, layout.batch, step):
             yield min(step, layout.batch - b), layout.rows, layout.cols, layout.positions
         return
-    step = max(1, SLAB // (layout.cols * layout.positions * m)) * m
+    step = max(1, elements // (layout.cols * layout.positions * m)) * m
     for _ in range(layout.batch):
         for r in range(0, layout.rows, step):
             yield 1, min(step, layout.rows - r), layout.cols, layout.positions
