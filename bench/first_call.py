@@ -27,6 +27,7 @@ CODE = """
 import json, time, torch
 start = time.perf_counter()
 import nmsolve
+nmsolve.transposable_mask, nmsolve.nm_mask
 imported = time.perf_counter()
 scores = torch.randn(256, 256).abs()
 called = time.perf_counter()
