@@ -463,6 +463,8 @@ def _block_loader(count: int) -> Any:
                 builder.store(register, place, align=tile.dtype.bitwidth // 8)
 
         def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            if count > _lanes(tile.dtype).count:
+                return context.get_dummy_value()  # never called: a piece is longer than a register
             encodings = (FLOAT64,) if tile.dtype == types.float64 else (FLOAT32, BFLOAT16, FLOAT16)
             end = builder.append_basic_block("loaded")
             cases = []

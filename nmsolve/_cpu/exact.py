@@ -1,0 +1,267 @@
+"""The exact method on a region: 64 bytes of blocks side by side from load to store."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from nmsolve._cpu.ascent import ascend, normalise, start
+from nmsolve._cpu.augment import augment
+from nmsolve._cpu.lanes import bits_of, lane_mask, load, maximum, minimum, peek, poke, select, splat, store
+from nmsolve._cpu.tiles import WORD, Region, aligned, load_tile, place_lanes, write_flags
+
+__all__ = ["Request", "solve_exact"]
+
+
+class Request(NamedTuple):
+    """What is asked of a region; addresses are 0 where something is not given or not wanted."""
+
+    n: int
+    m: int
+    sweeps: int
+    warm_row_duals: int
+    warm_col_duals: int
+    row_duals: int
+    col_duals: int
+    objective: int
+    bound: int
+
+    def flipped(self) -> Request:
+        """The same request with rows and columns exchanged."""
+        return self._replace(
+            warm_row_duals=self.warm_col_duals,
+            warm_col_duals=self.warm_row_duals,
+            row_duals=self.col_duals,
+            col_duals=self.row_duals,
+        )
+
+
+@njit
+def _read_duals(address: int, m: int, lines: int, places: Any, scale: Any, duals: Any) -> None:
+    """Read the lanes' warm duals of one side, in the tile's scale."""
+    lanes = 64 // duals.itemsize
+    like = duals.dtype.type(0)
+    for i in range(lines):
+        for k in range(lanes):
+            duals[i * lanes + k] = peek(address + (places[2 * lanes + k] * m + i) * duals.itemsize, like)
+        store(duals, i * lanes, load(duals, i * lanes) * scale)
+
+
+@njit
+def _extreme_duals(tile: Any, pitch: int, rows: int, cols: int, keep_all: bool, u: Any, v: Any) -> None:
+    """The duals of a block that keeps all of every row (its smallest score) or none (its largest)."""
+    lanes = 64 // tile.itemsize
+    for i in range(rows):
+        dual = load(tile, i * pitch * lanes)
+        for j in range(1, cols):
+            score = load(tile, (i * pitch + j) * lanes)
+            dual = minimum(dual, score) if keep_all else maximum(dual, score)
+        store(u, i * lanes, dual)
+    for j in range(cols):
+        store(v, j * lanes, splat(tile.dtype.type(0)))
+
+
+@njit
+def _round(
+    tile: Any,
+    pitch: int,
+    rows: int,
+    cols: int,
+    row_target: int,
+    col_target: int,
+    u: Any,
+    v: Any,
+    words: Any,
+    row_excess: Any,
+    col_excess: Any,
+) -> int:
+    """``S = [A - u - v > 0]`` as words, and what its lines hold beyond their targets.
+
+    Returns the lanes whose block is not balanced yet, as bits.
+    """
+    real, integer = tile.dtype.type, words.dtype.type
+    lanes = 64 // tile.itemsize
+    per_row = (cols + WORD - 1) // WORD
+    none, unit, zero = splat(integer(0)), splat(integer(1)), splat(real(0))
+    row_goal, col_goal = splat(integer(row_target)), splat(integer(col_target))
+    wrong = lane_mask(0, zero)
+    for j in range(cols):
+        store(col_excess, j * lanes, none - col_goal)
+    for i in range(rows):
+        dual = load(u, i * lanes)
+        held = none - row_goal
+        for w in range(per_row):
+            word, bit = none, unit
+            for j in range(w * WORD, min(cols, (w + 1) * WORD)):
+                score = load(tile, (i * pitch + j) * lanes)
+                positive = ((score - dual) - load(v, j * lanes)) > zero
+                word = select(positive, word | bit, word)
+                bit = bit + bit
+                held = select(positive, held + unit, held)
+                count = load(col_excess, j * lanes)
+                store(col_excess, j * lanes, select(positive, count + unit, count))
+            store(words, (i * per_row + w) * lanes, word)
+        store(row_excess, i * lanes, held)
+        wrong = wrong | (held != none)
+    for j in range(cols):
+        over = load(col_excess, j * lanes)
+        if rows < cols:
+            loose = (over < none) & (load(v, j * lanes) > zero)
+            wrong = wrong | (over > none) | loose
+        else:
+            wrong = wrong | (over != none)
+    return bits_of(wrong)
+
+
+@njit
+def _write_solution(
+    region: Region,
+    request: Request,
+    block: int,
+    tile: Any,
+    pitch: int,
+    lane: int,
+    row_target: int,
+    col_target: int,
+    scale: float,
+    u: Any,
+    v: Any,
+    words: Any,
+) -> None:
+    """Duals in the scores' own scale, and the objective and bound that follow from them, in float64."""
+    rows, cols = region.rows, region.cols
+    lanes = 64 // tile.itemsize
+    per_row = (cols + WORD - 1) // WORD
+    inverse = tile.dtype.type(1) / scale
+    factor = np.float64(inverse)
+    sum_u, sum_v = 0.0, 0.0
+    for i in range(rows):
+        dual = u[i * lanes + lane] * inverse
+        poke(request.row_duals + (block * request.m + i) * tile.itemsize, dual)
+        u[i * lanes + lane] = dual
+        sum_u += np.float64(dual)
+    for j in range(cols):
+        dual = v[j * lanes + lane] * inverse
+        poke(request.col_duals + (block * request.m + j) * tile.itemsize, dual)
+        v[j * lanes + lane] = dual
+        sum_v += np.float64(dual)
+    objective, surplus = 0.0, 0.0
+    for i in range(rows):
+        dual = np.float64(u[i * lanes + lane])
+        for j in range(cols):
+            score = np.float64(tile[(i * pitch + j) * lanes + lane]) * factor
+            surplus += max(0.0, score - dual - np.float64(v[j * lanes + lane]))
+            word = np.int64(words[(i * per_row + j // WORD) * lanes + lane])
+            objective += score * np.float64((word >> (j % WORD)) & 1)
+    poke(request.objective + block * 8, objective)
+    poke(request.bound + block * 8, row_target * sum_u + col_target * sum_v + surplus)
+
+
+@njit(nogil=True, cache=True)
+def solve_exact(region: Region, request: Request, first: int, last: int, reals: Any, ints: Any) -> int:
+    """Solve groups ``first .. last`` of as many blocks as there are lanes; returns the number of paths.
+
+    ``reals`` and ``ints`` are empty arrays of the work type and of the integer type of its width.
+    """
+    real, integer = reals.dtype.type, ints.dtype.type
+    lanes = 64 // reals.itemsize
+    rows, cols = region.rows, region.cols
+    row_target, col_target = min(request.n, cols), request.n
+    if rows == cols:
+        col_target = row_target
+    pitch = cols + 1
+    padded = (rows + 3) // 4 * 4
+    per_row = (cols + WORD - 1) // WORD
+    room = (max(rows + 1, cols) + lanes - 1) // lanes * lanes
+    tile = aligned(max(padded, rows + 1) * pitch * lanes, reals)
+    u, v = aligned(padded * lanes, reals), aligned(cols * lanes, reals)
+    sums = aligned(2 * cols * lanes, reals)
+    row_excess, col_excess = aligned(rows * lanes, ints), aligned(cols * lanes, ints)
+    words = aligned(rows * per_row * lanes, ints)
+    numbers, integers = aligned(4 * room, reals), aligned((5 + per_row) * room, ints)
+    scales = aligned(lanes, reals)
+    active = np.empty(2 * room, np.int64)
+    places = np.empty(3 * lanes, np.int64)
+    trivial = row_target == 0 or row_target == cols
+    paths = 0
+    for group in range(first, last):
+        used = place_lanes(region, group * lanes, lanes, places)
+        load_tile(region, places, tile, pitch)
+        scale = normalise(tile, pitch, rows, cols)
+        store(scales, 0, scale)
+        if trivial:
+            _extreme_duals(tile, pitch, rows, cols, row_target > 0, u, v)
+        elif request.warm_row_duals != 0:
+            _read_duals(request.warm_row_duals, request.m, rows, places, scale, u)
+            _read_duals(request.warm_col_duals, request.m, cols, places, scale, v)
+            if rows < cols:
+                for j in range(cols):
+                    store(v, j * lanes, maximum(load(v, j * lanes), splat(real(0))))
+        else:
+            tau = start(tile, pitch, rows, cols, u, v)
+            for i in range(rows, padded):
+                store(u, i * lanes, splat(real(0)))
+                for j in range(cols):
+                    store(tile, (i * pitch + j) * lanes, splat(real(-1e30)))
+            ascend(
+                tile, pitch, rows, cols, row_target, col_target, tau, request.sweeps, u, v, sums, col_excess
+            )
+        if trivial:
+            fill = splat(integer(-1 if row_target > 0 else 0))
+            for i in range(rows * per_row):
+                store(words, i * lanes, fill)
+        else:
+            wrong = _round(
+                tile, pitch, rows, cols, row_target, col_target, u, v, words, row_excess, col_excess
+            )
+            wrong &= (1 << used) - 1
+            if wrong != 0 and rows < cols:
+                for j in range(cols):
+                    store(tile, (rows * pitch + j) * lanes, splat(real(0)))
+            for lane in range(used):
+                if (wrong >> lane) & 1:
+                    paths += augment(
+                        tile,
+                        pitch,
+                        lane,
+                        rows,
+                        cols,
+                        row_target,
+                        col_target,
+                        u,
+                        v,
+                        words,
+                        row_excess,
+                        col_excess,
+                        numbers,
+                        integers,
+                        active,
+                    )
+        for lane in range(used):
+            for i in range(rows):
+                write_flags(
+                    words,
+                    i * per_row * lanes + lane,
+                    lanes,
+                    cols,
+                    places[lanes + lane] + i * region.mask_row,
+                    region.mask_col,
+                )
+            if request.objective != 0:
+                _write_solution(
+                    region,
+                    request,
+                    places[2 * lanes + lane],
+                    tile,
+                    pitch,
+                    lane,
+                    row_target,
+                    col_target,
+                    scales[lane],
+                    u,
+                    v,
+                    words,
+                )
+    return paths
