@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from nmsolve import schedule
+from nmsolve._cpu.dykstra import solve_tsenor
 from nmsolve._cpu.exact import Request, solve_exact
 from nmsolve._cpu.lanes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from nmsolve._cpu.ordinary import solve_ordinary
+from nmsolve._cpu.rounding import solve_greedy
 from nmsolve._cpu.tiles import Region
-from nmsolve.blocks import BlockGrid, grid_of
+from nmsolve.blocks import grid_of
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import BlockResult
 
-__all__ = ["exact", "why_not"]
+__all__ = ["exact", "greedy", "ordinary", "tsenor", "why_not"]
 
 _ENCODINGS = {
     torch.float32: FLOAT32,
@@ -61,24 +64,59 @@ def exact(
             torch.zeros(blocks, dtype=torch.float64),
             torch.zeros(blocks, dtype=torch.float64),
         )
-    started = tuple(duals.detach().to(work).contiguous() for duals in warm) if warm is not None else (None, None)
-    addresses = [_address(tensor) for tensor in (*started, *result[1:])]
-    for region in _regions(scores, mask, grid):
+    given = (None, None) if warm is None else tuple(duals.detach().to(work).contiguous() for duals in warm)
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*given, *result[1:])]
+    for region in _regions(scores, mask, pattern.m, pattern.m):
+        upright, flipped = _upright(region)
         request = Request(pattern.n, pattern.m, schedule.SWEEPS, *addresses)
-        if region.rows > region.cols:
-            region, request = region.flipped(), request.flipped()
-        _share_out(
-            lambda first, last, region=region, request=request: solve_exact(
-                region, request, first, last, reals, ints
-            ),
-            region,
-            reals,
-        )
+        if flipped:
+            request = request.flipped()
+
+        def kernel(first: int, last: int, region: Region = upright, request: Request = request) -> None:
+            solve_exact(region, request, first, last, reals, ints)
+
+        _share_out(kernel, region, reals.itemsize)
     return result
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def greedy(scores: Tensor, pattern: NMPattern) -> Tensor:
+    """Masks by descending score, completed to the full count."""
+    mask = torch.empty(scores.shape, dtype=torch.bool)
+    reals, ints = _work_arrays(scores)
+    for region in _regions(scores, mask, pattern.m, pattern.m):
+        upright, flipped = _upright(region)
+
+        def kernel(first: int, last: int, region: Region = upright, flipped: bool = flipped) -> None:
+            solve_greedy(region, pattern.n, flipped, first, last, reals, ints)
+
+        _share_out(kernel, region, reals.itemsize)
+    return mask
+
+
+def tsenor(scores: Tensor, pattern: NMPattern, *, iterations: int, tau: float) -> Tensor:
+    """Masks by entropic transport, greedy rounding and completion (arXiv 2505.23949), in float64."""
+    mask = torch.empty(scores.shape, dtype=torch.bool)
+    for region in _regions(scores, mask, pattern.m, pattern.m):
+        upright, flipped = _upright(region)
+
+        def kernel(first: int, last: int, region: Region = upright, flipped: bool = flipped) -> None:
+            solve_tsenor(region, pattern.n, iterations, float(tau), flipped, first, last)
+
+        _share_out(kernel, region, 8)
+    return mask
+
+
+def ordinary(scores: Tensor, pattern: NMPattern) -> Tensor:
+    """Plain N:M along the last dimension: the N largest of each group of M, ties to the lowest index."""
+    mask = torch.empty(scores.shape, dtype=torch.bool)
+    reals, ints = _work_arrays(scores)
+    for region in _regions(scores, mask, 1, pattern.m):
+
+        def kernel(first: int, last: int, region: Region = region) -> None:
+            solve_ordinary(region, pattern.n, first, last, reals, ints)
+
+        _share_out(kernel, region, reals.itemsize)
+    return mask
 
 
 def _work_arrays(scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -88,53 +126,74 @@ def _work_arrays(scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return np.empty(0, np.float32), np.empty(0, np.int32)
 
 
-def _regions(scores: Tensor, mask: Tensor, grid: BlockGrid, *, single_rows: bool = False) -> Iterator[Region]:
-    """The rectangles of equal blocks of ``scores``, with their place in ``mask``."""
+def _upright(region: Region) -> tuple[Region, bool]:
+    """The region with no more rows than columns to a block, and whether it had to be flipped for that."""
+    flipped = region.rows > region.cols
+    return (region.flipped() if flipped else region), flipped
+
+
+def _spans(size: int, m: int) -> Iterator[tuple[int, int, int, int]]:
+    """Whole groups of ``m``, then the partial one: (start, group size, number of groups, first group)."""
+    whole = size // m
+    if whole:
+        yield 0, m, whole, 0
+    if size % m:
+        yield whole * m, size % m, 1, whole
+
+
+def _regions(scores: Tensor, mask: Tensor, block_rows: int, block_cols: int) -> Iterator[Region]:
+    """The rectangles of equal blocks of ``(batch, rows, cols)`` scores, with their place in ``mask``.
+
+    Lanes run along the dimension in which the scores lie closest together.
+    """
     size = scores.element_size()
-    for rows, cols, r, c in grid.regions():
-        part, flags = scores[:, rows, cols], mask[:, rows, cols]
-        batch, row, col = (stride * size for stride in part.stride())
-        block_rows, block_cols = grid.block_slices(rows, cols)
-        if len(part) == 0:
-            continue
-        yield Region(
-            rows=r,
-            cols=c,
-            batch=len(part),
-            grid_rows=part.shape[1] // r,
-            grid_cols=part.shape[2] // c,
-            encoding=_ENCODINGS[scores.dtype],
-            itemsize=size,
-            scores=part.data_ptr(),
-            scores_batch=batch,
-            scores_grid_row=row * r,
-            scores_grid_col=col * c,
-            scores_row=row,
-            scores_col=col,
-            mask=flags.data_ptr(),
-            mask_batch=flags.stride(0),
-            mask_grid_row=flags.stride(1) * r,
-            mask_grid_col=flags.stride(2) * c,
-            mask_row=flags.stride(1),
-            mask_col=flags.stride(2),
-            block_first=block_rows.start * grid.block_cols + block_cols.start,
-            block_batch=grid.block_rows * grid.block_cols,
-            block_grid_row=grid.block_cols,
-            block_grid_col=1,
-        )
+    batch, row, col = (stride * size for stride in scores.stride())
+    mask_batch, mask_row, mask_col = mask.stride()
+    grid_rows, grid_cols = -(-scores.shape[1] // block_rows), -(-scores.shape[2] // block_cols)
+    if scores.numel() == 0:
+        return
+    for top, rows, down, first_row in _spans(scores.shape[1], block_rows):
+        for left, cols, across, first_col in _spans(scores.shape[2], block_cols):
+            region = Region(
+                rows=rows,
+                cols=cols,
+                batch=scores.shape[0],
+                grid_rows=down,
+                grid_cols=across,
+                encoding=_ENCODINGS[scores.dtype],
+                itemsize=size,
+                scores=scores.data_ptr() + top * row + left * col,
+                scores_batch=batch,
+                scores_grid_row=rows * row,
+                scores_grid_col=cols * col,
+                scores_row=row,
+                scores_col=col,
+                mask=mask.data_ptr() + top * mask_row + left * mask_col,
+                mask_batch=mask_batch,
+                mask_grid_row=rows * mask_row,
+                mask_grid_col=cols * mask_col,
+                mask_row=mask_row,
+                mask_col=mask_col,
+                block_first=first_row * grid_cols + first_col,
+                block_batch=grid_rows * grid_cols,
+                block_grid_row=grid_cols,
+                block_grid_col=1,
+            )
+            yield region.walked_down() if row < col else region
 
 
-def _share_out(kernel: Callable[[int, int], object], region: Region, reals: np.ndarray) -> None:
+def _share_out(kernel: Callable[[int, int], None], region: Region, itemsize: int) -> None:
     """Run ``kernel(first, last)`` on all groups of the region's blocks, on as many threads as torch uses.
 
     Threads take shares as they get free. What a group becomes depends on nothing but its own blocks, so the
     result is the same for any number of threads.
     """
-    lanes = 64 // reals.itemsize
+    lanes = 64 // itemsize
     groups = -(-region.blocks() // lanes)
     share = max(1, _SHARE // (region.rows * region.cols * lanes))
     shares = -(-groups // share)
-    turns, failures = itertools.count(), []
+    turns = itertools.count()
+    failures: list[BaseException] = []
 
     def work() -> None:
         try:

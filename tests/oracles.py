@@ -132,11 +132,13 @@ def _complete(mask: np.ndarray, a: np.ndarray, n: int) -> np.ndarray:
         open_cols = [int(j) for j in np.flatnonzero(mask.sum(0) < n)]
         moves = [(-a[i, j], 0, 0, j, 0) for j in open_cols if not mask[i, j]]
         for row in range(rows):
+            places = [j for j in open_cols if not mask[row, j]]
+            if row == i or not places:
+                continue
+            j = max(places, key=lambda place, row=row: (a[row, place], -place))
             for j_kept in np.flatnonzero(mask[row] & ~mask[i]):
-                for j in open_cols:
-                    if row != i and not mask[row, j]:
-                        gain = (a[i, j_kept] + a[row, j]) - a[row, j_kept]
-                        moves.append((-gain, 1, row, int(j_kept), j))
+                gain = (a[i, j_kept] - a[row, j_kept]) + a[row, j]
+                moves.append((-gain, 1, row, int(j_kept), j))
         _, swap, row, j_kept, j = min(moves)
         mask[i, j_kept] = True
         if swap:

@@ -60,7 +60,7 @@ WIDTH = 64
 """Bytes in a register."""
 
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = range(4)
-"""What lies at an address of scores. ``FLOAT64`` is read into float64 lanes, the others into float32."""
+"""What lies at an address of scores. ``FLOAT64`` is read into float64 lanes only, the others into either."""
 
 _ORDERED = ("nnan", "nsz")
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
@@ -397,7 +397,7 @@ def poke(typingctx: Any, address: Any, value: Any) -> Any:
 
 
 def _widened(builder: Any, address: Any, encoding: int, count: int) -> Any:
-    """``count`` scores stored as ``encoding`` at ``address``, in the work type."""
+    """``count`` scores stored as ``encoding`` at ``address``, as float32 (float64 if they are that)."""
     if encoding in (FLOAT32, FLOAT64):
         scalar, size = (ir.FloatType(), 4) if encoding == FLOAT32 else (ir.DoubleType(), 8)
         return builder.load(_at(builder, address, ir.VectorType(scalar, count)), align=size)
@@ -432,7 +432,10 @@ def _block_loader(count: int) -> Any:
             pieces = []
             for lane in range(lanes):
                 base = builder.load(_element(context, builder, bases, args[1], _i64(lane)))
-                pieces.append(_widened(builder, builder.add(base, args[2]), encoding, count))
+                piece = _widened(builder, builder.add(base, args[2]), encoding, count)
+                if tile.dtype == types.float64 and encoding != FLOAT64:
+                    piece = builder.fpext(piece, ir.VectorType(ir.DoubleType(), count))
+                pieces.append(piece)
             # Register r holds the pieces of lanes r, r + count, r + 2 count ... one after another.
             registers = []
             for first in range(count):
@@ -465,7 +468,9 @@ def _block_loader(count: int) -> Any:
         def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             if count > _lanes(tile.dtype).count:
                 return context.get_dummy_value()  # never called: a piece is longer than a register
-            encodings = (FLOAT64,) if tile.dtype == types.float64 else (FLOAT32, BFLOAT16, FLOAT16)
+            encodings = [FLOAT32, BFLOAT16, FLOAT16]
+            if tile.dtype == types.float64:
+                encodings.append(FLOAT64)
             end = builder.append_basic_block("loaded")
             cases = []
             for encoding in encodings:

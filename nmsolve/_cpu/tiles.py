@@ -73,6 +73,19 @@ class Region(NamedTuple):
             mask_col=self.mask_row,
         )
 
+    def walked_down(self) -> Region:
+        """The same region with its blocks in another order, down the matrix first."""
+        return self._replace(
+            grid_rows=self.grid_cols,
+            grid_cols=self.grid_rows,
+            scores_grid_row=self.scores_grid_col,
+            scores_grid_col=self.scores_grid_row,
+            mask_grid_row=self.mask_grid_col,
+            mask_grid_col=self.mask_grid_row,
+            block_grid_row=self.block_grid_col,
+            block_grid_col=self.block_grid_row,
+        )
+
 
 @njit
 def aligned(count: int, like: Any) -> Any:

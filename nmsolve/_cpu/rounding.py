@@ -1,0 +1,163 @@
+"""The greedy: a total order of a block's entries, taken from the top, then the missing entries filled in.
+
+The order comes from Batcher's odd-even merge network, which sorts one block per lane with the same
+instructions in all of them: score descending, ties by the lowest row-major index. Taking is sequential as
+published, one block after another, without a branch per entry.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from nmsolve._cpu.ascent import normalise
+from nmsolve._cpu.lanes import load, select, splat, store
+from nmsolve._cpu.tiles import WORD, Region, aligned, load_tile, place_lanes, write_flags
+
+__all__ = ["complete", "put_in_order", "row_major", "solve_greedy", "take"]
+
+
+@njit
+def row_major(rows: int, cols: int, flipped: bool) -> Any:
+    """Row and column of each entry of a block in row-major order, seen transposed if ``flipped``."""
+    entries = np.empty((2, rows * cols), np.int64)
+    for i in range(rows):
+        for j in range(cols):
+            index = j * rows + i if flipped else i * cols + j
+            entries[0, index], entries[1, index] = i, j
+    return entries
+
+
+@njit
+def put_in_order(tile: Any, pitch: int, entries: Any, keys: Any, order: Any) -> None:
+    """Fill ``order`` with the indices of ``entries``, lane by lane, from the best score to the worst."""
+    integer = order.dtype.type
+    lanes = 64 // tile.itemsize
+    size = entries.shape[1]
+    for e in range(size):
+        store(keys, e * lanes, load(tile, (entries[0, e] * pitch + entries[1, e]) * lanes))
+        store(order, e * lanes, splat(integer(e)))
+    run = 1
+    while run < size:
+        gap = run
+        while gap >= 1:
+            for first in range(gap % run, size - gap, 2 * gap):
+                for low in range(first, min(first + gap, size - gap)):
+                    high = low + gap
+                    if (low ^ high) < 2 * run:
+                        a, b = load(keys, low * lanes), load(keys, high * lanes)
+                        p, q = load(order, low * lanes), load(order, high * lanes)
+                        behind = (a < b) | ((a == b) & (p > q))
+                        store(keys, low * lanes, select(behind, b, a))
+                        store(keys, high * lanes, select(behind, a, b))
+                        store(order, low * lanes, select(behind, q, p))
+                        store(order, high * lanes, select(behind, p, q))
+            gap //= 2
+        run *= 2
+
+
+@njit
+def take(
+    order: Any, lane: int, lanes: int, entries: Any, n: int, per_row: int, held: Any, words: Any
+) -> None:
+    """Take entries in order while their row and column hold fewer than ``n``.
+
+    ``held`` becomes the counts of the rows, then of the columns.
+    """
+    rows = entries[0, -1] + 1
+    held[:] = 0
+    for i in range(rows * per_row):
+        words[i * lanes + lane] = 0
+    for place in range(lane, entries.shape[1] * lanes, lanes):
+        e = order[place]
+        i, j = entries[0, e], entries[1, e]
+        taken = np.int64(held[i] < n) & np.int64(held[rows + j] < n)
+        held[i] += taken
+        held[rows + j] += taken
+        word = (i * per_row + j // WORD) * lanes + lane
+        words[word] |= words.dtype.type(taken << (j % WORD))
+
+
+@njit
+def _is_kept(words: Any, per_row: int, lanes: int, lane: int, i: int, j: int) -> bool:
+    return (np.int64(words[(i * per_row + j // WORD) * lanes + lane]) >> (j % WORD)) & 1 != 0
+
+
+@njit
+def _toggle(words: Any, per_row: int, lanes: int, lane: int, i: int, j: int) -> None:
+    words[(i * per_row + j // WORD) * lanes + lane] ^= words.dtype.type(1 << (j % WORD))
+
+
+@njit
+def complete(
+    tile: Any, pitch: int, lane: int, rows: int, cols: int, n: int, per_row: int, held: Any, words: Any
+) -> None:
+    """Fill every row to its target, one best move per missing entry.
+
+    For the first short row i a move either keeps a free entry (i, j) of a column with room, or shifts a kept
+    entry: (k, l) leaves, (i, l) and (k, j) come, for a column j with room. The move with the largest change
+    of the kept score is made even where it loses; there always is one.
+    """
+    lanes = 64 // tile.itemsize
+    target = min(n, cols)
+    for i in range(rows):
+        while held[i] < target:
+            gain = tile.dtype.type(-np.inf)
+            k, left, came = -1, -1, -1
+            for j in range(cols):
+                score = tile[(i * pitch + j) * lanes + lane]
+                if held[rows + j] < n and not _is_kept(words, per_row, lanes, lane, i, j) and score > gain:
+                    gain, came = score, j
+            for row in range(rows):
+                room, best = -1, tile.dtype.type(-np.inf)
+                for j in range(cols):
+                    score = tile[(row * pitch + j) * lanes + lane]
+                    if (
+                        held[rows + j] < n
+                        and score > best
+                        and not _is_kept(words, per_row, lanes, lane, row, j)
+                    ):
+                        room, best = j, score
+                if room < 0 or row == i:
+                    continue
+                for j in range(cols):
+                    if _is_kept(words, per_row, lanes, lane, row, j) and not _is_kept(
+                        words, per_row, lanes, lane, i, j
+                    ):
+                        score = tile[(i * pitch + j) * lanes + lane] - tile[(row * pitch + j) * lanes + lane]
+                        if score + best > gain:
+                            gain, k, left, came = score + best, row, j, room
+            if k < 0:
+                _toggle(words, per_row, lanes, lane, i, came)
+            else:
+                _toggle(words, per_row, lanes, lane, k, left)
+                _toggle(words, per_row, lanes, lane, i, left)
+                _toggle(words, per_row, lanes, lane, k, came)
+            held[i] += 1
+            held[rows + came] += 1
+
+
+@njit(nogil=True, cache=True)
+def solve_greedy(region: Region, n: int, flipped: bool, first: int, last: int, reals: Any, ints: Any) -> None:
+    """Groups ``first .. last`` of a region by the greedy; a ``flipped`` region is seen transposed."""
+    lanes = 64 // reals.itemsize
+    rows, cols = region.rows, region.cols
+    pitch, per_row = cols + 1, (cols + WORD - 1) // WORD
+    tile, keys = aligned(rows * pitch * lanes, reals), aligned(rows * cols * lanes, reals)
+    order, words = aligned(rows * cols * lanes, ints), aligned(rows * per_row * lanes, ints)
+    held = np.empty(rows + cols, np.int64)
+    places = np.empty(3 * lanes, np.int64)
+    entries = row_major(rows, cols, flipped)
+    for group in range(first, last):
+        used = place_lanes(region, group * lanes, lanes, places)
+        load_tile(region, places, tile, pitch)
+        put_in_order(tile, pitch, entries, keys, order)
+        normalise(tile, pitch, rows, cols)
+        for lane in range(used):
+            take(order, lane, lanes, entries, n, per_row, held, words)
+            complete(tile, pitch, lane, rows, cols, n, per_row, held, words)
+            for i in range(rows):
+                place, address = i * per_row * lanes + lane, places[lanes + lane] + i * region.mask_row
+                write_flags(words, place, lanes, cols, address, region.mask_col)
