@@ -1,0 +1,247 @@
+"""Writes the tables of README.md and docs/benchmarks.md from the result files.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``; nothing else is touched. With --check
+nothing is written, and the exit code is 1 if a document does not say what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable
+
+from common import RESULTS, ROOT, read_csv
+
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.S)
+
+Row = dict[str, str]
+
+
+def markdown(head: list[str], rows: Iterable[list[str]], align: str) -> str:
+    rule = ["---:" if a == "r" else "---" for a in align]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
+
+
+def source(file: str, row: Row) -> str:
+    where = f"{row['machine']}; {row['software']}; {row['date']}, commit {row['commit']}"
+    return f"\n\n<sub>`bench/results/{file}`: {where}</sub>"
+
+
+def significant(value: float, digits: int = 2) -> str:
+    """A number with so many significant digits, without an exponent."""
+    if value >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    return f"{float(f'{value:.{digits}g}'):.10f}".rstrip("0").rstrip(".")
+
+
+def percent(share: float, digits: int = 2) -> str:
+    return f"{share * 100:.{digits}f} %"
+
+
+def rounding(value: str) -> str:
+    """A number at rounding level, as a power of ten with one digit; 0 if it is not positive."""
+    return f"{float(value):.0e}" if float(value) > 0 else "0"
+
+
+def in_order(rows: Iterable[Row], key: str) -> list[str]:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+# --- the tables ---------------------------------------------------------------------------------------------
+
+
+def demo() -> str:
+    rows = read_csv(RESULTS / "demo.csv")
+    lines = [
+        [
+            row["pattern"],
+            f"{row['method']} on the same layers" if row["same_layers"] else row["method"],
+            row["layers"],
+            percent(float(row["of_ordinary"])),
+            rounding(row["below_bound"]) if row["method"] == "exact" else percent(float(row["below_bound"])),
+            significant(float(row["seconds"])),
+            f"{significant(float(row['weights_per_second']) / 1e6)} M",
+        ]
+        for row in rows
+    ]
+    head = [
+        "pattern",
+        "method",
+        "layers",
+        "of the ordinary N:M score",
+        "below the bound",
+        "seconds",
+        "weights/s",
+    ]
+    return markdown(head, lines, "llrrrrr") + source("demo.csv", rows[0])
+
+
+def speed() -> str:
+    """Microseconds per block and, in brackets, the multiple of exact's time."""
+    rows = [row for row in read_csv(RESULTS / "speed_cpu.csv") if row["distribution"] == "normal"]
+    patterns = in_order(rows, "pattern")
+    lines = []
+    for name in in_order(rows, "contender"):
+        cells = [name.replace("exact, cpu", "**exact, cpu**")]
+        for pattern in patterns:
+            (row,) = [r for r in rows if r["contender"] == name and r["pattern"] == pattern]
+            ratio = float(row["times_exact"])
+            cells.append(f"{significant(float(row['us_per_block']))} ({significant(ratio)}x)")
+        lines.append(cells)
+    return markdown(["µs per block", *patterns], lines, "lrrrr") + source("speed_cpu.csv", rows[0])
+
+
+def speed_distributions() -> str:
+    rows = [
+        row
+        for row in read_csv(RESULTS / "speed_cpu.csv")
+        if row["contender"] in ("exact, cpu", "greedy, cpu")
+    ]
+    lines = [
+        [
+            row["contender"],
+            row["pattern"],
+            row["distribution"],
+            f"{row['side']}²",
+            significant(float(row["us_per_block"])),
+            f"{significant(float(row['us_least']))} to {significant(float(row['us_most']))}",
+            significant(float(row["seconds"])),
+        ]
+        for row in sorted(rows, key=lambda row: row["contender"])
+    ]
+    head = ["method", "pattern", "scores", "matrix", "µs per block", "spread", "seconds"]
+    return markdown(head, lines, "lllrrrr") + source("speed_cpu.csv", rows[0])
+
+
+def speed_claims() -> str:
+    rows = read_csv(RESULTS / "speed_cpu_claims.csv")
+    lines = [[row["claim"], significant(float(row["reached"])), row["wanted"], row["holds"]] for row in rows]
+    return markdown(["claim", "reached", "wanted", "holds"], lines, "lrrl") + source(
+        "speed_cpu_claims.csv", rows[0]
+    )
+
+
+def quality() -> str:
+    rows = read_csv(RESULTS / "quality.csv")
+    exact = [row for row in rows if row["method"] == "exact"]
+    lines = []
+    for backend, dtype in dict.fromkeys((row["backend"], row["dtype"]) for row in exact):
+        here = [row for row in exact if (row["backend"], row["dtype"]) == (backend, dtype)]
+
+        def worst(key: str, here: list[Row] = here) -> str:
+            return rounding(max((row[key] for row in here), key=float))
+
+        blocks = sum(int(row["blocks"]) for row in here)
+        filled = sum(float(row["full_share"]) * int(row["blocks"]) for row in here) / blocks
+        lines.append(
+            [
+                backend,
+                dtype,
+                " ".join(in_order(here, "m")),
+                f"{blocks:,}",
+                percent(filled, 0),
+                worst("error_to_flow_max"),
+                f"{worst('error_to_highs_max')} ({sum(int(row['highs_blocks']) for row in here):,})",
+                worst("gap_max"),
+            ]
+        )
+    head = [
+        "backend",
+        "dtype",
+        "M",
+        "blocks",
+        "exactly N",
+        "against min-cost flow",
+        "against HiGHS (blocks)",
+        "gap",
+    ]
+    return markdown(head, lines, "lllrrrrr") + source("quality.csv", rows[0])
+
+
+def quality_approximate() -> str:
+    rows = [row for row in read_csv(RESULTS / "quality.csv") if row["method"] != "exact"]
+    lines = [
+        [
+            row["method"],
+            row["backend"],
+            f"{row['n']}:{row['m']}",
+            row["blocks"],
+            percent(float(row["error_mean"]), 4),
+            percent(float(row["error_to_flow_max"])),
+            percent(float(row["full_share"])),
+        ]
+        for row in sorted(rows, key=lambda row: (row["method"], row["backend"]))
+    ]
+    head = ["method", "backend", "pattern", "blocks", "mean loss", "largest loss", "blocks with exactly N"]
+    return markdown(head, lines, "lllrrrr") + source("quality.csv", rows[0])
+
+
+def memory() -> str:
+    rows = read_csv(RESULTS / "memory_cpu.csv")
+    lines = [
+        [
+            row["method"],
+            row["backend"],
+            row["pattern"],
+            f"{row['rows']}²",
+            significant(float(row["scores_mib"])),
+            significant(float(row["working_mib"])),
+            percent(float(row["working_share"]), 1),
+        ]
+        for row in rows
+    ]
+    head = ["method", "backend", "pattern", "matrix", "scores, MiB", "working memory, MiB", "share"]
+    return markdown(head, lines, "lllrrrr") + source("memory_cpu.csv", rows[0])
+
+
+def first_call() -> str:
+    rows = read_csv(RESULTS / "first_call.csv")
+    lines = [
+        [
+            row["method"],
+            "the first after installation" if row["cache"] == "empty" else "later ones",
+            f"{float(row['import_seconds']):.2f} s",
+            f"{float(row['first_call_seconds']):.2f} s",
+            f"{float(row['second_call_seconds']) * 1e3:.1f} ms",
+        ]
+        for row in rows
+    ]
+    head = ["call", "process", "import", "first call", "second call"]
+    return markdown(head, lines, "llrrr") + source("first_call.csv", rows[0])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "speed": speed,
+    "speed-distributions": speed_distributions,
+    "speed-claims": speed_claims,
+    "quality": quality,
+    "quality-approximate": quality_approximate,
+    "memory": memory,
+    "first-call": first_call,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="only say whether the documents are up to date")
+    arguments = parser.parse_args()
+    stale = []
+    for document in DOCUMENTS:
+        before = document.read_text(encoding="utf-8")
+        after = MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", before)
+        if after != before:
+            stale.append(document.relative_to(ROOT))
+            if not arguments.check:
+                document.write_text(after, encoding="utf-8")
+    for document in stale:
+        print(
+            f"{document}: {'differs from bench/results; run make tables' if arguments.check else 'updated'}"
+        )
+    return 1 if stale and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
