@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numba import njit
 
 from nmsolve import schedule
@@ -42,7 +41,7 @@ WINSOR, TAU_START, DEVIATION_FLOOR = schedule.WINSOR, schedule.TAU_START, schedu
 
 @njit
 def normalise(tile: Any, pitch: int, rows: int, cols: int) -> Any:
-    """Scale every block by a power of two that brings its largest magnitude into [0.5, 1); returns the scales."""
+    """Scale every block by the power of two that brings max|A| into [0.5, 1); returns the scales."""
     lanes = 64 // tile.itemsize
     largest = splat(tile.dtype.type(0))
     for i in range(rows):
@@ -118,7 +117,7 @@ def _four_rows(
     sums: Any,
     counts: Any,
 ) -> Any:
-    """Move the duals of four rows and add the rows, at the new duals, to the columns' ``sums`` and ``counts``.
+    """Move the duals of four rows and add the rows, at the new duals, to the columns' sums and counts.
 
     Returns the number of fractional entries that were seen before the step.
     """

@@ -9,8 +9,8 @@ complementary slackness of S, and flipping the path's entries removes one unit o
 The search corrects labels in rounds instead of settling one node at a time: a round relaxes every entry of
 the rows whose distance has just fallen, then of the columns, and drops what lies beyond the nearest sink
 found so far. A line costs one gather from the tile and a handful of instructions, with no search for
-the nearest node in between, and most paths need two or three rounds. Costs are not negative even after rounding,
-so distances only fall and the search ends with the shortest ones.
+the nearest node in between, and most paths need two or three rounds. Costs are not negative even after
+rounding, so distances only fall and the search ends with the shortest ones.
 
 With fewer rows than columns one slack row of score 0 takes what the columns may leave: its entries are
 counts without a limit, always free, and kept while positive. Then every line has one exact target.
@@ -87,7 +87,7 @@ def augment(
     integers: Any,
     active: Any,
 ) -> int:
-    """Balance the block in ``lane``: correct its duals and the words of its mask; returns the number of paths.
+    """Balance the block in ``lane``: correct its duals and its mask's words; returns the number of paths.
 
     ``row_excess`` and ``col_excess`` say, lane by lane, how many entries a line holds beyond its target.
     ``numbers``, ``integers`` and ``active`` are scratch; the tile's row ``rows`` is zero (the slack row).

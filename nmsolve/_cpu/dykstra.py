@@ -1,8 +1,10 @@
 """Method "tsenor" (arXiv 2505.23949): Dykstra's projections in float64 lanes, then the greedy of its plan.
 
-With K = exp(tau A / max|A|) the plan before the clip stays of rank one times K: ``P = K x y``, ``S = min(P, 1)``.
-An iteration scales S's rows to their target, ``x_i *= a / sum_j S_ij``, then the columns of the scaled plan;
-x and y are the whole state. The rows of K are divided by their largest entry first, which x absorbs.
+With K = exp(tau A / max|A|) the plan before the clip stays K times a matrix of rank one,
+``P_ij = K_ij x_i y_j``, and ``S = min(P, 1)``. An iteration scales S's rows to their target,
+``x_i *= a / sum_j S_ij``, then the columns of the scaled plan; x and y are the whole state. The rows of K are
+divided by their largest entry first, which x absorbs. The greedy goes by the order of P, which also ranks the
+entries that S holds at 1.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.typing import signature
 from numba.core.typing.templates import AbstractTemplate, infer_global
-from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba.extending import intrinsic as numba_intrinsic
+from numba.extending import lower_builtin, models, register_model
 
 __all__ = [
     "BFLOAT16",
@@ -61,6 +62,9 @@ WIDTH = 64
 
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = range(4)
 """What lies at an address of scores. ``FLOAT64`` is read into float64 lanes only, the others into either."""
+
+# An intrinsic is called without the typing context that its definition takes: not for a type checker.
+intrinsic: Any = numba_intrinsic
 
 _ORDERED = ("nnan", "nsz")
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
@@ -357,7 +361,7 @@ def smallest(typingctx: Any, a: Any) -> Any:
 
 @intrinsic
 def power_of_two_scale(typingctx: Any, a: Any) -> Any:
-    """The power of two that brings ``a >= 0`` into [0.5, 1), as far as it and its inverse are normal numbers."""
+    """The power of two that brings ``a >= 0`` into [0.5, 1), within the normal numbers."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         integers = _vector(context, _integers(a))
@@ -425,7 +429,7 @@ def _block_loader(count: int) -> Any:
     def function(
         typingctx: Any, encoding: Any, bases: Any, offset: Any, tile: Any, index: Any, step: Any
     ) -> Any:
-        """``tile[index + k * step + lane]`` = score k after ``bases[lane] + offset`` (bytes), 0 <= k < count."""
+        """``tile[index + k * step + lane]`` = score k from byte ``bases[lane] + offset``, 0 <= k < count."""
 
         def transposed(context: Any, builder: Any, sig: Any, args: Any, encoding: int) -> None:
             lanes = _lanes(tile.dtype).count

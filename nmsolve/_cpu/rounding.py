@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from nmsolve._cpu.ascent import normalise
-from nmsolve._cpu.lanes import load, select, splat, store
+from nmsolve._cpu.lanes import load, maximum, minimum, select, splat, store, trailing_zeros
 from nmsolve._cpu.tiles import WORD, Region, aligned, load_tile, place_lanes, write_flags
 
 __all__ = ["complete", "put_in_order", "row_major", "solve_greedy", "take"]
@@ -39,6 +39,7 @@ def put_in_order(tile: Any, pitch: int, entries: Any, keys: Any, order: Any) -> 
     for e in range(size):
         store(keys, e * lanes, load(tile, (entries[0, e] * pitch + entries[1, e]) * lanes))
         store(order, e * lanes, splat(integer(e)))
+    none = splat(integer(0))
     run = 1
     while run < size:
         gap = run
@@ -50,10 +51,11 @@ def put_in_order(tile: Any, pitch: int, entries: Any, keys: Any, order: Any) -> 
                         a, b = load(keys, low * lanes), load(keys, high * lanes)
                         p, q = load(order, low * lanes), load(order, high * lanes)
                         behind = (a < b) | ((a == b) & (p > q))
-                        store(keys, low * lanes, select(behind, b, a))
-                        store(keys, high * lanes, select(behind, a, b))
-                        store(order, low * lanes, select(behind, q, p))
-                        store(order, high * lanes, select(behind, p, q))
+                        change = select(behind, p ^ q, none)
+                        store(keys, low * lanes, maximum(a, b))
+                        store(keys, high * lanes, minimum(a, b))
+                        store(order, low * lanes, p ^ change)
+                        store(order, high * lanes, q ^ change)
             gap //= 2
         run *= 2
 
@@ -81,13 +83,15 @@ def take(
 
 
 @njit
-def _is_kept(words: Any, per_row: int, lanes: int, lane: int, i: int, j: int) -> bool:
-    return (np.int64(words[(i * per_row + j // WORD) * lanes + lane]) >> (j % WORD)) & 1 != 0
+def _toggle(words: Any, per_row: int, lanes: int, lane: int, i: int, j: int) -> None:
+    words[(i * per_row + j // WORD) * lanes + lane] ^= words.dtype.type(1 << (j % WORD))
 
 
 @njit
-def _toggle(words: Any, per_row: int, lanes: int, lane: int, i: int, j: int) -> None:
-    words[(i * per_row + j // WORD) * lanes + lane] ^= words.dtype.type(1 << (j % WORD))
+def _free_room(words: Any, per_row: int, lanes: int, lane: int, i: int, j: int, n: int, held: Any) -> bool:
+    """Whether entry (i, j) is free and its column has room; the columns' counts start at ``held[0]``."""
+    word = np.int64(words[(i * per_row + j // WORD) * lanes + lane])
+    return held[j] < n and (word >> (j % WORD)) & 1 == 0
 
 
 @njit
@@ -102,33 +106,37 @@ def complete(
     """
     lanes = 64 // tile.itemsize
     target = min(n, cols)
+    lowest = tile.dtype.type(-np.inf)
+    in_col = held[rows:]
     for i in range(rows):
+        line = i * pitch * lanes + lane
         while held[i] < target:
-            gain = tile.dtype.type(-np.inf)
-            k, left, came = -1, -1, -1
+            gain, k, left, came = lowest, -1, -1, -1
+            first, last = cols, 0
             for j in range(cols):
-                score = tile[(i * pitch + j) * lanes + lane]
-                if held[rows + j] < n and not _is_kept(words, per_row, lanes, lane, i, j) and score > gain:
-                    gain, came = score, j
+                if in_col[j] < n:
+                    first, last = min(first, j), j + 1
+                    score = tile[line + j * lanes]
+                    if score > gain and _free_room(words, per_row, lanes, lane, i, j, n, in_col):
+                        gain, came = score, j
             for row in range(rows):
-                room, best = -1, tile.dtype.type(-np.inf)
-                for j in range(cols):
-                    score = tile[(row * pitch + j) * lanes + lane]
-                    if (
-                        held[rows + j] < n
-                        and score > best
-                        and not _is_kept(words, per_row, lanes, lane, row, j)
-                    ):
+                other = row * pitch * lanes + lane
+                room, best = -1, lowest
+                for j in range(first, last):
+                    score = tile[other + j * lanes]
+                    if score > best and _free_room(words, per_row, lanes, lane, row, j, n, in_col):
                         room, best = j, score
-                if room < 0 or row == i:
+                if room < 0:
                     continue
-                for j in range(cols):
-                    if _is_kept(words, per_row, lanes, lane, row, j) and not _is_kept(
-                        words, per_row, lanes, lane, i, j
-                    ):
-                        score = tile[(i * pitch + j) * lanes + lane] - tile[(row * pitch + j) * lanes + lane]
-                        if score + best > gain:
-                            gain, k, left, came = score + best, row, j, room
+                for w in range(per_row):
+                    mine = np.int64(words[(i * per_row + w) * lanes + lane])
+                    movable = np.int64(words[(row * per_row + w) * lanes + lane]) & ~mine & 0xFFFFFFFF
+                    while movable != 0:
+                        j = w * WORD + trailing_zeros(movable)
+                        movable &= movable - 1
+                        change = (tile[line + j * lanes] - tile[other + j * lanes]) + best
+                        if change > gain:
+                            gain, k, left, came = change, row, j, room
             if k < 0:
                 _toggle(words, per_row, lanes, lane, i, came)
             else:
@@ -136,7 +144,7 @@ def complete(
                 _toggle(words, per_row, lanes, lane, i, left)
                 _toggle(words, per_row, lanes, lane, k, came)
             held[i] += 1
-            held[rows + came] += 1
+            in_col[came] += 1
 
 
 @njit(nogil=True, cache=True)

@@ -89,7 +89,7 @@ class Region(NamedTuple):
 
 @njit
 def aligned(count: int, like: Any) -> Any:
-    """Uninitialised scratch of ``count`` numbers of the type of the array ``like``, at a multiple of 64 bytes."""
+    """Uninitialised scratch for ``count`` numbers of the type of the array ``like``, on a cache line."""
     lanes = 64 // like.itemsize
     room = np.empty(count + lanes, like.dtype)
     skip = (-(room.ctypes.data // like.itemsize)) % lanes
