@@ -11,7 +11,7 @@ from nmsolve.errors import BackendError, NMSolveError
 from nmsolve.pattern import NMPattern
 
 if TYPE_CHECKING:
-    from nmsolve.masks import check_mask, nm_mask, solve_blocks, transposable_mask
+    from nmsolve.masks import check_mask, nm_mask, solve_blocks, transposable_mask, transposable_masks
     from nmsolve.packed import load_masks, save_masks
     from nmsolve.solution import BlockSolution, dual_bound, kept_score
 
@@ -31,10 +31,11 @@ __all__ = [
     "save_masks",
     "solve_blocks",
     "transposable_mask",
+    "transposable_masks",
 ]
 
 _MODULES = {
-    "nmsolve.masks": ("check_mask", "nm_mask", "solve_blocks", "transposable_mask"),
+    "nmsolve.masks": ("check_mask", "nm_mask", "solve_blocks", "transposable_mask", "transposable_masks"),
     "nmsolve.packed": ("load_masks", "save_masks"),
     "nmsolve.solution": ("BlockSolution", "dual_bound", "kept_score"),
 }

@@ -2,14 +2,15 @@
 
 A backend is a module with the four functions ``exact``, ``greedy``, ``tsenor`` and ``ordinary`` on
 ``(batch, rows, cols)`` scores, and ``why_not(device)``. It is imported when it is first needed, so that
-``import nmsolve`` needs neither triton nor numba.
+``import nmsolve`` needs neither triton nor numba. One that can solve many matrices at once also has
+``exact_group`` (:class:`GroupBackend`).
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from nmsolve.errors import BackendError, NMSolveError
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import BlockResult
 
-__all__ = ["BACKENDS", "Backend", "backend_reasons", "select"]
+__all__ = ["BACKENDS", "Backend", "GroupBackend", "backend_reasons", "check_backend", "select"]
 
 BACKENDS = ("triton", "cpu", "torch")
 
@@ -53,6 +54,20 @@ class Backend(Protocol):
         """N:M masks along the last dimension."""
 
 
+@runtime_checkable
+class GroupBackend(Backend, Protocol):
+    """A backend that solves matrices of different sizes at once."""
+
+    def exact_group(
+        self, scores: list[Tensor], pattern: NMPattern, *, warm: None, want_solution: bool
+    ) -> list[BlockResult]:
+        """What ``exact`` returns for each of the tensors, in their order.
+
+        They are ``(batch, rows, cols)``, finite and not empty, of any sizes and strides, but of one dtype
+        and on one device. The masks and duals are those of ``exact`` bit for bit.
+        """
+
+
 def _reason(name: str, device: torch.device) -> str | None:
     if name in _NEEDS:
         package, remedy = _NEEDS[name]
@@ -76,6 +91,12 @@ def backend_reasons(device: torch.device | str) -> dict[str, str | None]:
     return {name: _reason(name, torch.device(device)) for name in BACKENDS}
 
 
+def check_backend(backend: str) -> None:
+    """Raise unless ``backend`` is a name that :func:`select` knows."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise NMSolveError(f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
 def select(backend: str, device: torch.device, m: int) -> Backend:
     """The backend that runs blocks of size ``m`` on ``device``.
 
@@ -89,12 +110,11 @@ def select(backend: str, device: torch.device, m: int) -> Backend:
     BackendError
         If a backend asked for by name cannot run, with the reason.
     """
+    check_backend(backend)
     if backend == "auto":
         first = "cpu" if device.type == "cpu" else "triton"
         fits = first == "cpu" or m <= TRITON_MAX_M
         return _load(first if fits and _reason(first, device) is None else "torch")
-    if backend not in BACKENDS:
-        raise NMSolveError(f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
     reason = _reason(backend, device)
     if reason is None and backend == "triton" and m > TRITON_MAX_M:
         reason = f"blocks of m={m} do not fit its registers (at most {TRITON_MAX_M}); use backend='torch'"

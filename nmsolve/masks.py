@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from nmsolve.blocks import batched_matrices, demand, grid_of, split_blocks
-from nmsolve.dispatch import Backend, select
+from nmsolve import ops
+from nmsolve.dispatch import check_backend
+from nmsolve.distributed import agree, layout_of, local, run, whole
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
-from nmsolve.solution import BlockResult, BlockSolution, kept_score
+from nmsolve.solution import BlockSolution
 from nmsolve.validation import (
     WarmStart,
+    check_dim,
     check_duals,
-    check_finite,
     check_scores,
     describe,
     dual_pair,
+    mask_violation,
     tsenor_options,
 )
 
-__all__ = ["check_mask", "nm_mask", "solve_blocks", "transposable_mask"]
+__all__ = ["check_mask", "nm_mask", "solve_blocks", "transposable_mask", "transposable_masks"]
+
+# The dimensions that a transposable mask's blocks tile.
+_TILED = (-2, -1)
 
 
 @overload
@@ -115,25 +121,105 @@ def transposable_mask(
     """
     pattern = NMPattern(n, m)
     check_scores(scores)
+    check_backend(backend)
     iterations, tau = tsenor_options(method, iterations, tau)
     if warm_start is not None and method != "exact":
         raise NMSolveError(f"warm_start: only method 'exact' starts from duals, got method {method!r}")
-    warm = None if warm_start is None else check_duals(warm_start, scores, pattern)
-    runner = select(backend, scores.device, pattern.m)
-    smallest = check_finite(scores)
-
-    scores = scores.detach()
-    if method == "exact":
-        result = _exact(runner, scores, pattern, warm, return_solution)
-        mask = result.mask
-    else:
-        mask = _approximate(runner, scores, pattern, method, iterations, tau)
-        result = _exact(runner, scores, pattern, None, True) if return_solution else BlockResult(mask)
+    layout = layout_of(scores, pattern.m, _TILED)
+    u = v = None
+    if warm_start is not None:
+        u, v = (local(duals) for duals in check_duals(warm_start, scores, pattern, layout))
+    options = (pattern.n, pattern.m, method, backend, iterations, tau)
     if not return_solution:
-        return mask
-    if method == "exact" and smallest >= 0:
-        return _solution(result, mask, result.objective, result.objective)
-    return _solution(result, mask, *kept_score(scores, mask, pattern))
+        mask = run(ops.transposable_mask, [layout], local(scores), u, v, *options)
+        return whole(layout, [mask], [scores.shape])[0]
+    parts = run(ops.transposable_solution, [layout], local(scores), u, v, *options)
+    return BlockSolution(*whole(layout, parts, ops.solution_shapes(scores.shape, pattern.m)))
+
+
+@overload
+def transposable_masks(
+    scores: Sequence[Tensor],
+    n: int,
+    m: int,
+    *,
+    method: str = ...,
+    backend: str = ...,
+    return_solution: Literal[False] = False,
+) -> list[Tensor]: ...
+@overload
+def transposable_masks(
+    scores: Sequence[Tensor],
+    n: int,
+    m: int,
+    *,
+    method: str = ...,
+    backend: str = ...,
+    return_solution: Literal[True],
+) -> list[BlockSolution]: ...
+def transposable_masks(
+    scores: Sequence[Tensor],
+    n: int,
+    m: int,
+    *,
+    method: str = "exact",
+    backend: str = "auto",
+    return_solution: bool = False,
+) -> list[Tensor] | list[BlockSolution]:
+    """The transposable masks of several tensors, such as all layers of a model or all experts of a layer.
+
+    Each is the mask that :func:`transposable_mask` gives. On a GPU the exact method takes one launch for all
+    tensors of a dtype and device, which pays for many small ones. Everything is checked before any work.
+
+    Parameters
+    ----------
+    scores : list or tuple of Tensor
+        Each ``(..., rows, cols)``, of any size, dtype and device that :func:`transposable_mask` takes.
+    n, m, method, backend, return_solution
+        As in :func:`transposable_mask`, for all tensors; "auto" chooses a backend for each.
+
+    Returns
+    -------
+    list of Tensor or list of BlockSolution
+        One per tensor, in their order.
+
+    Raises
+    ------
+    NMSolveError
+        If an argument is not as described; the message says which tensor, such as ``scores[3]``.
+    BackendError
+        If the backend asked for cannot run one of them here.
+
+    Examples
+    --------
+    >>> masks = transposable_masks([torch.rand(8, 16), torch.rand(3, 4, 4)], 2, 4)
+    >>> [mask.float().mean().item() for mask in masks]
+    [0.5, 0.5]
+    """
+    pattern = NMPattern(n, m)
+    if not isinstance(scores, list | tuple):
+        raise NMSolveError(f"scores: expected a list or tuple of tensors, got {describe(scores)}")
+    for i, matrix in enumerate(scores):
+        check_scores(matrix, name=f"scores[{i}]")
+    check_backend(backend)
+    options = (pattern.n, pattern.m, method, backend, *tsenor_options(method, None, None))
+    layouts = [layout_of(matrix, pattern.m, _TILED, f"scores[{i}]") for i, matrix in enumerate(scores)]
+    if not scores:
+        return []
+    matrices = [local(matrix) for matrix in scores]
+    if not return_solution:
+        masks = run(ops.transposable_masks, layouts, matrices, *options)
+        return [
+            whole(layout, [mask], [matrix.shape])[0]
+            for layout, mask, matrix in zip(layouts, masks, scores, strict=True)
+        ]
+    parts = run(ops.transposable_solutions, layouts, matrices, *options)
+    solutions = []
+    for i, (layout, matrix) in enumerate(zip(layouts, scores, strict=True)):
+        shapes = ops.solution_shapes(matrix.shape, pattern.m)
+        own = parts[i * len(shapes) : (i + 1) * len(shapes)]
+        solutions.append(BlockSolution(*whole(layout, own, shapes)))
+    return solutions
 
 
 def solve_blocks(
@@ -238,15 +324,11 @@ def nm_mask(scores: Tensor, n: int, m: int, dim: int = -1, *, backend: str = "au
     """
     pattern = NMPattern(n, m)
     check_scores(scores, rank=1)
-    if not isinstance(dim, int) or not -scores.ndim <= dim < scores.ndim:
-        raise NMSolveError(f"dim: expected an integer in [-{scores.ndim}, {scores.ndim}), got {dim!r}")
-    runner = select(backend, scores.device, pattern.m)
-    check_finite(scores)
-    if scores.numel() == 0:
-        return torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    lines = torch.atleast_2d(scores.detach().movedim(dim, -1))
-    parts = [runner.ordinary(part, pattern) for (part,) in batched_matrices(lines)]
-    return _joined(parts, lines.shape[:-2]).view(scores.movedim(dim, -1).shape).movedim(-1, dim)
+    dim = check_dim(dim, scores)
+    check_backend(backend)
+    layout = layout_of(scores, pattern.m, [dim])
+    mask = run(ops.nm_mask, [layout], local(scores), pattern.n, pattern.m, dim, backend)
+    return whole(layout, [mask], [scores.shape], inner=dim)[0]
 
 
 def check_mask(mask: Tensor, n: int, m: int, *, transposable: bool = True, dim: int = -1) -> None:
@@ -282,112 +364,12 @@ def check_mask(mask: Tensor, n: int, m: int, *, transposable: bool = True, dim: 
         raise NMSolveError(
             f"mask: expected a bool tensor of at least {rank} dimensions, got {describe(mask)}"
         )
-    if transposable:
-        _check_transposable(mask, pattern)
-        return
-    if not isinstance(dim, int) or not -mask.ndim <= dim < mask.ndim:
-        raise NMSolveError(f"dim: expected an integer in [-{mask.ndim}, {mask.ndim}), got {dim!r}")
-    lines = mask.movedim(dim, -1)
-    size = lines.shape[-1]
-    full = size // pattern.m * pattern.m
-    for start, stop, width in ((0, full, pattern.m), (full, size, size - full)):
-        if stop == start:
-            continue
-        held = lines[..., start:stop].unflatten(-1, (-1, width)).sum(-1, dtype=torch.int32)
-        count = min(pattern.n, width)
-        wrong = (held != count).nonzero()
-        if len(wrong):
-            *line, group = at = wrong[0].tolist()
-            raise NMSolveError(
-                f"mask: line {tuple(line)}, group {start // pattern.m + group} along dim {dim} keeps "
-                f"{int(held[tuple(at)])} of {width} entries, expected {count} (pattern {pattern})"
-            )
-
-
-def _check_transposable(mask: Tensor, pattern: NMPattern) -> None:
-    """Counts of every block's rows and columns, region by region of equal block shape."""
-    grid = grid_of(mask, pattern)
-    for rows, cols, r, c in grid.regions():
-        blocks = split_blocks(mask[..., rows, cols], r, c)
-        need = demand(r, c, pattern.n)
-        origin = (rows.start // pattern.m, cols.start // pattern.m)
-        for name, dim, count, at_most in (
-            ("row", -1, need.row, r > c),
-            ("column", -2, need.col, r < c),
-        ):
-            held = blocks.sum(dim, dtype=torch.int32)
-            wrong = held > count if at_most else held != count
-            if wrong.any():
-                *batch, i, j, line = at = wrong.nonzero()[0].tolist()
-                block = (*batch, origin[0] + i, origin[1] + j)
-                raise NMSolveError(
-                    f"mask: block {block}, {name} {line} keeps {int(held[tuple(at)])} of "
-                    f"{blocks.shape[dim]} entries, expected {'at most ' if at_most else ''}{count} "
-                    f"(pattern {pattern})"
-                )
-
-
-# --- running a backend on leading dimensions ----------------------------------------------------------------
-
-
-def _joined(parts: list[Tensor], lead: torch.Size) -> Tensor:
-    """The parts of :func:`batched_matrices` as one tensor with the leading dimensions back."""
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return whole.view(*lead, *whole.shape[1:])
-
-
-def _exact(
-    runner: Backend,
-    scores: Tensor,
-    pattern: NMPattern,
-    warm: tuple[Tensor, Tensor] | None,
-    want_solution: bool,
-) -> BlockResult:
-    if scores.numel() == 0:
-        return _empty_result(scores, pattern, want_solution)
-    parts = [
-        runner.exact(part, pattern, warm=(duals[0], duals[1]) if duals else None, want_solution=want_solution)
-        for part, *duals in batched_matrices(scores, *(warm or ()))
-    ]
-    fields = zip(*(part if want_solution else part[:1] for part in parts), strict=True)
-    return BlockResult(*(_joined(list(field), scores.shape[:-2]) for field in fields))
-
-
-def _solution(
-    result: BlockResult, mask: Tensor, objective: Tensor | None, scale: Tensor | None
-) -> BlockSolution:
-    """``mask`` with the duals and bound of a result that was asked to carry a solution."""
-    _, u, v, _, bound = result
-    assert u is not None
-    assert v is not None
-    assert bound is not None
-    assert objective is not None
-    assert scale is not None
-    return BlockSolution(mask, u, v, objective, bound, scale)
-
-
-def _approximate(
-    runner: Backend, scores: Tensor, pattern: NMPattern, method: str, iterations: int, tau: float
-) -> Tensor:
-    if scores.numel() == 0:
-        return _empty_result(scores, pattern, False).mask
-    parts = []
-    for (part,) in batched_matrices(scores):
-        if method == "greedy":
-            parts.append(runner.greedy(part, pattern))
-        else:
-            parts.append(runner.tsenor(part, pattern, iterations=iterations, tau=tau))
-    return _joined(parts, scores.shape[:-2])
-
-
-def _empty_result(scores: Tensor, pattern: NMPattern, want_solution: bool) -> BlockResult:
-    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    if not want_solution:
-        return BlockResult(mask)
-    grid = grid_of(scores, pattern)
-    blocks = (*scores.shape[:-2], grid.block_rows, grid.block_cols)
-    duals = torch.zeros(
-        *blocks, pattern.m, dtype=torch.promote_types(scores.dtype, torch.float32), device=scores.device
-    )
-    zeros = torch.zeros(blocks, dtype=torch.float64, device=scores.device)
-    return BlockResult(mask, duals, duals.clone(), zeros, zeros.clone())
+    dim = -1 if transposable else check_dim(dim, mask)
+    layout = layout_of(mask, pattern.m, _TILED if transposable else [dim], "mask")
+    violation = mask_violation(local(mask), pattern, None if transposable else dim)
+    if layout is not None:
+        if violation is not None:
+            violation += f", in the shard {layout.mesh.get_coordinate()} of the mesh"
+        violation = agree(layout, violation)
+    if violation is not None:
+        raise NMSolveError(f"mask: {violation}")

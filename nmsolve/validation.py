@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from nmsolve.blocks import grid_of
+from nmsolve.blocks import demand, grid_of, split_blocks
+from nmsolve.distributed import Layout, is_dtensor
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import BlockSolution
@@ -17,11 +18,14 @@ from nmsolve.solution import BlockSolution
 __all__ = [
     "METHODS",
     "WarmStart",
+    "check_dim",
     "check_duals",
     "check_finite",
+    "check_finite_duals",
     "check_scores",
     "describe",
     "dual_pair",
+    "mask_violation",
     "tsenor_options",
 ]
 
@@ -43,22 +47,22 @@ def describe(value: object) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def check_scores(scores: object, rank: int = 2) -> None:
+def check_scores(scores: object, rank: int = 2, name: str = "scores") -> None:
     if not isinstance(scores, Tensor):
-        raise NMSolveError(f"scores: expected a torch.Tensor, got {type(scores).__name__}")
+        raise NMSolveError(f"{name}: expected a torch.Tensor, got {type(scores).__name__}")
     if scores.layout != torch.strided or scores.device.type == "meta":
         raise NMSolveError(
-            f"scores: expected a dense tensor with data, got {scores.layout} on device {scores.device}"
+            f"{name}: expected a dense tensor with data, got {scores.layout} on device {scores.device}"
         )
     if scores.dtype not in _DTYPES:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise NMSolveError(f"scores: expected dtype {expected}, got {describe(scores)}")
+        raise NMSolveError(f"{name}: expected dtype {expected}, got {describe(scores)}")
     if scores.ndim < rank:
         shape = "(..., rows, cols)" if rank == 2 else "at least one dimension"
-        raise NMSolveError(f"scores: expected {shape}, got {describe(scores)}")
+        raise NMSolveError(f"{name}: expected {shape}, got {describe(scores)}")
 
 
-def check_finite(scores: Tensor) -> float:
+def check_finite(scores: Tensor, name: str = "scores") -> float:
     """The smallest score (inf if there is none); raises if any is NaN or infinite.
 
     On the CPU it works in pieces, so that no temporary of the matrix's size is made.
@@ -69,7 +73,7 @@ def check_finite(scores: Tensor) -> float:
     for _, piece in _pieces(ordered, _CHUNK if scores.device.type == "cpu" else scores.numel()):
         low, high = (float(end) for end in piece.aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
-            _raise_not_finite(scores)
+            _raise_not_finite(scores, name)
         smallest = min(smallest, low)
     return smallest
 
@@ -87,7 +91,7 @@ def _pieces(tensor: Tensor, limit: int, at: tuple[int, ...] = ()) -> Iterator[tu
             yield (*at, start, *[0] * (part.ndim - 1)), part
 
 
-def _raise_not_finite(scores: Tensor) -> NoReturn:
+def _raise_not_finite(scores: Tensor, name: str) -> NoReturn:
     count, first = 0, None
     for origin, piece in _pieces(scores, _CHUNK):
         bad = ~torch.isfinite(piece)
@@ -99,7 +103,7 @@ def _raise_not_finite(scores: Tensor) -> NoReturn:
         count += found
     assert first is not None
     raise NMSolveError(
-        f"scores: expected finite values, got {count} NaN or infinite of {scores.numel()}, "
+        f"{name}: expected finite values, got {count} NaN or infinite of {scores.numel()}, "
         f"the first {float(scores[first])} at {first}"
     )
 
@@ -135,7 +139,9 @@ def dual_pair(warm_start: WarmStart) -> tuple[Tensor, Tensor]:
     )
 
 
-def check_duals(warm_start: WarmStart, scores: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:
+def check_duals(
+    warm_start: WarmStart, scores: Tensor, pattern: NMPattern, layout: Layout | None
+) -> tuple[Tensor, Tensor]:
     grid = grid_of(scores, pattern)
     shape = (*scores.shape[:-2], grid.block_rows, grid.block_cols, pattern.m)
     u, v = dual_pair(warm_start)
@@ -145,6 +151,73 @@ def check_duals(warm_start: WarmStart, scores: Tensor, pattern: NMPattern) -> tu
                 f"warm_start: expected {name} of shape {shape} on {scores.device}, "
                 f"got {describe(duals)} on {duals.device}"
             )
-        if not torch.isfinite(duals).all():
+        own = (duals.device_mesh, tuple(duals.placements)) if is_dtensor(duals) else None
+        if own != (layout and (layout.mesh, layout.placements)):
+            raise NMSolveError(
+                f"warm_start: expected {name} to be spread like the scores "
+                f"({layout or 'not a DTensor'}), got {own or 'not a DTensor'}"
+            )
+    return u, v
+
+
+def check_finite_duals(duals: Sequence[Tensor]) -> None:
+    """Raise unless ``(row_duals, col_duals)`` are finite."""
+    for name, values in zip(("row_duals", "col_duals"), duals, strict=False):
+        if not torch.isfinite(values).all():
             raise NMSolveError(f"warm_start: expected finite {name}, got NaN or infinite ones")
-    return u.detach(), v.detach()
+
+
+def check_dim(dim: object, tensor: Tensor) -> int:
+    """``dim``, counted from the last dimension (-1)."""
+    if not isinstance(dim, int) or not -tensor.ndim <= dim < tensor.ndim:
+        raise NMSolveError(f"dim: expected an integer in [-{tensor.ndim}, {tensor.ndim}), got {dim!r}")
+    return dim % tensor.ndim - tensor.ndim
+
+
+def mask_violation(mask: Tensor, pattern: NMPattern, dim: int | None) -> str | None:
+    """The first line of a bool mask that does not hold what it should, in words; None if there is none.
+
+    Groups lie along ``dim``; with None, the mask is transposable.
+    """
+    return _blocks_violation(mask, pattern) if dim is None else _groups_violation(mask, pattern, dim)
+
+
+def _groups_violation(mask: Tensor, pattern: NMPattern, dim: int) -> str | None:
+    lines = mask.movedim(dim, -1)
+    size = lines.shape[-1]
+    full = size // pattern.m * pattern.m
+    for start, stop, width in ((0, full, pattern.m), (full, size, size - full)):
+        if stop == start:
+            continue
+        held = lines[..., start:stop].unflatten(-1, (-1, width)).sum(-1, dtype=torch.int32)
+        count = min(pattern.n, width)
+        wrong = (held != count).nonzero()
+        if len(wrong):
+            *line, group = at = wrong[0].tolist()
+            return (
+                f"line {tuple(line)}, group {start // pattern.m + group} along dim {dim} keeps "
+                f"{int(held[tuple(at)])} of {width} entries, expected {count} (pattern {pattern})"
+            )
+    return None
+
+
+def _blocks_violation(mask: Tensor, pattern: NMPattern) -> str | None:
+    """Counts of every block's rows and columns, region by region of equal block shape."""
+    for rows, cols, r, c in grid_of(mask, pattern).regions():
+        blocks = split_blocks(mask[..., rows, cols], r, c)
+        need = demand(r, c, pattern.n)
+        origin = (rows.start // pattern.m, cols.start // pattern.m)
+        for name, dim, count, at_most in (
+            ("row", -1, need.row, r > c),
+            ("column", -2, need.col, r < c),
+        ):
+            held = blocks.sum(dim, dtype=torch.int32)
+            wrong = held > count if at_most else held != count
+            if wrong.any():
+                *batch, i, j, line = at = wrong.nonzero()[0].tolist()
+                block = (*batch, origin[0] + i, origin[1] + j)
+                return (
+                    f"block {block}, {name} {line} keeps {int(held[tuple(at)])} of {blocks.shape[dim]} "
+                    f"entries, expected {'at most ' if at_most else ''}{count} (pattern {pattern})"
+                )
+    return None

@@ -1,0 +1,220 @@
+"""DTensors: matrices spread over several processes, solved shard by shard without communication.
+
+A shard can be solved alone where it consists of whole blocks: where the borders between shards fall on
+multiples of m along every dimension that is tiled. Which process holds which indices follows from the global
+shape, the mesh and the placements, so every process decides alone and they all decide the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from nmsolve.errors import NMSolveError
+
+__all__ = ["Layout", "agree", "is_dtensor", "layout_of", "local", "run", "whole"]
+
+# Consecutive global indices [start, stop) of one dimension.
+Run = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a DTensor's shards lie: its mesh, and one placement per mesh dimension."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+
+
+def is_dtensor(value: object) -> TypeGuard[Any]:
+    """Whether ``value`` is a DTensor; does not import them, for who has one has imported them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def layout_of(tensor: Tensor, m: int, tiled: Sequence[int], name: str = "scores") -> Layout | None:
+    """The layout of a DTensor whose shards hold whole groups of m along the ``tiled`` dimensions.
+
+    None for an ordinary tensor.
+
+    Raises
+    ------
+    NMSolveError
+        If a placement is partial, or a border between shards falls inside a group.
+    """
+    if not is_dtensor(tensor):
+        return None
+    mesh, placements = tensor.device_mesh, tuple(tensor.placements)
+    for mesh_dim, placement in enumerate(placements):
+        if placement.is_partial() or not (placement.is_replicate() or hasattr(placement, "dim")):
+            raise NMSolveError(
+                f"{name}: expected a sharded or replicated DTensor, got {placement!r} on "
+                f"{_mesh_dim(mesh, mesh_dim)}; {name}.redistribute(placements=...) sums it up first"
+            )
+    dims = [dim % tensor.ndim for dim in tiled]
+    sizes = [mesh.size(mesh_dim) for mesh_dim in range(len(placements))]
+    fault = _fault(tensor.shape, sizes, placements, m, dims)
+    if fault is not None:
+        dim, mesh_dim, border = fault
+        remedy = _remedy(tensor.shape, sizes, placements, m, dims, mesh_dim)
+        raise NMSolveError(
+            f"{name}: dimension {dim} of size {tensor.shape[dim]} is sharded over "
+            f"{_mesh_dim(mesh, mesh_dim)} of size {sizes[mesh_dim]} with a border at {border}, "
+            f"which is not a multiple of m={m}; {name}.redistribute(placements={remedy}) would do"
+        )
+    return Layout(mesh, placements)
+
+
+def _mesh_dim(mesh: Any, mesh_dim: int) -> str:
+    names = mesh.mesh_dim_names
+    return f"mesh dimension {mesh_dim}" + (f" ({names[mesh_dim]!r})" if names else "")
+
+
+# --- which indices a process holds --------------------------------------------------------------------------
+
+
+def _fault(
+    shape: Sequence[int], sizes: Sequence[int], placements: Sequence[Any], m: int, dims: Sequence[int]
+) -> tuple[int, int, int] | None:
+    """The first tensor dimension, mesh dimension and index where a border between shards splits a group."""
+    for dim in dims:
+        shards: list[list[Run]] = [[(0, shape[dim])]]
+        for mesh_dim, placement in enumerate(placements):
+            if getattr(placement, "dim", None) != dim:
+                continue
+            factor = getattr(placement, "split_factor", 1)
+            shards = [part for runs in shards for part in _split(runs, sizes[mesh_dim], factor)]
+            for runs in shards:
+                for border in (end for run in runs for end in run):
+                    if border % m and border != shape[dim]:
+                        return dim, mesh_dim, border
+    return None
+
+
+def _split(runs: list[Run], count: int, factor: int) -> list[list[Run]]:
+    """The shards of a placement over ``count`` processes.
+
+    ``Shard`` (factor 1) cuts like ``torch.chunk``. ``_StridedShard``, which FSDP2 makes over tensor parallel
+    shards, cuts into ``factor`` chunks, each of them into ``count``, and gives process i the i-th of each.
+    """
+    chunks = [_chunk(part, count) for part in _chunk(runs, factor)]
+    return [_joined([run for parts in chunks for run in parts[i]]) for i in range(count)]
+
+
+def _chunk(runs: list[Run], count: int) -> list[list[Run]]:
+    step = -(-sum(stop - start for start, stop in runs) // count)
+    chunks = []
+    for low in range(0, step * count, step) if step else [0] * count:
+        part, before = [], 0
+        for start, stop in runs:
+            first, last = max(start, start + low - before), min(stop, start + low + step - before)
+            if first < last:
+                part.append((first, last))
+            before += stop - start
+        chunks.append(part)
+    return chunks
+
+
+def _joined(runs: list[Run]) -> list[Run]:
+    joined: list[Run] = []
+    for start, stop in runs:
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, stop))
+    return joined
+
+
+def _remedy(
+    shape: Sequence[int],
+    sizes: Sequence[int],
+    placements: Sequence[Any],
+    m: int,
+    dims: Sequence[int],
+    mesh_dim: int,
+) -> list[Any]:
+    """Placements without a fault that keep as much of the sharding as a change of one of them can."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    if not any(hasattr(placement, "split_factor") for placement in placements):
+        for other in [*(Shard(dim) for dim in range(len(shape)) if shape[dim] > 1), Replicate()]:
+            changed = [*placements[:mesh_dim], other, *placements[mesh_dim + 1 :]]
+            if _fault(shape, sizes, changed, m, dims) is None:
+                return changed
+    return [Replicate()] * len(placements)
+
+
+# --- to shards and back -------------------------------------------------------------------------------------
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The shard that this process holds, or the tensor itself; without its history.
+
+    A process outside the mesh holds an empty one.
+    """
+    if not is_dtensor(tensor):
+        return tensor.detach()
+    shard = tensor.to_local().detach()
+    return shard if shard.ndim == tensor.ndim else shard.new_empty((0,) * tensor.ndim)
+
+
+def whole(
+    layout: Layout | None, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], inner: int = -1
+) -> list[Tensor]:
+    """DTensors of the given global shapes from the shards that this process computed.
+
+    ``inner`` is the dimension in which the shards' elements lie side by side. Shards of a tensor that was
+    not spread are returned as they are.
+    """
+    if layout is None:
+        return list(parts)
+    from torch.distributed.tensor import DTensor
+
+    return [
+        DTensor.from_local(
+            part,
+            layout.mesh,
+            layout.placements,
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=_strides(shape, inner),
+        )
+        for part, shape in zip(parts, shapes, strict=True)
+    ]
+
+
+def _strides(shape: Sequence[int], inner: int) -> tuple[int, ...]:
+    strides, step = [0] * len(shape), 1
+    outer = [dim for dim in range(len(shape)) if dim != inner % len(shape)]
+    for dim in [inner % len(shape), *reversed(outer)]:
+        strides[dim] = step
+        step *= max(1, shape[dim])
+    return tuple(strides)
+
+
+def run(operator: Callable[..., Any], layouts: Sequence[Layout | None], *args: Any) -> Any:
+    """The operator on shards; an error in their values says that it was found in this process's shard."""
+    where = [layout for layout in layouts if layout is not None]
+    if not where:
+        return operator(*args)
+    try:
+        return operator(*args)
+    except NMSolveError as error:
+        raise type(error)(f"{error}, in the shard {where[0].mesh.get_coordinate()} of the mesh") from error
+
+
+def agree(layout: Layout, message: str | None) -> str | None:
+    """The first message that any process of the mesh has, on all of them. Communicates."""
+    from torch import distributed
+
+    if layout.mesh.get_coordinate() is None:
+        return message
+    for mesh_dim in range(layout.mesh.ndim):
+        messages: list[Any] = [None] * layout.mesh.size(mesh_dim)
+        distributed.all_gather_object(messages, message, group=layout.mesh.get_group(mesh_dim))
+        message = next((found for found in messages if found is not None), None)
+    return message

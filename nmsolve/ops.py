@@ -1,0 +1,287 @@
+"""The solvers as operators, ``torch.ops.nmsolve.*``: what compilers, exporters and transforms see.
+
+Every operator has its real implementation, which checks the values of the scores and runs a backend; a fake
+one, which knows the outputs' shapes, dtypes and strides from the inputs' alone; and a rule for
+:func:`torch.func.vmap`, under which a batch dimension becomes one more leading dimension. None is
+differentiable. Whatever can be checked without the values is checked by :mod:`nmsolve.masks`, the door in
+front of these operators, so that it raises while a model is traced.
+
+Duals are float64 for float64 scores and float32 for all others, whatever a backend computes in. Outputs are
+contiguous, but for the mask of :func:`nm_mask`, whose groups' dimension is the innermost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmsolve.blocks import batched_matrices
+from nmsolve.dispatch import Backend, GroupBackend, select
+from nmsolve.pattern import NMPattern
+from nmsolve.solution import BlockResult, kept_score
+from nmsolve.validation import check_finite, check_finite_duals
+
+__all__ = [
+    "nm_mask",
+    "solution_shapes",
+    "transposable_mask",
+    "transposable_masks",
+    "transposable_solution",
+    "transposable_solutions",
+]
+
+# The tensors of a solution, in the order of BlockSolution's fields.
+Solution = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def solution_shapes(shape: Sequence[int], m: int) -> list[tuple[int, ...]]:
+    """The shapes of a solution's tensors for scores of ``shape``.
+
+    Examples
+    --------
+    >>> solution_shapes((2, 8, 10), 4)
+    [(2, 8, 10), (2, 2, 3, 4), (2, 2, 3, 4), (2, 2, 3), (2, 2, 3), (2, 2, 3)]
+    """
+    *lead, rows, cols = shape
+    blocks = (*lead, -(-rows // m), -(-cols // m))
+    return [tuple(shape), (*blocks, m), (*blocks, m), blocks, blocks, blocks]
+
+
+# --- outputs without values: of fake tensors, and of empty ones ---------------------------------------------
+
+
+def _blank_mask(scores: Tensor) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.bool)
+
+
+def _blank_solution(scores: Tensor, m: int) -> Solution:
+    dtypes = (torch.bool, _dual_dtype(scores), _dual_dtype(scores), *[torch.float64] * 3)
+    shapes = solution_shapes(scores.shape, m)
+    mask, u, v, objective, bound, scale = (
+        scores.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
+    return mask, u, v, objective, bound, scale
+
+
+def _blank_lines(scores: Tensor, dim: int) -> Tensor:
+    lines = scores.movedim(dim, -1)
+    return lines.new_empty(lines.shape, dtype=torch.bool).movedim(-1, dim)
+
+
+def _dual_dtype(scores: Tensor) -> torch.dtype:
+    return torch.promote_types(scores.dtype, torch.float32)
+
+
+# --- running backends ---------------------------------------------------------------------------------------
+
+
+def _masks(
+    scores: Sequence[Tensor], warm: Sequence[Tensor], n: int, m: int, method: str, backend: str, *options: Any
+) -> list[Tensor]:
+    """One mask per matrix; ``warm`` are the duals of a single matrix, or nothing."""
+    pattern = NMPattern(n, m)
+    runners, _ = _checked(scores, warm, backend, m)
+    if method == "exact":
+        return [result.mask for result in _exact(runners, scores, warm, pattern, False)]
+    return _approximate(runners, scores, pattern, method, *options)
+
+
+def _solutions(
+    scores: Sequence[Tensor], warm: Sequence[Tensor], n: int, m: int, method: str, backend: str, *options: Any
+) -> list[Solution]:
+    """One solution per matrix. That of an approximate method has the exact one's duals and bound."""
+    pattern = NMPattern(n, m)
+    runners, lowest = _checked(scores, warm, backend, m)
+    results = _exact(runners, scores, warm, pattern, True)
+    if method != "exact":
+        masks = _approximate(runners, scores, pattern, method, *options)
+        results = [result._replace(mask=mask) for result, mask in zip(results, masks, strict=True)]
+    solutions = []
+    for matrix, low, (mask, u, v, objective, bound) in zip(scores, lowest, results, strict=True):
+        assert u is not None
+        assert v is not None
+        assert objective is not None
+        assert bound is not None
+        if method == "exact" and low >= 0:
+            scale = objective.clone()
+        else:
+            objective, scale = kept_score(matrix, mask, pattern)
+        solutions.append(
+            (mask, u.to(_dual_dtype(matrix)), v.to(_dual_dtype(matrix)), objective, bound, scale)
+        )
+    return solutions
+
+
+def _checked(
+    scores: Sequence[Tensor], warm: Sequence[Tensor], backend: str, m: int
+) -> tuple[list[Backend], list[float]]:
+    """Each matrix's backend and smallest score; raises before any work if one cannot be solved."""
+    runners = [select(backend, matrix.device, m) for matrix in scores]
+    names = [f"scores[{i}]" for i in range(len(scores))] if len(scores) > 1 else ["scores"]
+    lowest = [check_finite(matrix, name) for matrix, name in zip(scores, names, strict=True)]
+    check_finite_duals(warm)
+    return runners, lowest
+
+
+def _exact(
+    runners: Sequence[Backend],
+    scores: Sequence[Tensor],
+    warm: Sequence[Tensor],
+    pattern: NMPattern,
+    want_solution: bool,
+) -> list[BlockResult]:
+    """Solve the ``(batch, rows, cols)`` views of every matrix, many in one call where a backend can."""
+    views = [
+        (index, part, (duals[0], duals[1]) if duals else None)
+        for index, matrix in enumerate(scores)
+        if matrix.numel()
+        for part, *duals in batched_matrices(matrix, *warm)
+    ]
+    solved: dict[int, BlockResult] = {}
+    groups: dict[tuple[GroupBackend, torch.device, torch.dtype], list[int]] = {}
+    for place, (index, part, start) in enumerate(views):
+        runner = runners[index]
+        if start is None and len(views) > 1 and isinstance(runner, GroupBackend):
+            groups.setdefault((runner, part.device, part.dtype), []).append(place)
+        else:
+            solved[place] = runner.exact(part, pattern, warm=start, want_solution=want_solution)
+    for (group_runner, _, _), places in groups.items():
+        parts = [views[place][1] for place in places]
+        answers = group_runner.exact_group(parts, pattern, warm=None, want_solution=want_solution)
+        solved.update(zip(places, answers, strict=True))
+
+    fields = 5 if want_solution else 1
+    results = []
+    for index, matrix in enumerate(scores):
+        own = [solved[place][:fields] for place, view in enumerate(views) if view[0] == index]
+        if own:
+            joined = [_joined(field, matrix.shape[:-2]) for field in zip(*own, strict=True)]
+        else:
+            joined = list(_blank_solution(matrix, pattern.m)[:fields])
+        results.append(BlockResult(*joined))
+    return results
+
+
+def _approximate(
+    runners: Sequence[Backend],
+    scores: Sequence[Tensor],
+    pattern: NMPattern,
+    method: str,
+    iterations: int,
+    tau: float,
+) -> list[Tensor]:
+    def solve(runner: Backend, part: Tensor) -> Tensor:
+        if method == "greedy":
+            return runner.greedy(part, pattern)
+        return runner.tsenor(part, pattern, iterations=iterations, tau=tau)
+
+    return [
+        _joined([solve(runner, part) for (part,) in batched_matrices(matrix)], matrix.shape[:-2])
+        if matrix.numel()
+        else _blank_mask(matrix)
+        for runner, matrix in zip(runners, scores, strict=True)
+    ]
+
+
+def _joined(parts: Sequence[Any], lead: torch.Size) -> Tensor:
+    """The parts of :func:`batched_matrices` as one tensor with the leading dimensions back."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return whole.view(*lead, *whole.shape[1:])
+
+
+def _lines(scores: Tensor, n: int, m: int, dim: int, backend: str) -> Tensor:
+    """The ordinary mask, groups along ``dim``."""
+    pattern = NMPattern(n, m)
+    (runner,), _ = _checked([scores], (), backend, m)
+    if scores.numel() == 0:
+        return _blank_lines(scores, dim)
+    moved = scores.movedim(dim, -1)
+    lines = torch.atleast_2d(moved)
+    parts = [runner.ordinary(part, pattern) for (part,) in batched_matrices(lines)]
+    return _joined(parts, lines.shape[:-2]).view(moved.shape).movedim(-1, dim)
+
+
+# --- operators ----------------------------------------------------------------------------------------------
+
+# The solvers read any strides, so a compiler may choose the scores' layout. The check for finite scores waits
+# for the device, so a CUDA graph must not capture it (a tag that PyTorch has since 2.8).
+_TAGS = [
+    getattr(torch.Tag, name) for name in ("flexible_layout", "cudagraph_unsafe") if hasattr(torch.Tag, name)
+]
+_SINGLE = "Tensor scores, Tensor? row_duals, Tensor? col_duals"
+_OPTIONS = "int n, int m, str method, str backend, int iterations, float tau"
+
+
+def _operator(
+    name: str, schema: str, real: Callable[..., Any], fake: Callable[..., Any]
+) -> torch.library.CustomOpDef:
+    operator = torch.library.custom_op(f"nmsolve::{name}", real, mutates_args=(), schema=schema, tags=_TAGS)
+    operator.register_fake(fake)
+    operator.register_autograd(_no_gradient, setup_context=_not_differentiable)
+
+    def over_batches(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        moved = [_batch_first(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True)]
+        outputs = operator(*moved)
+        return outputs, 0 if isinstance(outputs, Tensor) else type(outputs)([0] * len(outputs))
+
+    operator.register_vmap(over_batches)
+    return operator
+
+
+def _batch_first(arg: Any, dim: Any, size: int) -> Any:
+    """An argument of an operator with its batch dimension, of that size, in front."""
+    if isinstance(arg, list):
+        return [_batch_first(*pair, size) for pair in zip(arg, dim, strict=True)]
+    if isinstance(arg, Tensor):
+        return arg.expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+    return arg
+
+
+def _not_differentiable(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.mark_non_differentiable(*([output] if isinstance(output, Tensor) else output))
+
+
+def _no_gradient(ctx: Any, *gradients: Any) -> None:
+    raise AssertionError("no output of nmsolve's operators is differentiable")
+
+
+def _given(*duals: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in duals if tensor is not None]
+
+
+transposable_mask = _operator(
+    "transposable_mask",
+    f"({_SINGLE}, {_OPTIONS}) -> Tensor",
+    lambda scores, u, v, *options: _masks([scores], _given(u, v), *options)[0],
+    lambda scores, *_: _blank_mask(scores),
+)
+transposable_solution = _operator(
+    "transposable_solution",
+    f"({_SINGLE}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda scores, u, v, *options: _solutions([scores], _given(u, v), *options)[0],
+    lambda scores, u, v, n, m, *_: _blank_solution(scores, m),
+)
+transposable_masks = _operator(
+    "transposable_masks",
+    f"(Tensor[] scores, {_OPTIONS}) -> Tensor[]",
+    lambda scores, *options: _masks(scores, (), *options),
+    lambda scores, *_: [_blank_mask(matrix) for matrix in scores],
+)
+# The tensors of the first matrix's solution, then those of the second's, and so on.
+transposable_solutions = _operator(
+    "transposable_solutions",
+    f"(Tensor[] scores, {_OPTIONS}) -> Tensor[]",
+    lambda scores, *options: list(chain.from_iterable(_solutions(scores, (), *options))),
+    lambda scores, n, m, *_: [part for matrix in scores for part in _blank_solution(matrix, m)],
+)
+# dim is negative, so that it means the same with a batch dimension in front.
+nm_mask = _operator(
+    "nm_mask",
+    "(Tensor scores, int n, int m, int dim, str backend) -> Tensor",
+    _lines,
+    lambda scores, n, m, dim, backend: _blank_lines(scores, dim),
+)
