@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +44,9 @@ __all__ = ["Settings", "backend_name", "bytes_needed", "write_masked"]
 # Elements that are read and solved together: enough to keep every core or a GPU busy, and fewer for the torch
 # backend, whose working memory is many times what it solves.
 SLABS = {"triton": 1 << 22, "cpu": 1 << 22, "torch": 1 << 20}
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PIECE = 1 << 15
 
 # What the run tells of itself: (bytes done, name of the tensor). It may raise to stop the run.
 Progress = Callable[[int, str], None]
@@ -193,7 +197,7 @@ def _write_masked_tensor(
                 f"{entry.name}, weights {first} to {first + slab.numel() - 1}: {error}"
             ) from None
         seconds += time.perf_counter() - started
-        slab.masked_fill_(~keep, 0)
+        _drop(slab, keep)
         weights.write(raw)
         masks.write(bits.push(keep))
         position += raw.nbytes
@@ -235,16 +239,29 @@ def _solve(slab: Tensor, layout: Layout, settings: Settings, row: MaskedTensor) 
         row.max_gap = max(row.max_gap, solution.max_gap)
     else:
         mask = nm_mask(matrices, n, m, dim=layout.input_dim - 2, backend=settings.backend)
-        kept_score = _sum(torch.where(mask, matrices, 0))
-        row.objective += kept_score
-        row.bound += kept_score
     row.score += _sum(scores)
     keep = mask.permute(0, 2, 3, 1).cpu().contiguous()
-    row.kept += int(keep.sum())
+    if not settings.transposable:
+        host = scores.cpu()
+        _drop(host, keep)
+        kept_score = _sum(host)
+        row.objective += kept_score
+        row.bound += kept_score
+    row.kept += int(np.count_nonzero(keep.numpy()))
     return keep
 
 
+def _drop(slab: Tensor, keep: Tensor) -> None:
+    """Sets what is not kept to +0.0, both contiguous on the CPU, as a product of integers: no temporary."""
+    bits = slab.view(_INTEGERS[slab.element_size()]).numpy()
+    np.multiply(bits, keep.numpy(), out=bits)
+
+
 def _sum(scores: Tensor) -> float:
-    """Sum in float64, in pieces: torch may widen the whole of what it is given first."""
-    flat = scores.reshape(-1)
-    return math.fsum(float(piece.sum(dtype=torch.float64)) for piece in flat.split(1 << 20))
+    """Sum of contiguous scores in float64.
+
+    On the CPU torch widens the whole of what it sums, so it gets pieces that fit the cache and that one
+    thread sums: waking the others costs more.
+    """
+    pieces = scores.view(-1).split(_PIECE if scores.device.type == "cpu" else scores.numel())
+    return math.fsum(float(piece.sum(dtype=torch.float64)) for piece in pieces)
