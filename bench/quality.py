@@ -211,6 +211,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="an eighth of the blocks; write nothing")
     parser.add_argument("--interpreter", action="store_true", help="only Triton's rows, as JSON on stdout")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # small batches: threads would only wait for each other
     if arguments.interpreter:
         rows = exact_rows(("triton",), INTERPRETER_CASES, INTERPRETER_DISTRIBUTIONS, (torch.float32,))
         print(json.dumps(list(rows)))
