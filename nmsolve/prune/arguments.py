@@ -1,0 +1,145 @@
+"""The arguments of ``prune_model``, checked before any work."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nmsolve.errors import NMSolveError
+from nmsolve.packed import load_masks
+from nmsolve.pattern import NMPattern
+from nmsolve.prune.calibration import Batch, fingerprint
+from nmsolve.prune.layers import Layer, Selected
+from nmsolve.prune.rule import MaskRule
+
+__all__ = [
+    "METHODS",
+    "SEQUENTIAL",
+    "Patterns",
+    "Settings",
+    "check_initial_masks",
+    "check_settings",
+    "check_tokens",
+    "fingerprints",
+    "parse_patterns",
+    "sequence_length_of",
+]
+
+METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
+SEQUENTIAL = ("layer", "block", "off")
+
+Patterns = str | NMPattern | Mapping[str, str | NMPattern | None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result, beside the model and the calibration data."""
+
+    method: str
+    transposable: bool
+    mask_method: str
+    backend: str
+    sequential: str
+    damping: float
+    iterations: int
+
+
+def check_settings(
+    method: str,
+    transposable: bool,
+    mask_method: str,
+    backend: str,
+    sequential: str,
+    damping: float,
+    iterations: int,
+    model: object,
+) -> Settings:
+    if not isinstance(model, nn.Module):
+        raise NMSolveError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if method not in METHODS:
+        raise NMSolveError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if sequential not in SEQUENTIAL:
+        raise NMSolveError(f"sequential: expected one of {', '.join(SEQUENTIAL)}, got {sequential!r}")
+    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):
+        raise NMSolveError(f"damping: expected a positive number, got {damping!r}")
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise NMSolveError(f"iterations: expected an integer of at least 1, got {iterations!r}")
+    MaskRule(NMPattern(1, 1), transposable, mask_method, backend)
+    return Settings(method, transposable, mask_method, backend, sequential, float(damping), iterations)
+
+
+def parse_patterns(pattern: Patterns) -> dict[str, NMPattern | None]:
+    given = pattern if isinstance(pattern, Mapping) else {"*": pattern}
+    found: dict[str, NMPattern | None] = {}
+    for glob, value in given.items():
+        value = NMPattern.parse(value) if isinstance(value, str) else value
+        if not isinstance(glob, str) or not (value is None or isinstance(value, NMPattern)):
+            raise NMSolveError(f"pattern: expected 'N:M' or a mapping of glob to 'N:M', got {pattern!r}")
+        found[glob] = value
+    if not found:
+        raise NMSolveError("pattern: expected at least one, got an empty mapping")
+    return found
+
+
+def check_initial_masks(
+    given: Mapping[str, Tensor] | str | os.PathLike[str] | None, selected: Selected
+) -> dict[Layer, Tensor]:
+    if given is None:
+        return {}
+    masks = given if isinstance(given, Mapping) else load_masks(given)
+    by_name = {layer.weight_name: layer for layer in selected.layers}
+    found = {}
+    for name, mask in masks.items():
+        layer = by_name.get(name)
+        if layer is None:
+            raise NMSolveError(f"initial_masks: {name!r} is no weight that is pruned")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != layer.weight.shape:
+            raise NMSolveError(
+                f"initial_masks: {name}: expected a bool tensor of shape {tuple(layer.weight.shape)}, got "
+                + (f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__)
+            )
+        found[layer] = mask
+    return found
+
+
+def sequence_length_of(model: nn.Module, asked: int | None) -> int:
+    if asked is not None:
+        return asked
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(2048, longest) if isinstance(longest, int) and longest > 0 else 2048
+
+
+def check_tokens(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """Integer batches of a transformers model must be tokens that it knows."""
+    tell = getattr(model, "get_input_embeddings", None)
+    embeddings = tell() if callable(tell) else None
+    if not isinstance(embeddings, nn.Embedding):
+        return
+    for batch in batches:
+        tokens = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+        if isinstance(tokens, Tensor) and not tokens.is_floating_point() and tokens.numel():
+            low, high = (int(end) for end in tokens.aminmax())
+            if low < 0 or high >= embeddings.num_embeddings:
+                raise NMSolveError(
+                    f"calibration: expected tokens from 0 to {embeddings.num_embeddings - 1}, "
+                    f"got {low if low < 0 else high}"
+                )
+
+
+def fingerprints(
+    selected: Selected, batches: Iterable[Batch], allowed: Mapping[Layer, Tensor]
+) -> dict[str, str]:
+    weights = fingerprint([{layer.weight_name: layer.weight} for layer in selected.layers])
+    return {
+        "model": weights,
+        "calibration": fingerprint(batches),
+        "initial_masks": fingerprint([{layer.weight_name: mask} for layer, mask in allowed.items()]),
+        "layers": hashlib.sha256(
+            repr([(x.name, str(p)) for x, p in selected.layers.items()]).encode()
+        ).hexdigest(),
+    }

@@ -1,0 +1,160 @@
+"""Calibration inputs: text, tokens or any iterable, turned into batches that a model can be called with."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nmsolve.errors import NMSolveError
+
+__all__ = ["Batch", "call_model", "make_batches", "read_tokens"]
+
+# A tensor, the positional arguments of the model, or its keyword arguments.
+Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer: transformers' all have it."""
+
+    def __call__(self, text: str) -> Mapping[str, Any]: ...
+
+
+def read_tokens(path: str | os.PathLike[str], tokenizer: Tokenizer | None) -> Tensor:
+    """The tokens ``(T,)`` int64 of a UTF-8 text file, or of the only tensor of a .safetensors file.
+
+    Raises
+    ------
+    NMSolveError
+        If the file cannot be read, or is text and there is no tokenizer.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            tensors = list(load_file(path).values())
+            if len(tensors) != 1:
+                raise NMSolveError(f"{path}: expected one tensor of tokens, got {len(tensors)}")
+            return tensors[0]
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise NMSolveError(f"{path}: expected a text file in UTF-8: {error}") from None
+    if tokenizer is None:
+        raise NMSolveError(f"tokenizer: needed to read the text of {path}")
+    return torch.as_tensor(tokenizer(text)["input_ids"], dtype=torch.int64).reshape(-1)
+
+
+def make_batches(
+    calibration: object,
+    *,
+    tokenizer: Tokenizer | None = None,
+    samples: int = 128,
+    sequence_length: int = 2048,
+    batch_size: int = 1,
+    seed: int = 0,
+) -> list[Batch]:
+    """Batches for calibration, in a list because each is used several times.
+
+    Parameters
+    ----------
+    calibration : path, Tensor or iterable
+        A text file (or .safetensors file of tokens) is read; token tensors ``(T,)`` are cut into windows of
+        ``sequence_length``, of which ``samples`` are drawn without overlap; token tensors ``(S, T)`` are
+        taken as they are, row by row, the first ``samples``; floating-point tensors are split along their
+        first dimension. The items of any other iterable are batches already: tensors, tuples of positional
+        arguments or mappings of keyword arguments.
+    tokenizer : callable, optional
+        For text: ``tokenizer(text)["input_ids"]``.
+    samples, sequence_length, batch_size, seed : int
+        How many windows, of how many tokens, how many in a batch, and the seed of the draw.
+
+    Raises
+    ------
+    NMSolveError
+        If there is nothing to calibrate on, or it is of none of these kinds.
+    """
+    for name, value in (
+        ("samples", samples),
+        ("sequence_length", sequence_length),
+        ("batch_size", batch_size),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise NMSolveError(f"{name}: expected an integer of at least 1, got {value!r}")
+    if isinstance(calibration, str | os.PathLike):
+        calibration = read_tokens(calibration, tokenizer)
+    if isinstance(calibration, Tensor):
+        return _split(calibration, samples, sequence_length, batch_size, seed)
+    if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
+        raise NMSolveError(
+            "calibration: expected a path, a tensor or an iterable of batches, "
+            f"got {type(calibration).__name__}"
+        )
+    batches: list[Batch] = []
+    for item in calibration:
+        if not isinstance(item, Tensor | Mapping | tuple | list):
+            raise NMSolveError(
+                "calibration: expected batches that are tensors, tuples or mappings, "
+                f"got {type(item).__name__}"
+            )
+        batches.append(tuple(item) if isinstance(item, list) else item)
+    if not batches:
+        raise NMSolveError("calibration: expected at least one batch, got none")
+    return batches
+
+
+def _split(data: Tensor, samples: int, length: int, batch_size: int, seed: int) -> list[Batch]:
+    if data.numel() == 0:
+        raise NMSolveError(f"calibration: expected data, got an empty tensor of shape {tuple(data.shape)}")
+    if not data.is_floating_point():
+        if data.ndim not in (1, 2):
+            raise NMSolveError(f"calibration: expected tokens (T,) or (S, T), got shape {tuple(data.shape)}")
+        if data.ndim == 1:
+            length = min(length, len(data))
+            windows = data[: len(data) // length * length].view(-1, length)
+            order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+            data = windows[order[:samples].sort().values]
+        data = data.long()
+    return list(data[:samples].split(batch_size))
+
+
+def call_model(model: nn.Module, batch: Batch) -> Any:
+    """``model(batch)``, with the batch on the model's device."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return model(**{name: moved(value) for name, value in batch.items()})
+    if isinstance(batch, tuple):
+        return model(*(moved(value) for value in batch))
+    return model(moved(batch))
+
+
+def fingerprint(batches: Iterable[Batch]) -> str:
+    """A hash of the batches' contents."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, Mapping):
+            for name in sorted(value):
+                digest.update(name.encode())
+                add(value[name])
+        elif isinstance(value, tuple | list):
+            for item in value:
+                add(item)
+        else:
+            digest.update(repr(value).encode())
+
+    for batch in batches:
+        add(batch)
+    return digest.hexdigest()

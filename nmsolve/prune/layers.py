@@ -1,0 +1,231 @@
+"""The layers that can be pruned, each seen as matrices ``(out, in)`` and inputs ``(tokens, in)``.
+
+=====================  ====================================  ============================================
+layer                  weight as stored                      matrices ``(groups, out, positions * in)``
+=====================  ====================================  ============================================
+nn.Linear              ``(out, in)``                         itself
+Conv1D (GPT-2)         ``(in, out)``                         its transpose
+nn.Conv1d, nn.Conv2d   ``(out, in / groups, *kernel)``       one for each group, positions of the kernel
+                                                             one after the other, each with all channels
+=====================  ====================================  ============================================
+
+N:M groups lie along the channels of one kernel position: a convolution is a batch of ``out x in`` matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from nmsolve.errors import NMSolveError
+from nmsolve.pattern import NMPattern
+from nmsolve.selection import DENSE_BY_DEFAULT
+
+__all__ = ["Layer", "Selected", "find_layers", "select_layers"]
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A module with a weight to prune; ``name`` is its dotted name in the model."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the weight in the model's state dict."""
+        return f"{self.name}.weight" if self.name else "weight"
+
+    @property
+    def input_first(self) -> bool:
+        """Whether the weight is stored ``(in, out)``."""
+        return _is_transposed(self.module)
+
+    @property
+    def groups(self) -> int:
+        return self.module.groups if isinstance(self.module, _Convolution) else 1
+
+    @property
+    def positions(self) -> int:
+        """Number of kernel positions, 1 for a linear layer."""
+        return math.prod(self.module.kernel_size) if isinstance(self.module, _Convolution) else 1
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Size ``(out, in)`` of the matrices whose rows (and columns) are N:M."""
+        shape = self.weight.shape
+        if self.input_first:
+            return shape[1], shape[0]
+        return shape[0] // self.groups, shape[1]
+
+    def matrices(self, tensor: Tensor) -> Tensor:
+        """``(groups, out, positions * in)`` of a tensor in the weight's shape; a view if possible."""
+        if self.input_first:
+            return tensor.T.unsqueeze(0)
+        grouped = tensor.reshape(self.groups, tensor.shape[0] // self.groups, tensor.shape[1], -1)
+        return grouped.transpose(2, 3).flatten(2)
+
+    def from_matrices(self, matrices: Tensor) -> Tensor:
+        """The inverse of :meth:`matrices`."""
+        if self.input_first:
+            return matrices.squeeze(0).T
+        grouped = matrices.unflatten(2, (self.positions, -1)).transpose(2, 3)
+        return grouped.reshape(self.weight.shape)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """``(groups, tokens, positions * in)`` of what the module was called with."""
+        module = self.module
+        if not isinstance(module, _Convolution):
+            return x.reshape(1, -1, x.shape[-1])
+        if x.ndim == len(module.kernel_size) + 1:
+            x = x.unsqueeze(0)
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = nn.functional.pad(x, _padding(module), mode=mode)
+        kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+        if len(kernel) == 1:
+            x, kernel, stride, dilation = x.unsqueeze(2), (1, *kernel), (1, *stride), (1, *dilation)
+        patches = nn.functional.unfold(
+            x, kernel, dilation=dilation, stride=stride
+        )  # (batch, in * positions, tokens)
+        split = patches.unflatten(1, (self.groups, -1, self.positions))
+        return split.permute(1, 0, 4, 3, 2).reshape(self.groups, -1, split.shape[2] * self.positions)
+
+
+_Convolution = (nn.Conv1d, nn.Conv2d)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, a linear layer whose weight is ``(in, out)``."""
+    kinds = type(module).__mro__
+    return any(kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in kinds)
+
+
+def _padding(module: nn.Conv1d | nn.Conv2d) -> list[int]:
+    """What ``F.pad`` takes: before and after, the last dimension first."""
+    sides: list[int] = []
+    for k in reversed(range(len(module.kernel_size))):
+        if isinstance(module.padding, str):
+            total = module.dilation[k] * (module.kernel_size[k] - 1) if module.padding == "same" else 0
+            sides += [total // 2, total - total // 2]
+        else:
+            sides += [module.padding[k]] * 2
+    return sides
+
+
+def find_layers(model: nn.Module) -> list[Layer]:
+    """Every linear layer and convolution of a model with a weight of its own, in the order of its modules."""
+    return [
+        Layer(name, module)
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or _is_transposed(module))
+        and isinstance(getattr(module, "weight", None), Tensor)
+    ]
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What to prune, in the order of the model's modules, and the other layers with the reason why not."""
+
+    layers: Mapping[Layer, NMPattern]
+    skipped: Mapping[str, str]
+
+
+def select_layers(
+    model: nn.Module, patterns: Mapping[str, NMPattern | None], dense: Sequence[str] = ()
+) -> Selected:
+    """Decides for every layer which pattern it gets.
+
+    Parameters
+    ----------
+    model : nn.Module
+    patterns : mapping of glob to NMPattern or None
+        The last glob that matches a layer's name, or its name from any dot on, decides; None leaves it dense.
+        ``"*"`` covers every layer but embeddings, heads, routers and layers smaller than one block; any other
+        glob is taken at its word.
+    dense : sequence of str
+        Globs of layers to leave dense.
+
+    Raises
+    ------
+    NMSolveError
+        If a glob matches no layer, or no layer is left to prune.
+    """
+    layers = find_layers(model)
+    for option, globs in (("pattern", patterns), ("dense", dense)):
+        for glob in globs:
+            if not any(_matches(layer.name, glob) for layer in layers):
+                names = ", ".join(layer.name for layer in layers[:3])
+                raise NMSolveError(
+                    f"{option}: {glob!r} matches none of the model's {len(layers)} layers ({names}, ...)"
+                )
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = _output_head(model)
+    chosen: dict[Layer, NMPattern] = {}
+    skipped: dict[str, str] = {}
+    seen: dict[int, str] = {}
+    for layer in layers:
+        found = next((glob for glob in reversed(list(patterns)) if _matches(layer.name, glob)), None)
+        pattern = None if found is None else patterns[found]
+        reason: str | None = None
+        if any(_matches(layer.name, named) for named in dense):
+            reason = "named in dense"
+        elif pattern is None:
+            reason = "no pattern for it"
+        elif layer.weight.dtype not in _DTYPES:
+            reason = f"dtype {str(layer.weight.dtype).removeprefix('torch.')}"
+        elif layer.weight.numel() == 0 or layer.weight.is_meta:
+            reason = "no weights in memory"
+        elif id(layer.weight) in seen:
+            reason = f"shares its weight with {seen[id(layer.weight)]}"
+        elif found == "*":
+            if id(layer.weight) in embeddings:
+                reason = "shares its weight with an embedding"
+            elif layer.module is head:
+                reason = "language-model head"
+            else:
+                reason = _dense_by_default(layer, pattern)
+        if reason is None and pattern is not None:
+            chosen[layer] = pattern
+            seen[id(layer.weight)] = layer.name
+        else:
+            skipped[layer.name] = reason or "no pattern for it"
+    if not chosen:
+        reasons = "; ".join(sorted(set(skipped.values()))[:4])
+        raise NMSolveError(
+            f"model: no layer to prune among {len(layers)} linear layers and convolutions"
+            + (f" ({reasons})" if reasons else "")
+        )
+    return Selected(chosen, skipped)
+
+
+def _matches(name: str, glob: str) -> bool:
+    return fnmatchcase(name, glob) or fnmatchcase(name, f"*.{glob}")
+
+
+def _dense_by_default(layer: Layer, pattern: NMPattern) -> str | None:
+    for what, globs in DENSE_BY_DEFAULT.items():
+        if any(fnmatchcase(layer.weight_name, named) for named in globs):
+            return what
+    rows, cols = layer.matrix_shape
+    if min(rows, cols) < pattern.m:
+        return f"{rows} x {cols} matrices are smaller than one block of {pattern.m}"
+    return None
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """The language-model head, for models that tell."""
+    tell = getattr(model, "get_output_embeddings", None)
+    return tell() if callable(tell) else None

@@ -1,0 +1,207 @@
+"""Pruning a whole model: layer by layer, each calibrated on what the pruned ones before it put out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from nmsolve.checkpoint import MASKS_FOLDER, MASKS_SUFFIX, REPORT_NAME
+from nmsolve.dispatch import select
+from nmsolve.errors import NMSolveError
+from nmsolve.packed import save_masks
+from nmsolve.pattern import NMPattern
+from nmsolve.prune.alps import ITERATIONS
+from nmsolve.prune.arguments import (
+    Patterns,
+    check_initial_masks,
+    check_settings,
+    check_tokens,
+    fingerprints,
+    parse_patterns,
+    sequence_length_of,
+)
+from nmsolve.prune.calibration import Batch, make_batches
+from nmsolve.prune.layers import select_layers
+from nmsolve.prune.report import PruneReport
+from nmsolve.prune.run import Run
+from nmsolve.prune.sparsegpt import DAMPING
+from nmsolve.prune.store import LayerStore
+from nmsolve.prune.walk import quiet_model
+
+__all__ = ["PruneResult", "prune_model"]
+
+PICTURE_NAME = "nmsolve_report.png"
+
+
+@dataclass
+class PruneResult:
+    """What :func:`prune_model` returns: the model itself is pruned in place.
+
+    Attributes
+    ----------
+    masks : dict of str to Tensor
+        Name of each pruned weight, and its bool mask (True = keep) on the CPU.
+    patterns : dict of str to NMPattern
+        The pattern of each.
+    report : PruneReport
+    """
+
+    masks: dict[str, Tensor]
+    patterns: dict[str, NMPattern]
+    report: PruneReport
+
+    def save(
+        self, model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = None, picture: bool = True
+    ) -> None:
+        """Saves a transformers model with ``save_pretrained``; masks, report and picture beside it.
+
+        The masks are packed to bits, one file for each pattern in ``masks/``;
+        :func:`nmsolve.packed.load_masks` reads the folder.
+        """
+        folder = Path(folder)
+        model.save_pretrained(folder)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        (folder / MASKS_FOLDER).mkdir(exist_ok=True)
+        for pattern in dict.fromkeys(self.patterns.values()):
+            masks = {name: mask for name, mask in self.masks.items() if self.patterns[name] == pattern}
+            file = folder / MASKS_FOLDER / f"{pattern.n}of{pattern.m}{MASKS_SUFFIX}"
+            save_masks(file, masks, pattern, transposable=bool(self.report.settings["transposable"]))
+        self.report.write(folder / REPORT_NAME)
+        if picture:
+            self.report.draw(folder / PICTURE_NAME)
+
+
+def prune_model(
+    model: nn.Module,
+    calibration: object = None,
+    pattern: Patterns = "16:32",
+    *,
+    transposable: bool = True,
+    method: str = "alps",
+    mask_method: str = "exact",
+    backend: str = "auto",
+    sequential: str = "layer",
+    initial_masks: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
+    dense: Sequence[str] = (),
+    tokenizer: Any = None,
+    samples: int = 128,
+    sequence_length: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    damping: float = DAMPING,
+    iterations: int = ITERATIONS,
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+    check: Callable[[], None] | None = None,
+) -> PruneResult:
+    """Prunes the linear layers and convolutions of a model to N:M, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers model or any other; on any device. It runs in evaluation mode, as it is.
+    calibration : path, Tensor or iterable
+        What the layers' inputs are measured on; see :func:`nmsolve.prune.make_batches`. Only "magnitude" does
+        without (and then reports no reconstruction error).
+    pattern : str, NMPattern or mapping of glob to pattern
+        One for all layers, or by name: ``{"*": "8:16", "mlp.*": "16:32", "layers.0.*": None}``. The last glob
+        that matches a layer's name, or its name from any dot on, decides; None leaves the layer dense.
+        ``"*"`` leaves embeddings, heads, routers and layers smaller than one block dense; any other glob is
+        taken at its word.
+    transposable : bool
+        N:M along rows and columns of every M x M block, or only along the input of each output.
+    method : {"alps", "sparsegpt", "wanda", "ria", "magnitude"}
+        The first two update the weights that stay.
+    mask_method, backend
+        How masks are solved; see :func:`nmsolve.transposable_mask`.
+    sequential : {"layer", "block", "off"}
+        Where inputs are measured: "layer" after all earlier layers have been pruned; "block" once for all
+        layers of a block, after the earlier blocks have been pruned (two passes instead of one for each group
+        of layers with a common input); "off" in the dense model.
+    initial_masks : mapping of weight name to bool Tensor, or path
+        Earlier masks to keep: what is False there stays zero, so that a line may keep fewer than N.
+    dense : sequence of str
+        Globs of layers to leave dense.
+    tokenizer, samples, sequence_length, batch_size, seed
+        For calibration text and tokens; see :func:`nmsolve.prune.make_batches`. By default sequences are as
+        long as the model takes, 2048 tokens at most.
+    damping : float
+        Share of the mean diagonal added to the diagonal of the Hessian ("sparsegpt", "alps").
+    iterations : int
+        At most this many ADMM iterations ("alps").
+    resume : path, optional
+        Folder in which finished layers are kept. A run that was killed goes on from there, given the model as
+        it was before, and ends with the same weights as an undisturbed one.
+    progress : bool, optional
+        Whether to show a progress bar; by default on a terminal.
+    check : callable, optional
+        Called before each layer; it may raise to end the run.
+
+    Returns
+    -------
+    PruneResult
+        Masks and report.
+
+    Raises
+    ------
+    NMSolveError
+        If an argument is not as described, before the model is touched; or if a layer's inputs are not
+        finite.
+
+    Examples
+    --------
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
+    >>> result = prune_model(model, torch.randn(64, 16), "2:4", method="wanda")
+    >>> sorted(result.masks)
+    ['0.weight', '2.weight']
+    >>> nmsolve.check_mask(model[0].weight != 0, 2, 4)
+    """
+    start = time.perf_counter()
+    settings = check_settings(
+        method, transposable, mask_method, backend, sequential, damping, iterations, model
+    )
+    patterns = parse_patterns(pattern)
+    selected = select_layers(model, patterns, dense)
+    for layer, layer_pattern in selected.layers.items():
+        select(backend, layer.weight.device, layer_pattern.m)
+    allowed = check_initial_masks(initial_masks, selected)
+    batches: list[Batch] = []
+    if calibration is None:
+        if method != "magnitude":
+            raise NMSolveError(f"calibration: needed for method {method!r}")
+    else:
+        batches = make_batches(
+            calibration,
+            tokenizer=tokenizer,
+            samples=samples,
+            sequence_length=sequence_length_of(model, sequence_length),
+            batch_size=batch_size,
+            seed=seed,
+        )
+        check_tokens(model, batches)
+
+    shown = {glob: None if value is None else str(value) for glob, value in patterns.items()}
+    report = PruneReport(
+        settings={
+            **asdict(settings),
+            "pattern": next(iter(shown.values())) if list(shown) == ["*"] else shown,
+            "calibration_batches": len(batches),
+            "seed": seed,
+        },
+        skipped=dict(selected.skipped),
+    )
+    store = None
+    if resume is not None:
+        store = LayerStore(resume, {**report.settings, **fingerprints(selected, batches, allowed)})
+    run = Run(model, settings, selected, allowed, batches, report, store, progress, check)
+    with quiet_model(model):
+        run.all()
+    report.seconds = time.perf_counter() - start
+    return PruneResult(run.masks, {layer.weight_name: p for layer, p in run.pruned.items()}, report)

@@ -1,0 +1,93 @@
+"""Perplexity of a language model on a text."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from nmsolve.errors import NMSolveError
+from nmsolve.prune.walk import quiet_model
+
+__all__ = ["Perplexity", "perplexity"]
+
+
+class Perplexity(NamedTuple):
+    """``perplexity`` over ``windows`` windows of ``window`` tokens each."""
+
+    perplexity: float
+    windows: int
+    window: int
+
+
+def perplexity(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    window: int = 2048,
+    windows: int | None = None,
+    batch_size: int = 1,
+    progress: bool | None = None,
+) -> Perplexity:
+    r"""``exp`` of the mean negative log-likelihood that a causal model gives to tokens.
+
+    The tokens are cut into windows that do not overlap; in each, every token but the first is predicted from
+    those before it. This is how the perplexities of SparseGPT, Wanda and ALPS are measured.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers model for causal language modelling, or anything that maps tokens ``(B, T)`` to logits
+        ``(B, T, vocabulary)``.
+    tokens : Tensor
+        ``(T,)`` integers; what does not fill a window at the end is left out.
+    window : int
+        Tokens in a window, at least 2.
+    windows : int, optional
+        Use only the first so many.
+    batch_size : int
+        Windows in one forward pass.
+    progress : bool, optional
+        Whether to show a progress bar; by default on a terminal.
+
+    Raises
+    ------
+    NMSolveError
+        If an argument is not as described, or the tokens do not fill one window.
+
+    Examples
+    --------
+    >>> class Uniform(torch.nn.Module):
+    ...     def forward(self, tokens):
+    ...         return torch.zeros(*tokens.shape, 32)
+    >>> round(perplexity(Uniform(), torch.arange(10), window=5).perplexity, 3)
+    32.0
+    """
+    from tqdm import trange
+
+    if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.is_floating_point():
+        raise NMSolveError("tokens: expected a tensor (T,) of integers")
+    for name, value, least in (("window", window, 2), ("windows", windows, 1), ("batch_size", batch_size, 1)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise NMSolveError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    count = len(tokens) // window
+    if count == 0:
+        raise NMSolveError(f"tokens: {len(tokens)} tokens do not fill one window of {window}")
+    if windows is not None:
+        if windows > count:
+            raise NMSolveError(f"windows: {windows} asked for, but {len(tokens)} tokens fill only {count}")
+        count = windows
+    device = next((parameter.device for parameter in model.parameters()), tokens.device)
+    cut = tokens[: count * window].view(count, window).long()
+    total = 0.0
+    disable = None if progress is None else not progress
+    with quiet_model(model):
+        for start in trange(0, count, batch_size, unit="batch", disable=disable):
+            part = cut[start : start + batch_size].to(device)
+            output = model(part)
+            logits = output if isinstance(output, Tensor) else output.logits
+            for row, targets in zip(logits[:, :-1], part[:, 1:], strict=True):
+                total += float(nn.functional.cross_entropy(row.float(), targets, reduction="sum"))
+    mean = total / (count * (window - 1))
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, count, window)

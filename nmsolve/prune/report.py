@@ -1,0 +1,150 @@
+"""The report of a pruning run: JSON for programs, a picture for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nmsolve
+from nmsolve.errors import NMSolveError
+from nmsolve.report import relative_gap, retained_share, versions
+
+__all__ = ["LayerReport", "PruneReport", "need_matplotlib"]
+
+
+@dataclass
+class LayerReport:
+    """One pruned layer.
+
+    ``relative_error`` is ``||(W - W') X||^2 / ||W X||^2`` over the calibration inputs X of the layer (None
+    without calibration), ``retained`` the kept share of the scores the masks were solved for (SparseGPT:
+    summed over its slabs; ALPS: of its last iteration). ``gap`` is how much more (relative) any other mask
+    of the pattern could have kept at most, ``max_gap`` that of the worst block. ``seconds`` is the time for
+    scores, masks and weights, ``mask_seconds`` the part of it spent in ``mask_solves`` calls of the solver.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    pattern: str
+    weights: int
+    kept: int
+    tokens: int
+    relative_error: float | None
+    retained: float
+    score: float
+    objective: float
+    bound: float
+    gap: float
+    max_gap: float
+    seconds: float
+    mask_seconds: float
+    mask_solves: int
+
+
+@dataclass
+class PruneReport:
+    """A pruning run.
+
+    ``memory`` is in bytes: ``model`` (its parameters), ``activations`` (the largest set of block inputs held
+    at a time), ``statistics`` (the largest Hessians held at a time), ``working`` (the most that pruning one
+    layer takes beside them) and ``peak``, the process's peak of resident memory, plus ``peak_gpu`` where a
+    GPU was used. ``resumed`` counts the layers that an earlier run had finished.
+    """
+
+    settings: Mapping[str, object]
+    layers: list[LayerReport] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    resumed: int = 0
+    seconds: float = 0.0
+
+    def totals(self) -> dict[str, Any]:
+        """Sums over the layers, and ratios of the sums."""
+        score, objective, bound = (
+            math.fsum(getattr(layer, name) for layer in self.layers)
+            for name in ("score", "objective", "bound")
+        )
+        errors = [layer.relative_error for layer in self.layers if layer.relative_error is not None]
+        return {
+            "layers": len(self.layers),
+            "weights": sum(layer.weights for layer in self.layers),
+            "kept": sum(layer.kept for layer in self.layers),
+            "mean_relative_error": math.fsum(errors) / len(errors) if errors else None,
+            "mean_retained": math.fsum(layer.retained for layer in self.layers) / max(1, len(self.layers)),
+            "retained": retained_share(objective, score),
+            "gap": relative_gap(objective, bound),
+            "max_gap": max((layer.max_gap for layer in self.layers), default=0.0),
+            "layer_seconds": math.fsum(layer.seconds for layer in self.layers),
+            "mask_seconds": math.fsum(layer.mask_seconds for layer in self.layers),
+            "seconds": self.seconds,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON data."""
+        return {
+            "nmsolve": nmsolve.__version__,
+            "versions": versions(),
+            "settings": dict(self.settings),
+            "totals": self.totals(),
+            "memory": self.memory,
+            "resumed": self.resumed,
+            "layers": [asdict(layer) for layer in self.layers],
+            "skipped": self.skipped,
+        }
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes the JSON file."""
+        with Path(path).open("w", encoding="utf-8") as file:
+            json.dump(self.to_json(), file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Draws error and retained score layer by layer, one line for each kind of layer.
+
+        Raises
+        ------
+        NMSolveError
+            If matplotlib is not installed.
+        """
+        need_matplotlib()
+        from matplotlib.figure import Figure
+
+        panels = [("retained score", "retained", False)]
+        if any(layer.relative_error is not None for layer in self.layers):
+            panels.insert(0, ("relative reconstruction error", "relative_error", True))
+        figure = Figure(figsize=(10, 3.6 * len(panels)), layout="constrained")
+        axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        kinds = list(dict.fromkeys(layer.name.rpartition(".")[2] for layer in self.layers))
+        for axis, (title, field_name, logarithmic) in zip(axes, panels, strict=True):
+            for kind in kinds:
+                points = [
+                    (place, getattr(layer, field_name))
+                    for place, layer in enumerate(self.layers)
+                    if layer.name.rpartition(".")[2] == kind
+                ]
+                xs, ys = zip(*points, strict=True)
+                axis.plot(xs, ys, ".-", label=kind, linewidth=0.8)
+            if logarithmic and all(layer.relative_error for layer in self.layers):
+                axis.set_yscale("log")
+            axis.set_ylabel(title)
+            axis.grid(alpha=0.3)
+        axes[0].legend(ncols=min(8, max(1, len(kinds))), fontsize="small", frameon=False)
+        axes[0].set_title(f"{self.settings.get('method')}, {self.settings.get('pattern')}", loc="left")
+        axes[-1].set_xlabel("layer, in the order of the model")
+        figure.savefig(path, dpi=120)
+
+
+def need_matplotlib() -> None:
+    """Raises NMSolveError if pictures cannot be drawn."""
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise NMSolveError("picture: matplotlib is not installed: pip install 'nmsolve[hf]'")

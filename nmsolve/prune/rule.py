@@ -1,0 +1,131 @@
+"""Which entries a layer keeps: one call of a public mask function, and a tally of what it cost and proved."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nmsolve.errors import NMSolveError
+from nmsolve.masks import nm_mask, transposable_mask
+from nmsolve.pattern import NMPattern
+from nmsolve.solution import BlockSolution
+from nmsolve.validation import METHODS
+
+__all__ = ["MaskRule", "Tally"]
+
+
+@dataclass
+class Tally:
+    """Sums over the masks of one layer.
+
+    ``score`` is the sum of all scores, ``objective`` that of the kept ones, ``bound`` what no mask of the
+    pattern exceeds; ``retained`` and ``gap`` are their ratios, ``max_gap`` the largest gap of one block.
+    ``seconds`` is the time spent in the mask functions, over all ``solves`` calls.
+    """
+
+    score: float = 0.0
+    objective: float = 0.0
+    bound: float = 0.0
+    max_gap: float = 0.0
+    seconds: float = 0.0
+    solves: int = 0
+
+    @property
+    def retained(self) -> float:
+        """``objective / score``; all of nothing is 1."""
+        return self.objective / self.score if self.score else 1.0
+
+    @property
+    def gap(self) -> float:
+        """``(bound - objective) / objective``; 0 proves that no other mask keeps more."""
+        return (self.bound - self.objective) / self.objective if self.bound != self.objective else 0.0
+
+
+@dataclass
+class MaskRule:
+    """A pattern and the way its masks are solved.
+
+    Parameters
+    ----------
+    pattern : NMPattern or str
+        ``"8:16"`` keeps 8 of 16.
+    transposable : bool
+        N:M along rows and columns of every M x M block, or only along the input of each output.
+    method : {"exact", "tsenor", "greedy"}
+        Solver of transposable masks; see :func:`nmsolve.transposable_mask`.
+    backend : {"auto", "triton", "cpu", "torch"}
+
+    Examples
+    --------
+    >>> MaskRule("1:2", transposable=False).choose(torch.tensor([[1.0, 3.0, 2.0, 0.0]]))
+    tensor([[False,  True,  True, False]])
+    """
+
+    pattern: NMPattern
+    transposable: bool = True
+    method: str = "exact"
+    backend: str = "auto"
+    tally: Tally = field(default_factory=Tally, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.pattern, str):
+            self.pattern = NMPattern.parse(self.pattern)
+        if not isinstance(self.pattern, NMPattern):
+            raise NMSolveError(f"pattern: expected an NMPattern or 'N:M', got {self.pattern!r}")
+        if self.method not in METHODS:
+            raise NMSolveError(f"mask_method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        if not self.transposable and self.method != "exact":
+            raise NMSolveError(
+                f"mask_method: {self.method!r} needs transposable=True; ordinary N:M has only one method"
+            )
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """The mask of non-negative ``(..., out, in)`` scores, counted in the tally with its certificate."""
+        start = time.perf_counter()
+        n, m = self.pattern.n, self.pattern.m
+        if self.transposable:
+            solution = transposable_mask(
+                scores, n, m, method=self.method, backend=self.backend, return_solution=True
+            )
+            mask, objective, bound = solution.mask, solution.total_objective, solution.total_bound
+            self.tally.max_gap = max(self.tally.max_gap, solution.max_gap)
+        else:
+            mask = nm_mask(scores, n, m, backend=self.backend)
+            objective = bound = _sum(torch.where(mask, scores, 0))
+        self.tally.score += _sum(scores)
+        self.tally.objective += objective
+        self.tally.bound += bound
+        self._count(start)
+        return mask
+
+    def step(self, scores: Tensor, previous: BlockSolution | None) -> tuple[Tensor, BlockSolution | None]:
+        """The mask of scores that changed little since ``previous``, and what to start the next one from.
+
+        For iterations that throw their masks away: the tally counts the time alone. The exact solver starts
+        from the duals of the last iteration.
+        """
+        start = time.perf_counter()
+        n, m = self.pattern.n, self.pattern.m
+        solution = None
+        if not self.transposable:
+            mask = nm_mask(scores, n, m, backend=self.backend)
+        elif self.method == "exact":
+            solution = transposable_mask(
+                scores, n, m, backend=self.backend, return_solution=True, warm_start=previous
+            )
+            mask = solution.mask
+        else:
+            mask = transposable_mask(scores, n, m, method=self.method, backend=self.backend)
+        self._count(start)
+        return mask, solution
+
+    def _count(self, start: float) -> None:
+        self.tally.seconds += time.perf_counter() - start
+        self.tally.solves += 1
+
+
+def _sum(scores: Tensor) -> float:
+    return float(scores.sum(dtype=torch.float64))

@@ -1,0 +1,308 @@
+"""One pruning run: from the plan of the walk to new weights, masks and the report."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmsolve.errors import NMSolveError
+from nmsolve.pattern import NMPattern
+from nmsolve.prune.alps import alps, alps_system
+from nmsolve.prune.arguments import Settings
+from nmsolve.prune.calibration import Batch, call_model
+from nmsolve.prune.layers import Layer, Selected
+from nmsolve.prune.report import LayerReport, PruneReport
+from nmsolve.prune.rule import MaskRule
+from nmsolve.prune.scores import magnitude_scores, ria_scores, wanda_scores
+from nmsolve.prune.sparsegpt import sparsegpt, sparsegpt_factor
+from nmsolve.prune.store import LayerStore
+from nmsolve.prune.walk import Chain, Group, Loose, Stop, input_of, make_plan
+
+__all__ = ["Run"]
+
+
+@dataclass
+class Hessian:
+    """``X.T @ X`` ``(groups, in, in)`` over the inputs of a group of layers, and how many there were."""
+
+    matrix: Tensor
+    tokens: int = 0
+
+    def add(self, x: Tensor) -> None:
+        x = x.to(self.matrix.dtype)
+        self.matrix.baddbmm_(x.transpose(1, 2), x)
+        self.tokens += x.shape[1]
+
+
+@dataclass
+class Run:
+    model: nn.Module
+    settings: Settings
+    selected: Selected
+    allowed: Mapping[Layer, Tensor]
+    batches: list[Batch]
+    report: PruneReport
+    store: LayerStore | None
+    progress: bool | None
+    check: Callable[[], None] | None
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    pruned: dict[Layer, NMPattern] = field(default_factory=dict)
+    delayed: list[tuple[Layer, Tensor]] = field(default_factory=list)
+    delay: bool = False
+
+    def all(self) -> None:
+        from tqdm import tqdm
+
+        for layer, mask in self.allowed.items():
+            layer.weight.data.mul_(mask.to(layer.weight.device))
+        self._memory(model=sum(p.numel() * p.element_size() for p in self.model.parameters()))
+        total = sum(layer.weight.numel() for layer in self.selected.layers)
+        disable = None if self.progress is None else not self.progress
+        with tqdm(total=total, unit="w", unit_scale=True, disable=disable) as self.bar:
+            if self.batches:
+                self._walk()
+            else:
+                for layer in self.selected.layers:
+                    self._group(Group([layer]), None)
+            for layer, weight in self.delayed:
+                layer.weight.data.copy_(weight)
+        order = {layer.name: place for place, layer in enumerate(self.selected.layers)}
+        self.report.layers.sort(key=lambda row: order[row.name])
+        self._memory(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        if torch.cuda.is_available():
+            self._memory(peak_gpu=torch.cuda.max_memory_allocated())
+
+    def _walk(self) -> None:
+        layers = list(self.selected.layers)
+        plan = make_plan(self.model, layers, self.batches[0])
+        for layer in plan.unreached:
+            self.report.skipped[layer.name] = "not called in the forward pass of the first batch"
+            self.bar.total -= layer.weight.numel()
+        # Inputs of the dense model need it dense to the end, unless one chain is all there is: its blocks
+        # are left behind one by one.
+        self.delay = self.settings.sequential == "off" and len(plan.stages) > 1
+        for stage in plan.stages:
+            if isinstance(stage, Loose):
+                for group in stage.groups:
+                    self._one_by_one([group], self._whole)
+            else:
+                self._chain(stage)
+
+    def _whole(self, batch: int) -> None:
+        call_model(self.model, self.batches[batch])
+
+    def _chain(self, chain: Chain) -> None:
+        last = max(k for k, groups in enumerate(chain.groups) if groups)
+        if all(self._done(group) for groups in chain.groups for group in groups):
+            for groups in chain.groups:
+                for group in groups:
+                    self._group(group, None)
+            return
+        chain.capture(self.model, self.batches)
+        self._memory(activations=sum(t.numel() * t.element_size() for t in chain.hidden))
+        for index, groups in enumerate(chain.groups[: last + 1]):
+
+            def forward(batch: int, index: int = index) -> None:
+                chain.run(index, batch)
+
+            if self.settings.sequential == "layer":
+                self._one_by_one(groups, forward)
+                statistics = None
+            else:
+                finished = all(self._done(group) for group in groups)
+                statistics = None if finished or not groups else self._measure(groups, forward)
+                if self.settings.sequential == "block":
+                    self._prune_block(groups, statistics)
+            if index < last:
+                chain.advance(index)
+            if self.settings.sequential == "off":
+                self._prune_block(groups, statistics)
+        chain.release()
+
+    def _one_by_one(self, groups: Sequence[Group], forward: Callable[[int], None]) -> None:
+        for group in groups:
+            if self._done(group):
+                self._group(group, None)
+            else:
+                (hessian,) = self._measure([group], forward)
+                self._group(group, hessian)
+
+    def _prune_block(self, groups: Sequence[Group], statistics: list[Hessian] | None) -> None:
+        for k, group in enumerate(groups):
+            self._group(group, None if statistics is None else statistics[k])
+
+    def _done(self, group: Group) -> bool:
+        return self.store is not None and all(layer.name in self.store for layer in group.layers)
+
+    def _measure(self, groups: Sequence[Group], forward: Callable[[int], None]) -> list[Hessian]:
+        """The Hessians of groups of layers, from a pass over all batches."""
+        hessians = []
+        with ExitStack() as hooks:
+            for group in groups:
+                first = group.layers[0]
+                size = first.matrices(first.weight).shape[2]
+                matrix = torch.zeros(
+                    (first.groups, size, size), dtype=_work_dtype(first.weight), device=first.weight.device
+                )
+                hessian = Hessian(matrix)
+                stop = len(groups) == 1 and group.once
+                hook = first.module.register_forward_pre_hook(
+                    _measuring(first, hessian, stop), with_kwargs=True
+                )
+                hooks.callback(hook.remove)
+                hessians.append(hessian)
+            self._memory(statistics=sum(h.matrix.numel() * h.matrix.element_size() for h in hessians))
+            for batch in range(len(self.batches)):
+                if self.check is not None:
+                    self.check()
+                with suppress(Stop):
+                    forward(batch)
+        for group, hessian in zip(groups, hessians, strict=True):
+            if not bool(torch.isfinite(hessian.matrix).all()):
+                raise NMSolveError(
+                    f"calibration: the inputs of {group.layers[0].name} hold NaN or infinite values, or "
+                    "overflow when squared"
+                )
+        return hessians
+
+    def _group(self, group: Group, hessian: Hessian | None) -> None:
+        """Prunes the layers of a group, or takes them from the store."""
+        system: list[Any] = []
+        for layer in group.layers:
+            if self.check is not None:
+                self.check()
+            if self.store is not None and layer.name in self.store:
+                weight, mask, row = self.store.load(layer.name)
+                row["shape"] = tuple(row["shape"])
+                report = LayerReport(**row)
+                self.report.resumed += 1
+            else:
+                weight, mask, report = self._layer(layer, hessian, system)
+                if self.store is not None:
+                    self.store.save(layer.name, weight, mask, asdict(report))
+            self.masks[layer.weight_name] = mask.cpu()
+            self.pruned[layer] = self.selected.layers[layer]
+            self.report.layers.append(report)
+            if self.delay:
+                self.delayed.append((layer, weight.cpu()))
+            else:
+                layer.weight.data.copy_(weight)
+            error = "" if report.relative_error is None else f"error {report.relative_error:.3g}, "
+            self.bar.set_description_str(layer.name, refresh=False)
+            self.bar.set_postfix_str(f"{error}gap {report.gap:.1e}", refresh=False)
+            self.bar.update(report.weights)
+
+    def _layer(
+        self, layer: Layer, hessian: Hessian | None, system: list[Any]
+    ) -> tuple[Tensor, Tensor, LayerReport]:
+        """New weight and mask of one layer, both in the weight's shape. ``system`` is shared in a group."""
+        start = time.perf_counter()
+        pattern = self.selected.layers[layer]
+        rule = MaskRule(pattern, self.settings.transposable, self.settings.mask_method, self.settings.backend)
+        allowed = self.allowed.get(layer)
+        keep = None if allowed is None else layer.matrices(allowed.to(layer.weight.device))
+        dense = layer.matrices(layer.weight.detach()).to(_work_dtype(layer.weight))
+        pruned, mask = self._prune_matrices(layer, dense, hessian, rule, keep, system)
+        weight = layer.from_matrices(pruned).to(layer.weight.dtype)
+        error = None
+        if hessian is not None:
+            error = _relative_error(dense, layer.matrices(weight), hessian.matrix)
+        full_mask = layer.from_matrices(mask)
+        tally = rule.tally
+        report = LayerReport(
+            name=layer.name,
+            shape=tuple(layer.weight.shape),
+            dtype=str(layer.weight.dtype).removeprefix("torch."),
+            pattern=str(pattern),
+            weights=layer.weight.numel(),
+            kept=int(mask.sum()),
+            tokens=0 if hessian is None else hessian.tokens,
+            relative_error=error,
+            retained=tally.retained,
+            score=tally.score,
+            objective=tally.objective,
+            bound=tally.bound,
+            gap=tally.gap,
+            max_gap=tally.max_gap,
+            seconds=time.perf_counter() - start,
+            mask_seconds=tally.seconds,
+            mask_solves=tally.solves,
+        )
+        return weight, full_mask, report
+
+    def _prune_matrices(
+        self,
+        layer: Layer,
+        dense: Tensor,
+        hessian: Hessian | None,
+        rule: MaskRule,
+        allowed: Tensor | None,
+        system: list[Any],
+    ) -> tuple[Tensor, Tensor]:
+        """``(groups, out, positions * in)`` pruned, and masks of that shape."""
+        method, positions = self.settings.method, layer.positions
+        if method in ("sparsegpt", "alps"):
+            assert hessian is not None
+            if not system:
+                prepare: Callable[[Tensor, float], Any] = (
+                    sparsegpt_factor if method == "sparsegpt" else alps_system
+                )
+                system += [prepare(matrix, self.settings.damping) for matrix in hessian.matrix]
+            weights, masks = [], []
+            for g, prepared in enumerate(system):
+                options: dict[str, Any] = {
+                    "positions": positions,
+                    "allowed": None if allowed is None else allowed[g],
+                }
+                if method == "sparsegpt":
+                    one = sparsegpt(dense[g], prepared, rule, **options)
+                else:
+                    one = alps(dense[g], prepared, rule, iterations=self.settings.iterations, **options)
+                weights.append(one.weight)
+                masks.append(one.mask)
+            if len(weights) == 1:
+                return weights[0].unsqueeze(0), masks[0].unsqueeze(0)
+            return torch.stack(weights), torch.stack(masks)
+        if method == "magnitude":
+            scores = magnitude_scores(dense)
+        else:
+            assert hessian is not None
+            norms = hessian.matrix.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(1)
+            scores = wanda_scores(dense, norms) if method == "wanda" else ria_scores(dense, norms)
+        split = scores.unflatten(2, (positions, -1)).transpose(1, 2)
+        mask = rule.choose(split).transpose(1, 2).flatten(2)
+        if allowed is not None:
+            mask = mask & allowed
+        return dense * mask, mask
+
+    def _memory(self, **sizes: int) -> None:
+        for name, size in sizes.items():
+            self.report.memory[name] = max(size, self.report.memory.get(name, 0))
+
+
+def _work_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _measuring(layer: Layer, hessian: Hessian, stop: bool) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        hessian.add(layer.inputs(input_of(args, kwargs).detach()))
+        if stop:
+            raise Stop
+
+    return hook
+
+
+def _relative_error(dense: Tensor, pruned: Tensor, hessian: Tensor) -> float:
+    """``||(W - W') X||^2 / ||W X||^2``, with ``X X^T`` the Hessian."""
+    lost = dense - pruned.to(dense.dtype)
+    top = ((lost @ hessian) * lost).sum(dtype=torch.float64)
+    whole = ((dense @ hessian) * dense).sum(dtype=torch.float64)
+    return float(top / whole) if whole > 0 else 0.0
