@@ -10,7 +10,7 @@ That proves it: ``sum(u) + sum(v)`` bounds the score of every permutation and eq
 
 1. Column maxima: ``v[j] = max_i A[i, j]``. A row that is the best of one or more columns gets the first.
 2. Bidding: a free row takes the column of its least loss and raises its price by the margin to the second
-   least; the row that held it bids next. Each bid is one pass over one row, and most rows find their place.
+   least; the row that held it bids next. A bid is one pass over one row.
 3. Augmentation: from each row that is left, Dijkstra's search for the nearest free column.
 
 Prices, losses and distances are float64, whatever the scores are. The result depends on the matrix alone.
@@ -44,10 +44,9 @@ __all__ = ["solve_assignments"]
 
 LANES = 8
 
-# Passes over the free rows and bids per row before the search takes over. Rows that outbid each other by
-# ever smaller margins would otherwise go on for long.
-PASSES = 2
-BIDS = 8
+# Bids, as a multiple of the number of rows, before the search takes over: it is so cheap that bidding on, by
+# ever smaller margins, costs more than it saves.
+BIDS = 2
 
 
 @intrinsic
@@ -135,7 +134,15 @@ def _column_maxima(scores: Any, m: int, width: int, prices: Any, holder: Any) ->
 
 @njit
 def _take_maxima(
-    scores: Any, m: int, width: int, prices: Any, holder: Any, row_of: Any, col_of: Any, vacant: Any, free: Any
+    scores: Any,
+    m: int,
+    width: int,
+    prices: Any,
+    holder: Any,
+    row_of: Any,
+    col_of: Any,
+    vacant: Any,
+    free: Any,
 ) -> int:
     """Give rows the columns they are the best of; list the others in ``free`` and return their number.
 
@@ -167,7 +174,15 @@ def _take_maxima(
 
 @njit
 def _bid(
-    scores: Any, width: int, prices: Any, row_of: Any, col_of: Any, vacant: Any, free: Any, count: int, bids: int
+    scores: Any,
+    width: int,
+    prices: Any,
+    row_of: Any,
+    col_of: Any,
+    vacant: Any,
+    free: Any,
+    count: int,
+    bids: int,
 ) -> int:
     """Let the listed rows bid; returns how many are still free, listed again."""
     left = 0
@@ -314,9 +329,7 @@ def solve_assignments(
                 dense[i * width + j] = matrix[i, j]
         _column_maxima(dense, m, width, prices, holder)
         count = _take_maxima(dense, m, width, prices, holder, row_of, col_of, vacant, free)
-        for _ in range(PASSES):
-            if count > 0:
-                count = _bid(dense, width, prices, row_of, col_of, vacant, free, count, BIDS * m)
+        count = _bid(dense, width, prices, row_of, col_of, vacant, free, count, BIDS * m)
         for k in range(count):
             _augment(
                 dense,

@@ -1,0 +1,119 @@
+"""The Numba backend of soft and hard permutations: batches shared out over threads."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nmsolve import reference_permute
+from nmsolve._cpu import sinkhorn
+from nmsolve._cpu.assignment import solve_assignments
+
+__all__ = ["assignment", "permute_columns", "rms_norm_permute", "sinkhorn_backward", "sinkhorn_forward"]
+
+# PyTorch's own gather of columns is as fast as memory on the CPU.
+permute_columns = reference_permute.permute_columns
+rms_norm_permute = reference_permute.rms_norm_permute
+
+# Entries that one call of a kernel takes at a time: enough to hide the call, few enough to share out evenly.
+_SHARE = 1 << 17
+
+
+def assignment(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
+    """Optimal columns of the rows of ``(B, M, M)`` scores; see :func:`nmsolve.reference_permute.assignment`."""
+    batch, m = scores.shape[:2]
+    permutations = torch.empty(batch, m, dtype=torch.int64)
+    certified = batch if want_solution else 0
+    row_duals, col_duals = (torch.empty(certified, m, dtype=torch.float64) for _ in range(2))
+    values = torch.empty(certified, 3, dtype=torch.float64)
+    matrices, *outputs = _arrays(_widened(scores), permutations, row_duals, col_duals, values)
+    share_out(lambda first, last: solve_assignments(matrices, first, last, *outputs), batch, m * m)
+    return (permutations, row_duals, col_duals, *values.unbind(1)) if want_solution else (permutations,)
+
+
+def sinkhorn_forward(
+    logits: Tensor,
+    row_marginals: Tensor,
+    col_marginals: Tensor,
+    temperature: float,
+    iterations: int,
+    tolerance: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`nmsolve.reference_permute.sinkhorn_forward`."""
+    batch, rows, cols = logits.shape
+    plan = torch.empty(batch, rows, cols, dtype=row_marginals.dtype)
+    kept = iterations if keep else 0
+    row_scalings, col_scalings = plan.new_empty(batch, kept, rows), plan.new_empty(batch, kept, cols)
+    made = torch.empty(batch, dtype=torch.int32)
+    inputs = _arrays(_widened(logits), row_marginals, col_marginals)
+    outputs = _arrays(plan, row_scalings, col_scalings, made)
+    settings = (float(temperature), iterations, float(tolerance))
+    share_out(
+        lambda first, last: sinkhorn.sinkhorn_forward(*inputs, *settings, first, last, *outputs),
+        batch,
+        rows * cols * iterations,
+    )
+    return plan, row_scalings, col_scalings, made
+
+
+def sinkhorn_backward(
+    gradient: Tensor,
+    logits: Tensor,
+    col_marginals: Tensor,
+    row_scalings: Tensor,
+    col_scalings: Tensor,
+    made: Tensor,
+    temperature: float,
+) -> Tensor:
+    """As :func:`nmsolve.reference_permute.sinkhorn_backward`."""
+    batch, rows, cols = logits.shape
+    out = torch.empty(batch, rows, cols, dtype=row_scalings.dtype)
+    inputs = _arrays(_widened(gradient), _widened(logits), col_marginals, row_scalings, col_scalings, made)
+    (result,) = _arrays(out)
+    share_out(
+        lambda first, last: sinkhorn.sinkhorn_backward(*inputs, float(temperature), first, last, result),
+        batch,
+        rows * cols * row_scalings.shape[1],
+    )
+    return out.to(logits.dtype)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32, which NumPy and Numba know."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def _arrays(*tensors: Tensor) -> list[np.ndarray]:
+    return [tensor.detach().numpy() for tensor in tensors]
+
+
+def share_out(kernel: Callable[[int, int], object], count: int, entries: int) -> None:
+    """Run ``kernel(first, last)`` over ``count`` problems of ``entries`` entries each on torch's number of threads.
+
+    Threads take shares as they get free. What a problem's result is depends on nothing but the problem.
+    """
+    share = max(1, _SHARE // max(1, entries))
+    shares = -(-count // share)
+    turns, failures = itertools.count(), []
+
+    def work() -> None:
+        try:
+            while (turn := next(turns)) < shares:
+                kernel(turn * share, min(count, (turn + 1) * share))
+        except BaseException as error:
+            failures.append(error)
+
+    helpers = [threading.Thread(target=work) for _ in range(min(torch.get_num_threads(), shares) - 1)]
+    for helper in helpers:
+        helper.start()
+    work()
+    for helper in helpers:
+        helper.join()
+    if failures:
+        raise failures[0]
