@@ -10,8 +10,8 @@ among those masks one with the largest kept score; :func:`nmsolve.blocks.demand`
 
 by an ascent on its dual (:func:`dual_ascent`) and shortest augmenting paths (:func:`augment`), see
 docs/solver.md. :func:`tsenor` is the entropic method of arXiv 2505.23949; :func:`greedy` is the
-2-approximation by descending score. Sums of floats are taken by halving (:func:`fold`), so that a block's result
-does not depend on how many blocks are solved with it.
+2-approximation by descending score. Sums of floats are taken by halving (:func:`fold`), so that the result
+of a block does not depend on how many are solved with it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ def why_not(device: torch.device) -> str | None:
 
 
 def exact(
-    scores: Tensor, pattern: NMPattern, *, warm: tuple[Tensor, Tensor] | None = None, want_solution: bool = False
+    scores: Tensor,
+    pattern: NMPattern,
+    *,
+    warm: tuple[Tensor, Tensor] | None = None,
+    want_solution: bool = False,
 ) -> BlockResult:
     """Optimal masks of ``(batch, rows, cols)`` scores, with duals that prove it when asked.
 
@@ -364,7 +368,7 @@ def complete(a: Tensor, kept: Tensor, n: int) -> None:
     shifts a kept entry: (i', j') leaves, (i, j') and (i', j) come, for a column j with room. Its gain is the
     change of the kept score; the best move is made even where it loses, and there always is one.
     """
-    batch, rows, cols = a.shape
+    rows, cols = a.shape[1:]
     need = demand(rows, cols, n)
     inf = float("inf")
     short = (kept.sum(2) < need.row).any(1).nonzero().squeeze(1)
