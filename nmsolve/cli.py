@@ -13,6 +13,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -232,7 +233,7 @@ def _mask(args: argparse.Namespace) -> int:
 
     report = _work(checkpoint, selection, settings, args, out)
     if not args.quiet:
-        _print_summary(report, settings, out)
+        _print_summary(report, settings)
     return OK
 
 
@@ -286,9 +287,9 @@ def _work(
             write_masked(checkpoint, selection, settings, report, staging.path, out, progress)
             interrupts.hold()
             if checkpoint.is_folder:
-                staging.publish_folder()
+                staging.publish_folder(replace=args.overwrite)
             else:
-                staging.publish_files(output_names(out))
+                staging.publish_files(output_names(out), replace=args.overwrite)
     except NMSolveError as error:
         raise WorkFailed(str(error)) from error
     return report
@@ -354,7 +355,7 @@ def _print_selection(selection: Selection) -> None:
     print(f"{len(selection.masked)} of {len(rows)} tensors would be masked, {weights:,} weights")
 
 
-def _print_summary(report: Report, settings: Settings, out: Path) -> None:
+def _print_summary(report: Report, settings: Settings) -> None:
     totals = report.totals()
     certificate = f"provably within {totals['gap']:.1e} of the optimum" if totals["gap"] else "the optimum"
     kind = (
@@ -367,56 +368,31 @@ def _print_summary(report: Report, settings: Settings, out: Path) -> None:
     print(f"{kind}: {totals['tensors_masked']} tensors, {totals['weights']:,} weights")
     print(f"{density:.2%} of the weights keep {totals['retained']:.2%} of the magnitude; {certificate}")
     print(f"{totals['tensors_skipped']} tensors stay dense")
-    print(f"wrote {out} in {totals['seconds']:.1f} s ({backend} backend on {settings.device})")
+    print(f"wrote {report.output} in {totals['seconds']:.1f} s ({backend} backend on {settings.device})")
     if report.files_left_out:
         print(f"not copied, as they hold other weights: {', '.join(report.files_left_out)}")
 
 
 def _info(args: argparse.Namespace) -> int:
-    import torch
+    from nmsolve.machine import devices, versions
 
-    from nmsolve.dispatch import backend_reasons
-    from nmsolve.masking import backend_name
-    from nmsolve.report import versions
-
-    devices = [{"name": "cpu", "description": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"}]
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        properties = torch.cuda.get_device_properties(index)
-        devices.append(
-            {
-                "name": f"cuda:{index}",
-                "description": f"{properties.name}, sm_{properties.major}{properties.minor}, "
-                f"{properties.total_memory / 2**30:.0f} GiB",
-            }
-        )
-    found = {
-        "nmsolve": nmsolve.__version__,
-        "versions": versions(),
-        "devices": [
-            {
-                **device,
-                "auto": backend_name("auto", device["name"], 16),
-                "backends": backend_reasons(device["name"]),
-            }
-            for device in devices
-        ],
-    }
+    found = devices()
     if args.json:
-        print(json.dumps(found, indent=2))
+        data = {
+            "nmsolve": nmsolve.__version__,
+            "versions": versions(),
+            "devices": [asdict(device) for device in found],
+        }
+        print(json.dumps(data, indent=2))
         return OK
     print(f"nmsolve {nmsolve.__version__}")
     for package, version in versions().items():
         print(f"  {package:<12} {version or 'not installed'}")
-    for device in devices:
-        print(f"{device['name']}: {device['description']}")
-        auto = backend_name("auto", device["name"], 16)
-        for name, reason in backend_reasons(device["name"]).items():
-            note = (
-                f"cannot run: {reason}"
-                if reason
-                else "can run" + (", and auto takes it" if name == auto else "")
-            )
-            print(f"  {name:<12} {note}")
+    for device in found:
+        print(f"{device.name}: {device.description}")
+        for name, reason in device.backends.items():
+            taken = ", and auto takes it" if name == device.auto else ""
+            print(f"  {name:<12} {f'cannot run: {reason}' if reason else f'can run{taken}'}")
     return OK
 
 

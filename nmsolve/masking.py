@@ -7,7 +7,6 @@ does not depend on what is solved with it, so the slabs do not show in the resul
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -264,4 +263,4 @@ def _sum(scores: Tensor) -> float:
     thread sums: waking the others costs more.
     """
     pieces = scores.view(-1).split(_PIECE if scores.device.type == "cpu" else scores.numel())
-    return math.fsum(float(piece.sum(dtype=torch.float64)) for piece in pieces)
+    return sum(float(piece.sum(dtype=torch.float64)) for piece in pieces)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import nmsolve
+from nmsolve.machine import versions
 
-__all__ = ["MaskedTensor", "Report", "SkippedTensor", "relative_gap", "retained_share", "versions"]
-
-PACKAGES = ("torch", "triton", "numba", "numpy", "safetensors")
+__all__ = ["MaskedTensor", "Report", "SkippedTensor", "relative_gap", "retained_share"]
 
 
 @dataclass
@@ -79,8 +76,7 @@ class Report:
     def totals(self) -> dict[str, Any]:
         """Sums over the masked tensors, and the ratios of the sums."""
         score, objective, bound = (
-            math.fsum(getattr(tensor, name) for tensor in self.tensors)
-            for name in ("score", "objective", "bound")
+            sum(getattr(tensor, name) for tensor in self.tensors) for name in ("score", "objective", "bound")
         )
         return {
             "tensors_masked": len(self.tensors),
@@ -93,7 +89,7 @@ class Report:
             "gap": relative_gap(objective, bound),
             "max_gap": max((tensor.max_gap for tensor in self.tensors), default=0.0),
             "retained": retained_share(objective, score),
-            "seconds_solving": math.fsum(tensor.seconds for tensor in self.tensors),
+            "seconds_solving": sum(tensor.seconds for tensor in self.tensors),
             "seconds": self.seconds,
         }
 
@@ -129,17 +125,6 @@ def relative_gap(objective: float, bound: float) -> float:
 def retained_share(objective: float, score: float) -> float:
     """``objective / score``; all of nothing is 1."""
     return objective / score if score else 1.0
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that solve, None for what is not installed. Imports nothing."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def _finite(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -44,8 +45,9 @@ class Staging:
             raise
         return self
 
-    def publish_folder(self) -> None:
-        """Renames the staging folder itself to ``out``, replacing a folder that is there."""
+    def publish_folder(self, replace: bool = False) -> None:
+        """Renames the staging folder itself to ``out``; one that is there is replaced if allowed."""
+        _refuse_existing([] if replace else [self.out])
         _sync_tree(self.path)
         token = self.path.name.removeprefix(self._prefix)
         replaced = self.out.with_name(f".{self.out.name}.replaced-{token}") if self.out.exists() else None
@@ -61,8 +63,9 @@ class Staging:
         if replaced is not None:
             shutil.rmtree(replaced, ignore_errors=True)
 
-    def publish_files(self, names: Sequence[str]) -> None:
+    def publish_files(self, names: Sequence[str], replace: bool = False) -> None:
         """Renames files of the staging folder into the folder of ``out``, in the order given."""
+        _refuse_existing([] if replace else [self.out.with_name(name) for name in names])
         moved: list[tuple[Path, bool]] = []
         try:
             for name in names:
@@ -131,6 +134,12 @@ class Interrupts:
     ) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
+
+
+def _refuse_existing(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, "appeared while the work went on", str(path))
 
 
 def _lock(folder: Path) -> int | None:

@@ -330,6 +330,25 @@ def test_zeros_and_ends_of_the_range(tmp_path, out):
     assert all(row["kept"] == 128 for row in rows.values())
 
 
+def test_a_sum_beyond_the_range_is_null_in_the_report(tmp_path, out):
+    save_file({"fc.weight": torch.full((32, 16), 1e308, dtype=torch.float64)}, tmp_path / "m.safetensors")
+    assert mask(tmp_path / "m.safetensors", out, pattern="2:4") == 0
+    report = json.loads(out.with_name("sparse.report.json").read_text())
+    assert report["tensors"][0]["score"] is None
+    assert report["tensors"][0]["kept"] == 256
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(file, out, capsys, monkeypatch):
+    finish = nmsolve.masking.MaskedTensor.finish
+    monkeypatch.setattr(
+        nmsolve.masking.MaskedTensor, "finish", lambda *args: (out.write_text("mine"), finish(*args))
+    )
+    assert mask(file, out) == 1
+    assert "appeared while the work went on" in one_error(capsys)
+    assert names(out.parent) == [out.name]
+    assert out.read_text() == "mine"
+
+
 @pytest.mark.parametrize("pattern", ["0:4", "4:4"])
 def test_nothing_or_everything_kept(tmp_path, out, pattern):
     save_file({"fc.weight": torch.randn(8, 8)}, tmp_path / "m.safetensors")

@@ -38,7 +38,9 @@ def test_a_published_folder_replaces_another(tmp_path):
     (tmp_path / "out" / "old").touch()
     with Staging(tmp_path / "out") as staging:
         (staging.path / "new").touch()
-        staging.publish_folder()
+        with pytest.raises(FileExistsError, match="appeared while the work went on"):
+            staging.publish_folder()
+        staging.publish_folder(replace=True)
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == ["new"]
 
@@ -56,7 +58,7 @@ def test_a_failed_replacement_restores_the_old_folder(tmp_path, monkeypatch):
 
         patch.setattr(os, "rename", fail)
         with pytest.raises(OSError, match="no"):
-            staging.publish_folder()
+            staging.publish_folder(replace=True)
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == ["old"]
 
@@ -66,7 +68,10 @@ def test_files_appear_together(tmp_path):
     with Staging(tmp_path / "b") as staging:
         (staging.path / "a").write_text("a")
         (staging.path / "b").write_text("b")
-        staging.publish_files(["a", "b"])
+        with pytest.raises(FileExistsError):
+            staging.publish_files(["a", "b"])
+        assert names(tmp_path) == [staging.path.name, "b"]
+        staging.publish_files(["a", "b"], replace=True)
     assert names(tmp_path) == ["a", "b"]
     assert (tmp_path / "b").read_text() == "b"
 

@@ -1,0 +1,55 @@
+"""What is installed here and what can run: the content of ``nmsolve info``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+
+__all__ = ["Device", "devices", "versions"]
+
+PACKAGES = ("torch", "triton", "numba", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that torch sees.
+
+    ``backends`` maps each backend to None if it can run there, else to why not; ``auto`` is the one that
+    ``backend="auto"`` takes for blocks of 16.
+    """
+
+    name: str
+    description: str
+    auto: str
+    backends: dict[str, str | None]
+
+
+def devices() -> list[Device]:
+    """The CPU, and every GPU that torch can use."""
+    import torch
+
+    from nmsolve.dispatch import backend_reasons
+    from nmsolve.masking import backend_name
+
+    found = [("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads")]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        found.append((f"cuda:{index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {memory}"))
+    return [
+        Device(name, description, backend_name("auto", name, 16), backend_reasons(name))
+        for name, description in found
+    ]
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that solve, None for what is not installed. Imports nothing."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
