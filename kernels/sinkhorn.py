@@ -1,0 +1,243 @@
+r"""Sinkhorn's iteration and its reverse sweep: every iteration of a batch of blocks in one launch.
+
+With ``K = logits / temperature`` the plan is ``exp(K + f + g)``. Iteration t sets f so that the rows sum to a,
+then g so that the columns sum to b. Exponentials are taken once, at reference scalings, into a kernel
+``E = exp(K + f_ref + g_ref)`` that stays in registers; an iteration is two products with it,
+
+    u = a / (E v),    v = b / (E^T u),        f = f_ref + log u,   g = g_ref + log v.
+
+A block whose factors leave ``2^+-LIMIT`` makes the iteration in the log domain instead, from ``K + g``, which
+gives it new references (Schmitzer, SIAM J. Sci. Comput. 41, 2019). Other blocks of the program keep theirs, so
+that a block's result does not depend on its neighbours. Scalings are held and stored as base-2 logarithms.
+"""
+
+import triton
+import triton.language as tl
+
+from nmsolve.kernels._tile import (
+    col_index,
+    max_cols,
+    max_rows,
+    min_cols,
+    min_rows,
+    row_index,
+    sum_cols,
+    sum_rows,
+)
+
+LIMIT = tl.constexpr(30.0)
+INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def load_level(pointers, inside, scale):
+    """Scores as float32 times ``scale``; padding lanes -inf."""
+    raw = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(inside, raw * scale, -INF)
+
+
+@triton.jit
+def places(batch, rows, cols, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS: tl.constexpr):
+    """The program's blocks (int64), whether they exist, row and column numbers, and whether those do."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None]
+    exists = block < batch
+    i = row_index(ROWS_IN, ROWS_OUT)
+    j = col_index(COLS_IN, COLS_OUT)
+    return block, exists, i, j, exists & (i < rows), exists & (j < cols)
+
+
+@triton.jit
+def log_step(level, g, a, b, live_row, live_col):
+    """One iteration in the log domain: (f, g, kernel), with ``kernel = exp2(level + f + g)``."""
+    x = level + g
+    peak = tl.where(live_row, max_rows(x), 0.0)
+    f = tl.where(live_row, tl.log2(a) - peak - tl.log2(sum_rows(tl.exp2(x - peak))), 0.0)
+    x = level + f
+    peak = tl.where(live_col, max_cols(x), 0.0)
+    x = tl.exp2(x - peak)
+    total = sum_cols(x)
+    g = tl.where(live_col, tl.log2(b) - peak - tl.log2(total), 0.0)
+    return f, g, x * tl.where(live_col, b / total, 0.0)
+
+
+@triton.jit
+def sinkhorn_forward_kernel(
+    logits_ptr,
+    row_marginals_ptr,
+    col_marginals_ptr,
+    plan_ptr,
+    row_scalings_ptr,
+    col_scalings_ptr,
+    made_ptr,
+    batch,
+    rows,
+    cols,
+    stride_batch,
+    stride_row,
+    stride_col,
+    row_marginals_stride,
+    col_marginals_stride,
+    scale,
+    iterations,
+    tolerance,
+    KEEP: tl.constexpr,
+    TOLERANCE: tl.constexpr,
+    ROWS_IN: tl.constexpr,
+    COLS_IN: tl.constexpr,
+    ROWS_OUT: tl.constexpr,
+    COLS_OUT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """``plan`` (batch, rows, cols) float32 of logits with any strides; ``scale`` is log2(e) / temperature.
+
+    With KEEP the scalings after each iteration go to (batch, iterations, rows or cols); ``made`` (batch,) int32
+    counts them. With TOLERANCE a block stops once all its row sums are within ``tolerance``.
+    """
+    block, exists, i, j, live_row, live_col = places(
+        batch, rows, cols, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS
+    )
+    inside = live_row & live_col
+    pointers = (
+        logits_ptr + block * stride_batch + i.to(tl.int64) * stride_row + j.to(tl.int64) * stride_col
+    )
+    a = tl.load(row_marginals_ptr + block * row_marginals_stride + i, mask=live_row, other=1.0)
+    b = tl.load(col_marginals_ptr + block * col_marginals_stride + j, mask=live_col, other=1.0)
+
+    f = tl.zeros_like(a)
+    g = tl.zeros_like(b)
+    u = f + 1.0
+    v = g + 1.0
+    kernel = tl.where(inside, 0.0, 0.0)
+    going = exists
+    made = tl.where(exists, 0, 0)
+    t = 0
+    go = True
+    while go:
+        total = sum_rows(kernel * v)
+        if TOLERANCE:
+            error = max_cols(tl.where(live_row, tl.abs(u * total - a), 0.0))
+            going = going & ((error > tolerance) | (t == 0))
+        new_u = tl.where(live_row, a / total, 1.0)
+        new_v = tl.where(live_col, b / sum_cols(kernel * new_u), 1.0)
+        low = tl.minimum(min_cols(new_u), min_rows(new_v))
+        high = tl.maximum(max_cols(new_u), max_rows(new_v))
+        safe = (t > 0) & (low > 1.0 / (1 << 30)) & (high < 1 << 30)
+        reset = going & (safe == 0)
+        step = going & safe
+        u = tl.where(step, new_u, u)
+        v = tl.where(step, new_v, v)
+        if tl.max(reset.to(tl.int32)) > 0:
+            level = load_level(pointers, inside, scale)
+            new_f, new_g, fresh = log_step(level, g + tl.log2(v), a, b, live_row, live_col)
+            kernel = tl.where(reset, fresh, kernel)
+            f = tl.where(reset, new_f, f)
+            g = tl.where(reset, new_g, g)
+            u = tl.where(reset, 1.0, u)
+            v = tl.where(reset, 1.0, v)
+        if KEEP:
+            place = block * iterations + t
+            tl.store(row_scalings_ptr + place * rows + i, f + tl.log2(u), mask=live_row & going)
+            tl.store(col_scalings_ptr + place * cols + j, g + tl.log2(v), mask=live_col & going)
+        made += going.to(tl.int32)
+        t += 1
+        go = t < iterations
+        if TOLERANCE:
+            go = go & (tl.max(going.to(tl.int32)) > 0)
+    tl.store(plan_ptr + (block * rows + i) * cols + j, kernel * u * v, mask=inside)
+    tl.store(made_ptr + block, made, mask=exists)
+
+
+@triton.jit
+def sinkhorn_backward_kernel(
+    gradient_ptr,
+    logits_ptr,
+    col_marginals_ptr,
+    row_scalings_ptr,
+    col_scalings_ptr,
+    made_ptr,
+    out_ptr,
+    batch,
+    rows,
+    cols,
+    gradient_stride_batch,
+    gradient_stride_row,
+    gradient_stride_col,
+    stride_batch,
+    stride_row,
+    stride_col,
+    col_marginals_stride,
+    scale,
+    inverse_temperature,
+    iterations,
+    ROWS_IN: tl.constexpr,
+    COLS_IN: tl.constexpr,
+    ROWS_OUT: tl.constexpr,
+    COLS_OUT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Gradient of the logits (batch, rows, cols), contiguous in ``out``'s dtype.
+
+    Iteration t used ``R = softmax_j(K + g_{t-1})`` for f_t and ``S = softmax_i(K + f_t)`` for g_t. From the
+    plan's part ``dK = Q = G * b * S_T``, ``df = Q 1``, ``dg = Q^T 1`` the sweep goes back,
+
+        dK -= S dg,   df -= S dg (summed over j),   dK -= R df,   dg = - R^T df,   df = 0,
+
+    with ``S = E u / (E^T u)`` and ``R = E v / (E v)`` for ``u = exp(f_t - f_ref)``, ``v = exp(g_{t-1} - g_ref)``.
+    """
+    block, exists, i, j, live_row, live_col = places(
+        batch, rows, cols, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS
+    )
+    inside = live_row & live_col
+    row = i.to(tl.int64)
+    col = j.to(tl.int64)
+    pointers = logits_ptr + block * stride_batch + row * stride_row + col * stride_col
+    b = tl.load(col_marginals_ptr + block * col_marginals_stride + j, mask=live_col, other=1.0)
+    made = tl.load(made_ptr + block, mask=exists, other=0)
+
+    kernel = tl.where(inside, 0.0, 0.0)
+    total = tl.where(inside, 0.0, 0.0)
+    f_ref = tl.where(live_row, 0.0, 0.0)
+    g_ref = tl.zeros_like(b)
+    dg = tl.zeros_like(b)
+    last = tl.max(made)
+    for back in range(0, last):
+        t = last - 1 - back
+        going = t < made
+        newest = t == made - 1
+        place = block * iterations + t
+        row_mask = live_row & going
+        col_mask = live_col & going
+        f = tl.load(row_scalings_ptr + place * rows + i, mask=row_mask, other=0.0)
+        g = tl.load(col_scalings_ptr + place * cols + j, mask=col_mask, other=0.0)
+        before = tl.load(col_scalings_ptr + (place - 1) * cols + j, mask=col_mask & (t > 0), other=0.0)
+        apart = tl.maximum(max_cols(tl.abs(f - f_ref)), max_rows(tl.maximum(tl.abs(g - g_ref), before - g_ref)))
+        reset = newest | (going & (apart > LIMIT))
+        if tl.max(reset.to(tl.int32)) > 0:
+            level = load_level(pointers, inside, scale)
+            kernel = tl.where(reset, tl.exp2((level + f) + g), kernel)
+            f_ref = tl.where(reset, f, f_ref)
+            g_ref = tl.where(reset, g, g_ref)
+        u = tl.where(row_mask, tl.exp2(f - f_ref), 1.0)
+        v = tl.where(col_mask, tl.exp2(before - g_ref), 1.0)
+        sums = tl.where(col_mask, sum_cols(kernel * u), 1.0)
+        df = tl.zeros_like(f)
+        if tl.max(newest.to(tl.int32)) > 0:
+            gradient = tl.load(
+                gradient_ptr
+                + block * gradient_stride_batch
+                + row * gradient_stride_row
+                + col * gradient_stride_col,
+                mask=inside & newest,
+                other=0.0,
+            ).to(tl.float32)
+            part = tl.where(newest, gradient * (kernel * u * (b / sums)), 0.0)
+            total += part
+            df += sum_rows(part)
+            dg += sum_cols(part)
+        y = dg / sums
+        norm = tl.where(row_mask, sum_rows(kernel * v), 1.0)
+        z = (df - u * sum_rows(kernel * y)) / norm
+        dg = 0.0 - v * sum_cols(kernel * z)
+        total -= kernel * (u * y + z * v)
+    out = (total * inverse_temperature).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (block * rows + i) * cols + j, out, mask=inside)
