@@ -42,10 +42,10 @@ $(MODEL): | $(STAMP)
 	@touch $@
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/pytest $(PYTEST_ARGS)
 
 test-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+	$(BIN)/pytest -m gpu $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
