@@ -36,6 +36,8 @@ class BlockResult(NamedTuple):
 class BlockSolution:
     """A mask with its certificate, block by block.
 
+    Of a DTensor's solution every tensor is a DTensor, and the numbers below are those of the whole.
+
     Attributes
     ----------
     mask : Tensor
@@ -68,22 +70,33 @@ class BlockSolution:
     @property
     def max_gap(self) -> float:
         """The largest gap of any block (0.0 if there is none)."""
-        return float(self.gap.max()) if self.gap.numel() else 0.0
+        gap = _gathered(self.gap)
+        return float(gap.max()) if gap.numel() else 0.0
 
     @property
     def total_objective(self) -> float:
         """Kept score of the whole tensor."""
-        return float(self.objective.sum())
+        return float(_gathered(self.objective).sum())
 
     @property
     def total_bound(self) -> float:
         """Upper bound of the kept score of the whole tensor."""
-        return float(self.bound.sum())
+        return float(_gathered(self.bound).sum())
 
     @property
     def relative_gap(self) -> float:
         """``(total_bound - total_objective)`` relative to the sum of the absolute kept scores."""
-        return float(_relative((self.bound - self.objective).sum(), self.scale.sum()))
+        objective, bound, scale = map(_gathered, (self.objective, self.bound, self.scale))
+        return float(_relative((bound - objective).sum(), scale.sum()))
+
+
+# So that vmap, export and other transforms of PyTorch take a solution apart into its tensors.
+torch.export.register_dataclass(BlockSolution, serialized_type_name="nmsolve.BlockSolution")
+
+
+def _gathered(values: Tensor) -> Tensor:
+    """All values of a DTensor (this communicates: a number per block), or the tensor itself."""
+    return values.full_tensor() if hasattr(values, "full_tensor") else values
 
 
 def _relative(difference: Tensor, scale: Tensor) -> Tensor:
