@@ -74,12 +74,13 @@ def col_index(COLS_IN: tl.constexpr, COLS_OUT: tl.constexpr):
 
 
 @triton.jit
-def locate(first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS: tl.constexpr):
+def locate(zero, first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS: tl.constexpr):
     """The blocks of this program: (int64 batch index, block row, block column, and whether it exists).
 
     The launch covers a rectangle of ``block_rows x block_cols`` blocks in each of ``batch`` matrices.
+    ``zero`` is 0: one that the compiler cannot foresee lets it forget the answer and ask again later.
     """
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None]
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None] + zero
     across = block_cols.to(tl.int64)
     down = block_rows.to(tl.int64)
     line = block // across
@@ -87,6 +88,28 @@ def locate(first_block_row, first_block_col, block_rows, block_cols, batch, BLOC
     block_row = line - matrix * down + first_block_row
     block_col = block - line * across + first_block_col
     return matrix, block_row, block_col, matrix < batch
+
+
+@triton.jit
+def extent(place, rows, cols, m, SLACK: tl.constexpr):
+    """(R, C, turned): int32 sizes of the blocks. One that is taller than wide is turned, so that R <= C."""
+    height = tl.zeros_like(place[1]).to(tl.int32) + m
+    width = height
+    if SLACK:
+        height = tl.minimum(rows - place[1] * m, m).to(tl.int32)
+        width = tl.minimum(cols - place[2] * m, m).to(tl.int32)
+    return tl.minimum(height, width), tl.maximum(height, width), height > width
+
+
+@triton.jit
+def strided(place, i, j, tall, m, stride_batch, stride_row, stride_col, SLACK: tl.constexpr):
+    """int64 offsets of entries (i, j) of the blocks, with the strides of turned blocks exchanged."""
+    along_row = tl.full((1, 1, 1, 1, 1), 0, tl.int64) + stride_col
+    along_col = tl.full((1, 1, 1, 1, 1), 0, tl.int64) + stride_row
+    corner = place[0] * stride_batch + place[1] * m * along_col + place[2] * m * along_row
+    if SLACK:
+        along_row, along_col = tl.where(tall, along_col, along_row), tl.where(tall, along_row, along_col)
+    return (corner + i * along_col) + j * along_row
 
 
 # --- scores -------------------------------------------------------------------------------------------------
@@ -107,20 +130,19 @@ def power_of_two_scale(peak):
     if peak.dtype == tl.float64:
         exponent = (peak.to(tl.int64, bitcast=True) >> 52) & 2047
         biased = tl.minimum(tl.maximum(2045 - exponent, 1), 2045)
-        return (biased << 52).to(tl.float64, bitcast=True), ((2046 - biased) << 52).to(
-            tl.float64, bitcast=True
-        )
+        scale = (biased << 52).to(tl.float64, bitcast=True)
+        unscale = ((2046 - biased) << 52).to(tl.float64, bitcast=True)
     else:
         exponent = (peak.to(tl.int32, bitcast=True) >> 23) & 255
         biased = tl.minimum(tl.maximum(253 - exponent, 1), 253)
-        return (biased << 23).to(tl.float32, bitcast=True), ((254 - biased) << 23).to(
-            tl.float32, bitcast=True
-        )
+        scale = (biased << 23).to(tl.float32, bitcast=True)
+        unscale = ((254 - biased) << 23).to(tl.float32, bitcast=True)
+    return scale, unscale
 
 
 @triton.jit
 def load_scaled(pointers, inside, PADDED: tl.constexpr):
-    """Scores as float32 scaled to max 1 (padding lanes -inf), and the power of two that undoes the scaling."""
+    """Scores as float32 scaled to max 1 (padding lanes -inf), and the power of two that undoes it."""
     raw = widen(tl.load(pointers, mask=inside, other=0.0))
     scale, unscale = power_of_two_scale(max_rows(max_cols(tl.abs(raw))))
     scores = (raw * scale).to(tl.float32)

@@ -5,20 +5,22 @@ Per block, scores A of shape (R, C), R <= C (the launcher's SLACK specialisation
     max <S, A>   s.t.   S 1 = a,   S^T 1 = b  (R == C)  or  <= b  (R < C),   0 <= S <= 1
     min a sum(u) + b sum(v) + sum_ij max(0, A_ij - u_i - v_j)        (v >= 0 where R < C)
 
-Phase 1 alternates Newton steps on u and v for ``S = clip(tau (A - u - v) + 1/2, 0, 1)``, raising tau until few
-entries are fractional. Phase 2 starts from ``S = [A - u - v > 0]`` and moves one unit of imbalance per search
-along a shortest path (Bellman-Ford: a column and a row reduction per sweep), see docs/solver.md.
+Phase 1 alternates Newton steps on u and v for ``S = clip(tau (A - u - v) + 1/2, 0, 1)``, raising tau until
+few entries are fractional. Phase 2 starts from ``S = [A - u - v > 0]`` and moves one unit of imbalance per
+search along a shortest path (Bellman-Ford: a column and a row reduction per sweep), see docs/solver.md.
 
-The second phase keeps one float per entry, the *signed reduced score* X = A - u - v: its sign bit says
-whether the entry is free (set) or kept, its magnitude is the cost of the entry's arc. Complementary
-slackness makes the two agree; rounding is clamped to zero, hence a free entry may hold -0.0.
+The second phase keeps one float per entry, its *arc* (see :func:`to_arcs`): the cost of flipping the entry,
+|A - u - v| clamped to the side that complementary slackness allows, times 2^-40, with bit 30 set if the entry
+is free. A set bit 30 makes a float at least 2, more than any path is long, so that ``column distance + arc``
+is the length of a step from a column to a row where the entry is kept and "unreachable" where it is free;
+with the bit toggled, the same holds for the steps from rows to columns.
 """
 
 import triton
 import triton.language as tl
-
 from nmsolve.kernels._tile import (
     col_index,
+    extent,
     load_scaled,
     locate,
     max_cols,
@@ -26,6 +28,7 @@ from nmsolve.kernels._tile import (
     min_cols,
     min_rows,
     row_index,
+    strided,
     sum_cols,
     sum_rows,
     widen,
@@ -33,6 +36,15 @@ from nmsolve.kernels._tile import (
 
 INF = tl.constexpr(float("inf"))
 NONE = tl.constexpr(1 << 20)  # larger than any node number
+CROWDED = tl.constexpr(2)  # units of imbalance above which ties are settled in bulk
+
+UNIT = tl.constexpr(2.0**-40)  # of arcs and distances, relative to the scaled scores
+PER_UNIT = tl.constexpr(2.0**40)
+FREE = tl.constexpr(1 << 30)
+UNREACHED = tl.constexpr(2.0)  # the smallest float with bit 30 set
+TIGHT_FREE = tl.constexpr(2.0)  # the arc of a free entry of cost 0
+PADDING = tl.constexpr(2.0**127)  # a free entry of cost 1/2: longer than any path, and never reaches a sink
+WARM_LIMIT = tl.constexpr(4.0)  # duals to start from are clamped to this, relative to the scaled scores
 
 
 @triton.jit
@@ -85,15 +97,15 @@ def dual_ascent(
     goal = FRACTION_START * cols
     shrink = tl.exp2(tl.log2(FRACTION_END / goal) / (SWEEPS - 1))
     for sweep in range(SWEEPS):
-        y = tau * ((scores - v) - u)
-        row_fractional = sum_rows(tl.where(tl.abs(y) < 0.5, 1.0, 0.0))
-        total = sum_rows(tl.minimum(tl.maximum(y + 0.5, 0.0), 1.0))
-        u += newton_step(total, row_fractional, row_target, tau, DAMPING, STEP_LIMIT)
+        s = (scores - v) * tau + (0.5 - tau * u)
+        clipped = tl.minimum(tl.maximum(s, 0.0), 1.0)
+        row_fractional = sum_rows((s == clipped).to(tl.float32))
+        u += newton_step(sum_rows(clipped), row_fractional, row_target, tau, DAMPING, STEP_LIMIT)
 
-        y = tau * ((scores - u) - v)
-        col_fractional = sum_cols(tl.where(tl.abs(y) < 0.5, 1.0, 0.0))
-        total = sum_cols(tl.minimum(tl.maximum(y + 0.5, 0.0), 1.0))
-        v += newton_step(total, col_fractional, col_target, tau, DAMPING, STEP_LIMIT)
+        s = (scores - u) * tau + (0.5 - tau * v)
+        clipped = tl.minimum(tl.maximum(s, 0.0), 1.0)
+        col_fractional = sum_cols((s == clipped).to(tl.float32))
+        v += newton_step(sum_cols(clipped), col_fractional, col_target, tau, DAMPING, STEP_LIMIT)
         if SLACK:
             v = tl.where(slack, tl.maximum(v, 0.0), v)
 
@@ -105,16 +117,86 @@ def dual_ascent(
 
 
 @triton.jit
-def signed_cost(reduced, kept):
-    """The magnitude of the reduced score, clamped to the side that ``kept`` allows, with that sign."""
+def to_arcs(reduced, kept):
+    """The arcs of entries with reduced scores A - u - v (unit: 2^-40 of the block's scale)."""
     cost = tl.maximum(tl.where(kept, reduced, 0.0 - reduced), 0.0).to(tl.int32, bitcast=True)
-    return ((cost & 0x7FFFFFFF) | tl.where(kept, 0, -0x80000000)).to(tl.float32, bitcast=True)
+    return ((cost & 0x3FFFFFFF) | tl.where(kept, 0, FREE)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def is_free(signed):
-    """Whether the sign bit is set (which -0.0 < 0 would not tell)."""
-    return signed.to(tl.int32, bitcast=True) < 0
+def toggled(arcs, bit=FREE):
+    """The arcs seen from the rows: unreachable where the entry is kept."""
+    return (arcs.to(tl.int32, bitcast=True) ^ bit).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def is_free(arcs):
+    return arcs >= UNREACHED
+
+
+@triton.jit
+def nearer(length, node, other_length, other_node):
+    """The shorter of two steps, at the same length the one from the lower node."""
+    other = (other_length < length) | ((other_length == length) & (other_node < node))
+    return tl.where(other, other_length, length), tl.where(other, other_node, node)
+
+
+@triton.jit
+def first_of(found, AXIS: tl.constexpr):
+    """Index of the first true entry along an axis that lies in registers (some entry is true).
+
+    The entries' powers of two are added up: the sum's exponent tells. That is a comparison to 1.0 or 0.0 and
+    a multiply-add per entry, and occupies no predicate.
+    """
+    COUNT: tl.constexpr = found.shape[AXIS]
+    place = tl.arange(0, COUNT)
+    place = place[:, None, None, None, None] if AXIS == 0 else place[None, :, None, None, None]
+    weight = ((126 - place + COUNT) << 23).to(tl.float32, bitcast=True)
+    total = tl.sum(found.to(tl.float32) * weight, AXIS, keep_dims=True)
+    return 126 - (total.to(tl.int32, bitcast=True) >> 23) + COUNT
+
+
+@triton.jit
+def shortest_to_cols(row_dist, arcs, bit):
+    """For each column the length of the shortest step from a row, and that row."""
+    length = row_dist + toggled(arcs, bit)
+    best = tl.min(length, 0, keep_dims=True)
+    via = first_of(length == best, 0)
+    via += arcs.shape[0] * tl.arange(0, arcs.shape[3])[None, None, None, :, None]
+    return tl.reduce((best, via), 3, nearer, keep_dims=True)
+
+
+@triton.jit
+def shortest_to_rows(col_dist, arcs):
+    """For each row the length of the shortest step from a column, and that column."""
+    length = col_dist + arcs
+    best = tl.min(length, 1, keep_dims=True)
+    via = first_of(length == best, 1)
+    via += arcs.shape[1] * tl.arange(0, arcs.shape[4])[None, None, None, None, :]
+    return tl.reduce((best, via), 4, nearer, keep_dims=True)
+
+
+@triton.jit
+def flip_tight(arcs, row_need, col_need, M: tl.constexpr):
+    """Flip tight entries (cost 0) between lines that are both short or both over: many units at once.
+
+    Every row proposes the first such entry cyclically after its own number, every column accepts the first
+    row that proposes to it. No price changes, and what is left is for the path search. Blocks with many
+    ties, constant ones above all, would otherwise need a search for each unit.
+    """
+    i = row_index(arcs.shape[0], arcs.shape[3])
+    j = col_index(arcs.shape[1], arcs.shape[4])
+    row_side = tl.where(row_need > 0, TIGHT_FREE, tl.where(row_need < 0, 0.0, INF))
+    col_side = tl.where(col_need > 0, TIGHT_FREE, tl.where(col_need < 0, 0.0, INF))
+    turn = tl.where((arcs == row_side) & (arcs == col_side), (j - i) & (M - 1), M)
+    proposed = min_rows(turn)
+    rival = tl.where((turn == proposed) & (turn < M), i, M)
+    accepted = min_cols(rival)
+    flip = (rival == accepted) & (rival < M)
+    change = tl.where(flip, tl.where(is_free(arcs), 1, -1), 0)
+    row_need -= sum_rows(change)
+    col_need -= sum_cols(change)
+    return tl.where(flip, toggled(arcs), arcs), row_need, col_need
 
 
 @triton.jit
@@ -125,27 +207,27 @@ def augment(
     row_target,
     col_target,
     live,
+    inside,
     real_col,
     slack,
     slack_target,
     M: tl.constexpr,
+    PADDED: tl.constexpr,
     SLACK: tl.constexpr,
 ):
-    """Optimal duals and signed reduced scores from any duals: (u, v, signed).
+    """Optimal duals and a mask from any duals: (u, v, arcs, units), units being the imbalance left: 0.
 
     Node numbers: column j is j, row i is i, and the slack row of a partial block is row M. ``spare`` counts
     the slack row's entries: free without limit (cost u_s + v_j), kept while positive (cost 0).
     """
-    ROWS_IN: tl.constexpr = u.shape[0]
-    ROWS_OUT: tl.constexpr = u.shape[3]
-    COLS_IN: tl.constexpr = v.shape[1]
-    COLS_OUT: tl.constexpr = v.shape[4]
-    i = row_index(ROWS_IN, ROWS_OUT)
-    j = col_index(COLS_IN, COLS_OUT)
+    i = row_index(scores.shape[0], scores.shape[3])
+    j = col_index(scores.shape[1], scores.shape[4])
 
     reduced = (scores - u) - v
     kept = reduced > 0
-    signed = signed_cost(reduced, kept)
+    arcs = to_arcs(reduced * UNIT, kept)
+    if PADDED:
+        arcs = tl.where(inside, arcs, PADDING)
     held = tl.where(kept, 1, 0)
     row_need = tl.where(live, row_target - sum_rows(held), 0)  # > 0: too few
     col_need = tl.where(live, col_target - sum_cols(held), 0)
@@ -158,72 +240,78 @@ def augment(
     if SLACK:
         units += tl.maximum(slack_need, 0)
 
-    for _ in range(0, tl.max(units)):
-        row_dist = tl.where(row_need > 0, 0.0, INF)
-        col_dist = tl.where(col_need < 0, 0.0, INF)
+    busy = tl.max(units) > 0
+    while busy:
+        if tl.max(units) > CROWDED:
+            arcs, row_need, col_need = flip_tight(arcs, row_need, col_need, M)
+            units = sum_cols(tl.maximum(row_need, 0)) + sum_rows(tl.maximum(0 - col_need, 0))
+            if SLACK:
+                units += tl.maximum(slack_need, 0)
+
+        row_dist = tl.where(row_need > 0, 0.0, UNREACHED)
+        col_dist = tl.where(col_need < 0, 0.0, UNREACHED)
         row_from = tl.full(row_need.shape, -1, tl.int32)
         col_from = tl.full(col_need.shape, -1, tl.int32)
         if SLACK:
-            slack_dist = tl.where(slack_need > 0, 0.0, INF)
+            slack_dist = tl.where(slack_need > 0, 0.0, UNREACHED)
             slack_from = tl.full(slack_need.shape, -1, tl.int32)
-            slack_cost = tl.where(slack & real_col, tl.maximum(slack_dual + v, 0.0), INF)
-        nearest = tl.full(units.shape, INF, tl.float32)
+            slack_arc = tl.where(slack & real_col, tl.maximum(slack_dual + v, 0.0) * UNIT, UNREACHED)
+        nearest = tl.full(units.shape, UNREACHED, tl.float32)
         searching = units > 0
+        sweeps = tl.full((1, 1, 1, 1, 1), 0, tl.int32)
         go = True
         while go:
-            free = is_free(signed)
-            length = tl.where(free, row_dist + tl.abs(signed), INF)
-            best = min_cols(length)
-            via = min_cols(tl.where(length == best, i, NONE))
+            # The shift gives 0. Without it the compiler takes the toggled arcs out of the loop, and runs out
+            # of registers for them.
+            best, via = shortest_to_cols(row_dist, arcs, (sweeps >> 24) + FREE)
+            sweeps += 1
             if SLACK:
-                length = slack_dist + slack_cost
+                length = slack_dist + slack_arc
                 via = tl.where(length < best, M, via)
                 best = tl.minimum(length, best)
             better = (best < col_dist) & searching
             col_dist = tl.where(better, best, col_dist)
             col_from = tl.where(better, via, col_from)
 
-            length = tl.where(free, INF, col_dist + tl.abs(signed))
-            best = min_rows(length)
-            via = min_rows(tl.where(length == best, j, NONE))
+            best, via = shortest_to_rows(col_dist, arcs)
             better = (best < row_dist) & searching
             row_dist = tl.where(better, best, row_dist)
             row_from = tl.where(better, via, row_from)
 
             nearest = tl.minimum(
-                min_rows(tl.where(col_need > 0, col_dist, INF)),
-                min_cols(tl.where(row_need < 0, row_dist, INF)),
+                min_rows(tl.where(col_need > 0, col_dist, UNREACHED)),
+                min_cols(tl.where(row_need < 0, row_dist, UNREACHED)),
             )
             if SLACK:
-                length = tl.where(spare > 0, col_dist, INF)
+                length = tl.where(spare > 0, col_dist, UNREACHED)
                 best = min_rows(length)
                 via = min_rows(tl.where(length == best, j, NONE))
                 slack_better = (best < slack_dist) & searching
                 slack_dist = tl.where(slack_better, best, slack_dist)
                 slack_from = tl.where(slack_better, via, slack_from)
-                nearest = tl.minimum(nearest, tl.where(slack_need < 0, slack_dist, INF))
+                nearest = tl.minimum(nearest, tl.where(slack_need < 0, slack_dist, UNREACHED))
+            # What lies beyond the nearest sink changes nothing.
             moved = max_cols(tl.where(better & (row_dist < nearest), 1, 0))
             if SLACK:
                 moved = tl.maximum(moved, tl.where(slack_better & (slack_dist < nearest), 1, 0))
             searching = searching & (moved > 0)
             go = tl.max(tl.where(searching, 1, 0)) > 0
 
-        # Prices. Inactive blocks have infinite distances everywhere.
+        # Prices. Blocks that are done have no node that was reached.
         row_gain = tl.where(row_dist < nearest, nearest - row_dist, 0.0)
         col_gain = tl.where(col_dist < nearest, nearest - col_dist, 0.0)
-        u -= row_gain
-        v += col_gain
+        u -= row_gain * PER_UNIT
+        v += col_gain * PER_UNIT
         if SLACK:
-            slack_dual -= tl.where(slack_dist < nearest, nearest - slack_dist, 0.0)
+            slack_dual -= tl.where(slack_dist < nearest, nearest - slack_dist, 0.0) * PER_UNIT
 
         # The path, from the nearest sink (the first column, else row, else the slack row) to its source.
-        reached = nearest < INF
+        reached = nearest < UNREACHED
         at_col = min_rows(tl.where((col_need > 0) & (col_dist == nearest) & reached, j, NONE))
         at_row = min_cols(tl.where((row_need < 0) & (row_dist == nearest) & reached, i, NONE))
         if SLACK:
-            at_row = tl.where(
-                (at_row == NONE) & (slack_need < 0) & (slack_dist == nearest) & reached, M, at_row
-            )
+            at_slack = (at_row == NONE) & (slack_need < 0) & (slack_dist == nearest) & reached
+            at_row = tl.where(at_slack, M, at_row)
         at_row = tl.where((at_col < NONE) | (at_row == NONE), -1, at_row)
         at_col = tl.where(at_col == NONE, -1, at_col)
         col_need -= tl.where(j == at_col, 1, 0)
@@ -248,26 +336,45 @@ def augment(
                 slack_need -= tl.where(on & (slack_from < 0), 1, 0)
                 slack_entry = tl.where(on, slack_from, slack_entry)
                 at_col = tl.where(on, slack_from, at_col)
-            at_row = tl.full(slack_target.shape, -1, tl.int32)
+            at_row = tl.full(units.shape, -1, tl.int32)
             walk = tl.max(at_col) >= 0
         if SLACK:
             spare += tl.where(col_entry == M, 1, 0) - tl.where(j == slack_entry, 1, 0)
 
-        flip = (col_entry == i) | (row_entry == j)
-        kept = is_free(signed) == flip
-        signed = signed_cost((signed + row_gain) - col_gain, kept)
+        free = is_free(arcs)
+        cost = tl.where(free, toggled(arcs), arcs)
+        reduced = (tl.where(free, 0.0 - cost, cost) + row_gain) - col_gain
+        arcs = to_arcs(reduced, free == ((col_entry == i) | (row_entry == j)))
         units = tl.maximum(units - 1, 0)
+        busy = tl.max(units) > 0
 
     if SLACK:
         u -= slack_dual
         v = tl.where(slack, tl.maximum(v + slack_dual, 0.0), v)
-    return u, v, signed
+    return u, v, arcs, units
+
+
+@triton.jit
+def dual_pointers(row_ptr, col_ptr, block, i, j, m, stride, tall, SLACK: tl.constexpr):
+    """Where the duals of the tile's rows and columns lie: exchanged in blocks that were turned.
+
+    ``stride`` is 1, given at run time: knowing it, the compiler would deal the whole tile out to the lanes
+    the way that suits these few loads best, and tear the rows and columns apart.
+    """
+    row_line = block * m + i * stride
+    col_line = block * m + j * stride
+    u_ptr = row_ptr + row_line
+    v_ptr = col_ptr + col_line
+    if SLACK:
+        u_ptr = tl.where(tall, col_ptr + row_line, u_ptr)
+        v_ptr = tl.where(tall, row_ptr + col_line, v_ptr)
+    return u_ptr, v_ptr
 
 
 @triton.jit(
     do_not_specialize=[
         "n", "m", "rows", "cols", "batch", "stride_batch", "stride_row", "stride_col", "first_block_row",
-        "first_block_col", "block_rows", "block_cols", "grid_rows", "grid_cols",
+        "first_block_col", "block_rows", "block_cols", "grid_rows", "grid_cols", "stride_dual",
     ],
 )  # fmt: skip
 def exact_kernel(
@@ -293,6 +400,7 @@ def exact_kernel(
     block_cols,
     grid_rows,  # blocks of the whole matrix
     grid_cols,
+    stride_dual,  # 1
     ROWS_IN: tl.constexpr,
     COLS_IN: tl.constexpr,
     ROWS_OUT: tl.constexpr,
@@ -316,37 +424,18 @@ def exact_kernel(
 ):
     """One program: ``BLOCKS`` blocks from scores to mask. ``grid = (ceil(blocks / BLOCKS),)``."""
     M: tl.constexpr = ROWS_IN * ROWS_OUT
-    matrix, block_row, block_col, live = locate(
-        first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS
-    )
-    i = row_index(ROWS_IN, ROWS_OUT)
-    j = col_index(COLS_IN, COLS_OUT)
-    row_stride = stride_row.to(tl.int64)
-    col_stride = stride_col.to(tl.int64)
-    corner = block_row * m * row_stride + block_col * m * col_stride + matrix * stride_batch.to(tl.int64)
-    out_corner = (matrix * rows + block_row * m) * cols.to(tl.int64) + block_col * m
-    row_out = cols.to(tl.int64)
-    col_out = tl.full((1, 1, 1, 1, 1), 1, tl.int64)
-    rows_here = tl.full((1, 1, BLOCKS, 1, 1), 0, tl.int32) + m
-    cols_here = rows_here
-    if SLACK:
-        rows_here = tl.minimum(rows - block_row * m, m).to(tl.int32)
-        cols_here = tl.minimum(cols - block_col * m, m).to(tl.int32)
-        tall = rows_here > cols_here
-        rows_here, cols_here = tl.minimum(rows_here, cols_here), tl.maximum(rows_here, cols_here)
-        row_stride, col_stride = (
-            tl.where(tall, col_stride, row_stride),
-            tl.where(tall, row_stride, col_stride),
-        )
-        row_out, col_out = tl.where(tall, col_out, row_out), tl.where(tall, row_out, col_out)
+    place = locate(0, first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS)
+    matrix, block_row, block_col, live = place
+    i, j = row_index(ROWS_IN, ROWS_OUT), col_index(COLS_IN, COLS_OUT)
+    rows_here, cols_here, tall = extent(place, rows, cols, m, SLACK)
     slack = rows_here < cols_here
     real_row = (i < rows_here) & live
     real_col = (j < cols_here) & live
     inside = live
     if PADDED:
         inside = real_row & real_col
-    pointers = scores_ptr + (corner + i * row_stride + j * col_stride)
-    scores, unscale = load_scaled(pointers, inside, PADDED)
+    offsets = strided(place, i, j, tall, m, stride_batch, stride_row, stride_col, SLACK)
+    scores, unscale = load_scaled(scores_ptr + offsets, inside, PADDED)
 
     row_each = tl.minimum(n, cols_here)
     col_each = tl.where(slack, n, tl.minimum(n, rows_here))
@@ -354,17 +443,13 @@ def exact_kernel(
     col_target = tl.where(real_col, col_each, 0) if PADDED else col_each
     slack_target = tl.where(slack & live, col_each * cols_here - row_each * rows_here, 0)
 
-    block = (matrix * grid_rows + block_row) * grid_cols + block_col
-    row_lines = block * m + i
-    col_lines = block * m + j
     if WARM:
-        warm_u_ptr = warm_row_ptr + row_lines
-        warm_v_ptr = warm_col_ptr + col_lines
-        if SLACK:
-            warm_u_ptr = tl.where(tall, warm_col_ptr + row_lines, warm_u_ptr)
-            warm_v_ptr = tl.where(tall, warm_row_ptr + col_lines, warm_v_ptr)
-        u = (tl.load(warm_u_ptr, mask=real_row, other=0.0) / unscale).to(tl.float32)
-        v = (tl.load(warm_v_ptr, mask=real_col, other=0.0) / unscale).to(tl.float32)
+        block = (matrix * grid_rows + block_row) * grid_cols + block_col
+        u_ptr, v_ptr = dual_pointers(warm_row_ptr, warm_col_ptr, block, i, j, m, stride_dual, tall, SLACK)
+        u = tl.load(u_ptr, mask=real_row, other=0.0) / unscale
+        v = tl.load(v_ptr, mask=real_col, other=0.0) / unscale
+        u = tl.minimum(tl.maximum(u, -WARM_LIMIT), WARM_LIMIT).to(tl.float32)
+        v = tl.minimum(tl.maximum(v, -WARM_LIMIT), WARM_LIMIT).to(tl.float32)
         if SLACK:
             v = tl.where(slack, tl.maximum(v, 0.0), v)
     else:
@@ -373,34 +458,60 @@ def exact_kernel(
             cols_here.to(tl.float32), slack, PADDED, SLACK, SWEEPS, FRACTION_START, FRACTION_END,
             FRACTION_FLOOR, GROWTH_MIN, GROWTH_MAX, STEP_LIMIT, DAMPING, WINSOR, TAU_START, DEVIATION_FLOOR,
         )  # fmt: skip
-    u, v, signed = augment(
-        scores, u, v, row_target, col_target, live, real_col, slack, slack_target, M, SLACK
+    u, v, arcs, spent = augment(
+        scores, u, v, row_target, col_target, live, inside, real_col, slack, slack_target, M, PADDED, SLACK
     )
 
-    kept = is_free(signed) == 0
-    tl.store(
-        mask_ptr + (out_corner + i * row_out + j * col_out), tl.where(kept, 1, 0).to(tl.uint8), mask=inside
-    )
+    # Where everything lies is worked out anew (spent is 0, which the compiler does not know), so that no
+    # address occupies a register during the search.
+    place = locate(spent, first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS)
+    matrix, block_row, block_col, live = place
+    i, j = row_index(ROWS_IN, ROWS_OUT) + spent, col_index(COLS_IN, COLS_OUT) + spent
+    rows_here, cols_here, tall = extent(place, rows, cols, m, SLACK)
+    real_row = (i < rows_here) & live
+    real_col = (j < cols_here) & live
+    inside = live
+    if PADDED:
+        inside = real_row & real_col
+    kept = is_free(arcs) == 0
+    out = strided(place, i, j, tall, m, rows * cols.to(tl.int64), cols, 1, SLACK)
+    tl.store(mask_ptr + out, tl.where(kept, 1, 0).to(tl.uint8), mask=inside)
+
     if SOLUTION:
-        # Duals as the caller gets them; objective and bound follow from those and the original scores.
+        # Duals as the caller gets them.
         u = u.to(unscale.dtype) * unscale
         v = v.to(unscale.dtype) * unscale
-        u_ptr = row_duals_ptr + row_lines
-        v_ptr = col_duals_ptr + col_lines
-        if SLACK:
-            u_ptr = tl.where(tall, col_duals_ptr + row_lines, u_ptr)
-            v_ptr = tl.where(tall, row_duals_ptr + col_lines, v_ptr)
         if PADDED:
             u = tl.where(real_row, u, 0.0)
             v = tl.where(real_col, v, 0.0)
+        block = (matrix * grid_rows + block_row) * grid_cols + block_col
+        u_ptr, v_ptr = dual_pointers(row_duals_ptr, col_duals_ptr, block, i, j, m, stride_dual, tall, SLACK)
         tl.store(u_ptr, u, mask=live & (i < m))
         tl.store(v_ptr, v, mask=live & (j < m))
-        original = widen(tl.load(pointers, mask=inside, other=0.0)).to(tl.float64)
-        objective = sum_rows(sum_cols(tl.where(kept, original, 0.0)))
-        surplus = tl.maximum((original - u.to(tl.float64)) - v.to(tl.float64), 0.0)
-        if PADDED:
-            surplus = tl.where(inside, surplus, 0.0)
-        bound = sum_rows(sum_cols(surplus))
-        bound += sum_cols(u.to(tl.float64)) * row_each + sum_rows(v.to(tl.float64)) * col_each
+
+        # Objective and bound follow from those and the original scores, in float64. To spare registers the
+        # mask is packed to a bit per row and the scores are read again, a row of each lane at a time.
+        row_in = tl.arange(0, ROWS_IN)[:, None, None, None, None]
+        bits = tl.sum(tl.where(kept, 1, 0) << row_in, 0, keep_dims=True)
+        u = u.to(tl.float64)
+        v = v.to(tl.float64)
+        slack = rows_here < cols_here
+        row_each = tl.minimum(n, cols_here)
+        col_each = tl.where(slack, n, tl.minimum(n, rows_here))
+        bound = sum_cols(u) * row_each + sum_rows(v) * col_each
+        objective = tl.zeros_like(bound)
+        for r in range(ROWS_IN):
+            row = ROWS_IN * tl.arange(0, ROWS_OUT)[None, None, None, :, None] + r
+            here = live
+            if PADDED:
+                here = (row < rows_here) & real_col
+            again = strided(place, row, j, tall, m, stride_batch, stride_row, stride_col, SLACK)
+            original = widen(tl.load(scores_ptr + again, mask=here, other=0.0)).to(tl.float64)
+            row_u = tl.sum(tl.where(row_in == r, u, 0.0), 0, keep_dims=True)
+            surplus = tl.maximum((original - row_u) - v, 0.0)
+            if PADDED:
+                surplus = tl.where(here, surplus, 0.0)
+            objective += sum_rows(sum_cols(tl.where(((bits >> r) & 1) > 0, original, 0.0)))
+            bound += sum_rows(sum_cols(surplus))
         tl.store(objective_ptr + block, objective, mask=live)
         tl.store(bound_ptr + block, bound, mask=live)

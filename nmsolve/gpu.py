@@ -47,7 +47,9 @@ def why_not(device: torch.device) -> str | None:
     if device.type == "cuda":
         return None
     if isinstance(exact_kernel, triton.JITFunction):
-        return f"Triton compiles for GPUs, and the tensor is on {device} (TRITON_INTERPRET=1 emulates one, slowly)"
+        return (
+            f"the tensor is on {device}; Triton compiles for GPUs (TRITON_INTERPRET=1 emulates one, slowly)"
+        )
     if device.type == "cpu":
         return None
     return f"Triton's interpreter runs CPU tensors, and this one is on {device}"
@@ -77,7 +79,7 @@ def exact(
         warm_u, warm_v = (duals.to(work).contiguous() for duals in warm)
     outputs = (mask.view(torch.uint8), u, v, objective, bound, warm_u, warm_v)
     for region in _regions(grid, pattern.m, scores):
-        tile = _launch.tile("exact", pattern.m)
+        tile = _launch.tile("exact_edge" if region.edge else "exact", pattern.m)
         _run(
             exact_kernel,
             region,
@@ -90,6 +92,7 @@ def exact(
             *region.rectangle,
             grid.block_rows,
             grid.block_cols,
+            1,
             PADDED=region.edge or tile.size != pattern.m,
             SLACK=region.edge,
             WARM=warm is not None,
