@@ -178,6 +178,23 @@ def quality_approximate() -> str:
     return markdown(head, lines, "lllrrrr") + source("quality.csv", rows[0])
 
 
+def methods() -> str:
+    """When to take which method, with the mean losses that were measured."""
+    rows = read_csv(RESULTS / "quality.csv")
+
+    def loss(method: str) -> str:
+        found = [r for r in rows if r["method"] == method and r["backend"] == "cpu"]
+        losses = [float(row["error_mean"]) for row in found]
+        return f"{percent(min(losses), 4)} to {percent(max(losses))} less"
+
+    lines = [
+        ["`exact` (default)", "always, unless something below applies", "the optimum, with its proof"],
+        ["`greedy`", "you want the published 2-approximation, with every line filled", loss("greedy")],
+        ["`tsenor`", "you compare with the paper (arXiv 2505.23949)", loss("tsenor")],
+    ]
+    return markdown(["method", "take it when", "kept score"], lines, "lll") + source("quality.csv", rows[0])
+
+
 def memory() -> str:
     rows = read_csv(RESULTS / "memory_cpu.csv")
     lines = [
@@ -213,6 +230,7 @@ def first_call() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "methods": methods,
     "demo": demo,
     "speed": speed,
     "speed-distributions": speed_distributions,
