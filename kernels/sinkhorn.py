@@ -9,6 +9,10 @@ then g so that the columns sum to b. Exponentials are taken once, at reference s
 A block whose factors leave ``2^+-LIMIT`` makes the iteration in the log domain instead, from ``K + g``, which
 gives it new references (Schmitzer, SIAM J. Sci. Comput. 41, 2019). Other blocks of the program keep theirs, so
 that a block's result does not depend on its neighbours. Scalings are held and stored as base-2 logarithms.
+
+The argument ``one`` is 1, which the compiler is not told. Indices multiplied by it have no contiguity that
+would make the compiler deal the first axes of a tile over lanes (see _tile), and addresses that depend on the
+iteration through ``one - 1`` are worked out when they are needed, not kept in registers over the loop.
 """
 
 import triton
@@ -30,20 +34,16 @@ INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def load_level(pointers, inside, scale):
-    """Scores as float32 times ``scale``; padding lanes -inf."""
-    raw = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(inside, raw * scale, -INF)
-
-
-@triton.jit
-def places(batch, rows, cols, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS: tl.constexpr):
-    """The program's blocks (int64), whether they exist, row and column numbers, and whether those do."""
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None]
-    exists = block < batch
-    i = row_index(ROWS_IN, ROWS_OUT)
-    j = col_index(COLS_IN, COLS_OUT)
-    return block, exists, i, j, exists & (i < rows), exists & (j < cols)
+def load_tile(
+    base_ptr, block, i, j, stride_batch, stride_row, stride_col, batch, rows, cols, one, t, default
+):
+    """Entries (i, j) of the blocks as float32, ``default`` where there are none. ``t`` is the iteration."""
+    nothing = (one - 1) * t
+    i = i * one + nothing
+    j = j * one + nothing
+    inside = (block < batch) & (i < rows) & (j < cols)
+    pointers = base_ptr + block * stride_batch + i.to(tl.int64) * stride_row + j.to(tl.int64) * stride_col
+    return tl.load(pointers, mask=inside, other=default).to(tl.float32)
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def log_step(level, g, a, b, live_row, live_col):
     return f, g, x * tl.where(live_col, b / total, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one"])
 def sinkhorn_forward_kernel(
     logits_ptr,
     row_marginals_ptr,
@@ -80,6 +80,7 @@ def sinkhorn_forward_kernel(
     scale,
     iterations,
     tolerance,
+    one,
     KEEP: tl.constexpr,
     TOLERANCE: tl.constexpr,
     ROWS_IN: tl.constexpr,
@@ -93,21 +94,20 @@ def sinkhorn_forward_kernel(
     With KEEP the scalings after each iteration go to (batch, iterations, rows or cols); ``made`` (batch,) int32
     counts them. With TOLERANCE a block stops once all its row sums are within ``tolerance``.
     """
-    block, exists, i, j, live_row, live_col = places(
-        batch, rows, cols, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS
-    )
-    inside = live_row & live_col
-    pointers = (
-        logits_ptr + block * stride_batch + i.to(tl.int64) * stride_row + j.to(tl.int64) * stride_col
-    )
-    a = tl.load(row_marginals_ptr + block * row_marginals_stride + i, mask=live_row, other=1.0)
-    b = tl.load(col_marginals_ptr + block * col_marginals_stride + j, mask=live_col, other=1.0)
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None]
+    exists = block < batch
+    i = row_index(ROWS_IN, ROWS_OUT)
+    j = col_index(COLS_IN, COLS_OUT)
+    live_row = exists & (i < rows)
+    live_col = exists & (j < cols)
+    a = tl.load(row_marginals_ptr + block * row_marginals_stride + i * one, mask=live_row, other=1.0)
+    b = tl.load(col_marginals_ptr + block * col_marginals_stride + j * one, mask=live_col, other=1.0)
 
     f = tl.zeros_like(a)
     g = tl.zeros_like(b)
     u = f + 1.0
     v = g + 1.0
-    kernel = tl.where(inside, 0.0, 0.0)
+    kernel = tl.zeros([ROWS_IN, COLS_IN, BLOCKS, ROWS_OUT, COLS_OUT], tl.float32)
     going = exists
     made = tl.where(exists, 0, 0)
     t = 0
@@ -127,7 +127,10 @@ def sinkhorn_forward_kernel(
         u = tl.where(step, new_u, u)
         v = tl.where(step, new_v, v)
         if tl.max(reset.to(tl.int32)) > 0:
-            level = load_level(pointers, inside, scale)
+            level = load_tile(
+                logits_ptr, block, i, j, stride_batch, stride_row, stride_col, batch, rows, cols, one, t, -INF
+            )
+            level *= scale
             new_f, new_g, fresh = log_step(level, g + tl.log2(v), a, b, live_row, live_col)
             kernel = tl.where(reset, fresh, kernel)
             f = tl.where(reset, new_f, f)
@@ -136,18 +139,18 @@ def sinkhorn_forward_kernel(
             v = tl.where(reset, 1.0, v)
         if KEEP:
             place = block * iterations + t
-            tl.store(row_scalings_ptr + place * rows + i, f + tl.log2(u), mask=live_row & going)
-            tl.store(col_scalings_ptr + place * cols + j, g + tl.log2(v), mask=live_col & going)
+            tl.store(row_scalings_ptr + place * rows + i * one, f + tl.log2(u), mask=live_row & going)
+            tl.store(col_scalings_ptr + place * cols + j * one, g + tl.log2(v), mask=live_col & going)
         made += going.to(tl.int32)
         t += 1
         go = t < iterations
         if TOLERANCE:
             go = go & (tl.max(going.to(tl.int32)) > 0)
-    tl.store(plan_ptr + (block * rows + i) * cols + j, kernel * u * v, mask=inside)
+    tl.store(plan_ptr + (block * rows + i) * cols + j, kernel * u * v, mask=live_row & live_col)
     tl.store(made_ptr + block, made, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one"])
 def sinkhorn_backward_kernel(
     gradient_ptr,
     logits_ptr,
@@ -169,6 +172,7 @@ def sinkhorn_backward_kernel(
     scale,
     inverse_temperature,
     iterations,
+    one,
     ROWS_IN: tl.constexpr,
     COLS_IN: tl.constexpr,
     ROWS_OUT: tl.constexpr,
@@ -184,18 +188,17 @@ def sinkhorn_backward_kernel(
 
     with ``S = E u / (E^T u)`` and ``R = E v / (E v)`` for ``u = exp(f_t - f_ref)``, ``v = exp(g_{t-1} - g_ref)``.
     """
-    block, exists, i, j, live_row, live_col = places(
-        batch, rows, cols, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS
-    )
-    inside = live_row & live_col
-    row = i.to(tl.int64)
-    col = j.to(tl.int64)
-    pointers = logits_ptr + block * stride_batch + row * stride_row + col * stride_col
-    b = tl.load(col_marginals_ptr + block * col_marginals_stride + j, mask=live_col, other=1.0)
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None]
+    exists = block < batch
+    i = row_index(ROWS_IN, ROWS_OUT)
+    j = col_index(COLS_IN, COLS_OUT)
+    live_row = exists & (i < rows)
+    live_col = exists & (j < cols)
+    b = tl.load(col_marginals_ptr + block * col_marginals_stride + j * one, mask=live_col, other=1.0)
     made = tl.load(made_ptr + block, mask=exists, other=0)
 
-    kernel = tl.where(inside, 0.0, 0.0)
-    total = tl.where(inside, 0.0, 0.0)
+    kernel = tl.zeros([ROWS_IN, COLS_IN, BLOCKS, ROWS_OUT, COLS_OUT], tl.float32)
+    total = tl.zeros([ROWS_IN, COLS_IN, BLOCKS, ROWS_OUT, COLS_OUT], tl.float32)
     f_ref = tl.where(live_row, 0.0, 0.0)
     g_ref = tl.zeros_like(b)
     dg = tl.zeros_like(b)
@@ -207,13 +210,18 @@ def sinkhorn_backward_kernel(
         place = block * iterations + t
         row_mask = live_row & going
         col_mask = live_col & going
-        f = tl.load(row_scalings_ptr + place * rows + i, mask=row_mask, other=0.0)
-        g = tl.load(col_scalings_ptr + place * cols + j, mask=col_mask, other=0.0)
-        before = tl.load(col_scalings_ptr + (place - 1) * cols + j, mask=col_mask & (t > 0), other=0.0)
-        apart = tl.maximum(max_cols(tl.abs(f - f_ref)), max_rows(tl.maximum(tl.abs(g - g_ref), before - g_ref)))
+        f = tl.load(row_scalings_ptr + place * rows + i * one, mask=row_mask, other=0.0)
+        g = tl.load(col_scalings_ptr + place * cols + j * one, mask=col_mask, other=0.0)
+        before = tl.load(col_scalings_ptr + (place - 1) * cols + j * one, mask=col_mask & (t > 0), other=0.0)
+        apart = tl.maximum(
+            max_cols(tl.abs(f - f_ref)), max_rows(tl.maximum(tl.abs(g - g_ref), before - g_ref))
+        )
         reset = newest | (going & (apart > LIMIT))
         if tl.max(reset.to(tl.int32)) > 0:
-            level = load_level(pointers, inside, scale)
+            level = load_tile(
+                logits_ptr, block, i, j, stride_batch, stride_row, stride_col, batch, rows, cols, one, t, -INF
+            )
+            level *= scale
             kernel = tl.where(reset, tl.exp2((level + f) + g), kernel)
             f_ref = tl.where(reset, f, f_ref)
             g_ref = tl.where(reset, g, g_ref)
@@ -222,14 +230,21 @@ def sinkhorn_backward_kernel(
         sums = tl.where(col_mask, sum_cols(kernel * u), 1.0)
         df = tl.zeros_like(f)
         if tl.max(newest.to(tl.int32)) > 0:
-            gradient = tl.load(
-                gradient_ptr
-                + block * gradient_stride_batch
-                + row * gradient_stride_row
-                + col * gradient_stride_col,
-                mask=inside & newest,
-                other=0.0,
-            ).to(tl.float32)
+            gradient = load_tile(
+                gradient_ptr,
+                block,
+                i,
+                j,
+                gradient_stride_batch,
+                gradient_stride_row,
+                gradient_stride_col,
+                batch,
+                rows,
+                cols,
+                one,
+                t,
+                0.0,
+            )
             part = tl.where(newest, gradient * (kernel * u * (b / sums)), 0.0)
             total += part
             df += sum_rows(part)
@@ -240,4 +255,4 @@ def sinkhorn_backward_kernel(
         dg = 0.0 - v * sum_cols(kernel * z)
         total -= kernel * (u * y + z * v)
     out = (total * inverse_temperature).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + (block * rows + i) * cols + j, out, mask=inside)
+    tl.store(out_ptr + (block * rows + i) * cols + j, out, mask=live_row & live_col)

@@ -115,6 +115,7 @@ def sinkhorn_forward(
             _LOG2_E / temperature,
             iterations,
             float(tolerance),
+            1,
             KEEP=keep,
             TOLERANCE=tolerance >= 0,
             **tile.meta(),
@@ -154,6 +155,7 @@ def sinkhorn_backward(
             _LOG2_E / temperature,
             1.0 / temperature,
             row_scalings.shape[1],
+            1,
             **tile.meta(),
         )
     return out
