@@ -149,3 +149,30 @@ def load_scaled(pointers, inside, PADDED: tl.constexpr):
     if PADDED:
         scores = tl.where(inside, scores, float("-inf"))
     return scores, unscale
+
+
+# --- masks --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def store_mask(
+    mask_ptr, kept, place, i, j, inside, tall, rows, cols, m, unit, PACKED: tl.constexpr, SLACK: tl.constexpr
+):
+    """Store 0 or 1 for each entry to the contiguous ``(batch, rows, cols)`` mask.
+
+    ``PACKED`` says that 4 divides ``m`` and ``cols`` (and that a lane holds 4 columns side by side): they go
+    in one 32-bit word. ``unit`` is 1, given at run time: knowing that entries are adjacent, the compiler
+    would deal the whole tile out to the lanes as suits this one store, and tear rows and columns apart.
+    """
+    value = tl.where(kept, 1, 0)
+    if PACKED:
+        shift = 8 * tl.arange(0, 4)[None, :, None, None, None]
+        words = tl.sum(value << shift, 1, keep_dims=True)
+        word = tl.arange(0, kept.shape[4])[None, None, None, None, :]
+        pitch = cols // 4
+        out = strided(place, i, word, tall, m, rows * pitch.to(tl.int64), pitch, unit, False)
+        out -= place[2] * (m - m // 4) * unit
+        tl.store(mask_ptr + out, words, mask=tl.max(tl.where(inside, 1, 0), 1, keep_dims=True) > 0)
+    else:
+        out = strided(place, i, j, tall, m, rows * cols.to(tl.int64), cols, unit, SLACK)
+        tl.store(mask_ptr + out, value.to(tl.uint8), mask=inside)

@@ -28,6 +28,7 @@ from nmsolve.kernels._tile import (
     min_cols,
     min_rows,
     row_index,
+    store_mask,
     strided,
     sum_cols,
     sum_rows,
@@ -355,14 +356,13 @@ def augment(
 
 
 @triton.jit
-def dual_pointers(row_ptr, col_ptr, block, i, j, m, stride, tall, SLACK: tl.constexpr):
+def dual_pointers(row_ptr, col_ptr, block, i, j, m, unit, tall, SLACK: tl.constexpr):
     """Where the duals of the tile's rows and columns lie: exchanged in blocks that were turned.
 
-    ``stride`` is 1, given at run time: knowing it, the compiler would deal the whole tile out to the lanes
-    the way that suits these few loads best, and tear the rows and columns apart.
+    ``unit`` is 1, see :func:`~nmsolve.kernels._tile.store_mask`.
     """
-    row_line = block * m + i * stride
-    col_line = block * m + j * stride
+    row_line = block * m + i * unit
+    col_line = block * m + j * unit
     u_ptr = row_ptr + row_line
     v_ptr = col_ptr + col_line
     if SLACK:
@@ -374,12 +374,12 @@ def dual_pointers(row_ptr, col_ptr, block, i, j, m, stride, tall, SLACK: tl.cons
 @triton.jit(
     do_not_specialize=[
         "n", "m", "rows", "cols", "batch", "stride_batch", "stride_row", "stride_col", "first_block_row",
-        "first_block_col", "block_rows", "block_cols", "grid_rows", "grid_cols", "stride_dual",
+        "first_block_col", "block_rows", "block_cols", "grid_rows", "grid_cols", "unit",
     ],
 )  # fmt: skip
 def exact_kernel(
     scores_ptr,  # (batch, rows, cols) of any strides
-    mask_ptr,  # (batch, rows, cols) uint8, contiguous
+    mask_ptr,  # (batch, rows, cols) uint8, contiguous; where PACKED seen as int32
     row_duals_ptr,  # (batch, grid_rows, grid_cols, m) float32 or float64, contiguous; used where SOLUTION
     col_duals_ptr,
     objective_ptr,  # (batch, grid_rows, grid_cols) float64
@@ -400,7 +400,7 @@ def exact_kernel(
     block_cols,
     grid_rows,  # blocks of the whole matrix
     grid_cols,
-    stride_dual,  # 1
+    unit,  # 1
     ROWS_IN: tl.constexpr,
     COLS_IN: tl.constexpr,
     ROWS_OUT: tl.constexpr,
@@ -408,6 +408,7 @@ def exact_kernel(
     BLOCKS: tl.constexpr,
     PADDED: tl.constexpr,
     SLACK: tl.constexpr,
+    PACKED: tl.constexpr,
     WARM: tl.constexpr,
     SOLUTION: tl.constexpr,
     SWEEPS: tl.constexpr,
@@ -445,9 +446,11 @@ def exact_kernel(
 
     if WARM:
         block = (matrix * grid_rows + block_row) * grid_cols + block_col
-        u_ptr, v_ptr = dual_pointers(warm_row_ptr, warm_col_ptr, block, i, j, m, stride_dual, tall, SLACK)
-        u = tl.load(u_ptr, mask=real_row, other=0.0) / unscale
-        v = tl.load(v_ptr, mask=real_col, other=0.0) / unscale
+        u_ptr, v_ptr = dual_pointers(warm_row_ptr, warm_col_ptr, block, i, j, m, unit, tall, SLACK)
+        # Loaded for the whole tile, all equal along a line: a vector would bring a layout of its own along.
+        everywhere = tl.zeros_like(scores).to(tl.int32)
+        u = max_rows(tl.load(u_ptr + everywhere, mask=real_row & (everywhere == 0), other=0.0)) / unscale
+        v = max_cols(tl.load(v_ptr + everywhere, mask=real_col & (everywhere == 0), other=0.0)) / unscale
         u = tl.minimum(tl.maximum(u, -WARM_LIMIT), WARM_LIMIT).to(tl.float32)
         v = tl.minimum(tl.maximum(v, -WARM_LIMIT), WARM_LIMIT).to(tl.float32)
         if SLACK:
@@ -474,8 +477,7 @@ def exact_kernel(
     if PADDED:
         inside = real_row & real_col
     kept = is_free(arcs) == 0
-    out = strided(place, i, j, tall, m, rows * cols.to(tl.int64), cols, 1, SLACK)
-    tl.store(mask_ptr + out, tl.where(kept, 1, 0).to(tl.uint8), mask=inside)
+    store_mask(mask_ptr, kept, place, i, j, inside, tall, rows, cols, m, unit, PACKED, SLACK)
 
     if SOLUTION:
         # Duals as the caller gets them.
@@ -485,7 +487,7 @@ def exact_kernel(
             u = tl.where(real_row, u, 0.0)
             v = tl.where(real_col, v, 0.0)
         block = (matrix * grid_rows + block_row) * grid_cols + block_col
-        u_ptr, v_ptr = dual_pointers(row_duals_ptr, col_duals_ptr, block, i, j, m, stride_dual, tall, SLACK)
+        u_ptr, v_ptr = dual_pointers(row_duals_ptr, col_duals_ptr, block, i, j, m, unit, tall, SLACK)
         tl.store(u_ptr, u, mask=live & (i < m))
         tl.store(v_ptr, v, mask=live & (j < m))
 

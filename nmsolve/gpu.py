@@ -77,7 +77,7 @@ def exact(
     warm_u = warm_v = None
     if warm is not None:
         warm_u, warm_v = (duals.to(work).contiguous() for duals in warm)
-    outputs = (mask.view(torch.uint8), u, v, objective, bound, warm_u, warm_v)
+    outputs = (u, v, objective, bound, warm_u, warm_v)
     for region in _regions(grid, pattern.m, scores):
         tile = _launch.tile("exact_edge" if region.edge else "exact", pattern.m)
         _run(
@@ -85,6 +85,7 @@ def exact(
             region,
             tile,
             scores,
+            _mask_pointer(mask, region),
             *outputs,
             pattern.n,
             pattern.m,
@@ -95,6 +96,7 @@ def exact(
             1,
             PADDED=region.edge or tile.size != pattern.m,
             SLACK=region.edge,
+            PACKED=region.packed,
             WARM=warm is not None,
             SOLUTION=want_solution,
             **_SCHEDULE,
@@ -108,6 +110,7 @@ class _Region(NamedTuple):
     rectangle: tuple[int, int, int, int]  # first block row and column, block rows and columns
     blocks: int
     edge: bool  # whether its blocks are partial
+    packed: bool  # whether 4 mask entries are stored as one word
 
 
 def _regions(grid: BlockGrid, m: int, scores: Tensor) -> Iterator[_Region]:
@@ -119,7 +122,12 @@ def _regions(grid: BlockGrid, m: int, scores: Tensor) -> Iterator[_Region]:
     ):
         blocks = len(scores) * rows * cols
         if blocks:
-            yield _Region((first_row, first_col, rows, cols), blocks, edge)
+            packed = not edge and m % 4 == 0 and grid.cols % 4 == 0
+            yield _Region((first_row, first_col, rows, cols), blocks, edge, packed)
+
+
+def _mask_pointer(mask: Tensor, region: _Region) -> Tensor:
+    return mask.view(torch.int32 if region.packed else torch.uint8)
 
 
 def _matrix_arguments(scores: Tensor) -> tuple[int, ...]:
