@@ -223,9 +223,10 @@ def augment(a: Tensor, n: int, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     """Turn any duals into an optimal mask and optimal duals by shortest augmenting paths.
 
     ``X = [A - u - v > 0]`` is complementary to u and v; only some lines hold too many or too few entries.
-    Each round moves one unit of that imbalance along a shortest path, in every block that has any. The nodes
-    are the rows and columns; a free entry leads from its row to its column at cost ``max(0, u + v - A)``, a
-    kept one from its column to its row at cost ``max(0, A - u - v)``.
+    Each round first flips tight entries between two lines that are off by the same sign (:func:`_flip_tight`),
+    then moves one unit of imbalance along a shortest path, in every block that has any. The nodes are the
+    rows and columns; a free entry leads from its row to its column at cost ``max(0, u + v - A)``, a kept one
+    from its column to its row at cost ``max(0, A - u - v)``.
 
     A partial block with R < C gets a slack row of score 0 whose entries count how far a column stays below
     N: they are free without limit, and kept while positive. Then all lines have exact counts.
@@ -243,20 +244,38 @@ def augment(a: Tensor, n: int, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     else:
         u, v = u.clone(), v.clone()
 
-    unfinished = torch.arange(batch, device=a.device)
+    unfinished = ((x.sum(2) != row_need).any(1) | (x.sum(1) != need.col).any(1)).nonzero().squeeze(1)
     while unfinished.numel():
-        rows_short = row_need - x[unfinished].sum(2)
-        cols_long = x[unfinished].sum(1) - need.col
-        open_ = (rows_short != 0).any(1) | (cols_long != 0).any(1)
-        unfinished = unfinished[open_]
-        if unfinished.numel():
-            part = (x[unfinished], u[unfinished], v[unfinished])
-            _augment_once(a[unfinished], *part, rows_short[open_], cols_long[open_], slack)
-            x[unfinished], u[unfinished], v[unfinished] = part
+        scores, kept, u_part, v_part = a[unfinished], x[unfinished], u[unfinished], v[unfinished]
+        _flip_tight((scores - u_part.unsqueeze(2) - v_part.unsqueeze(1))[:, :rows], kept, row_need, need.col)
+        rows_short, cols_long = row_need - kept.sum(2), kept.sum(1) - need.col
+        _augment_once(scores, kept, u_part, v_part, rows_short, cols_long, slack)
+        x[unfinished], u[unfinished], v[unfinished] = kept, u_part, v_part
+        unfinished = unfinished[(kept.sum(2) != row_need).any(1) | (kept.sum(1) != need.col).any(1)]
     if slack:
         shift = u[:, -1:]
         u, v, x = (u - shift)[:, :-1], (v + shift).clamp(min=0), x[:, :-1]
     return x.bool(), u, v
+
+
+def _flip_tight(reduced: Tensor, x: Tensor, row_need: Tensor, col_need: int) -> None:
+    """Flip, in place, tight entries (reduced score 0) of two short lines or of two long ones.
+
+    Such an entry is an augmenting path of length 0. Every row proposes its first one, counted cyclically from
+    its own number, and every column accepts its first proposal, so that blocks full of ties take a round for
+    many units. ``reduced`` leaves out the slack row, whose entries have no limit.
+    """
+    rows, cols = reduced.shape[1:]
+    row_off, col_off = x.sum(2) - row_need, x.sum(1) - col_need
+    wanted = torch.where(x[:, :rows] > 0, 1, -1)
+    tight = (reduced == 0) & (row_off[:, :rows].sign().unsqueeze(2) == wanted)
+    tight &= col_off.sign().unsqueeze(1) == wanted
+    row, col = (torch.arange(size, device=x.device) for size in (rows, cols))
+    turn = torch.where(tight, (col - row.unsqueeze(1)) % cols, cols)
+    proposed = (turn == turn.amin(2, keepdim=True)) & tight
+    rival = torch.where(proposed, row.unsqueeze(1), rows)
+    accepted = (rival == rival.amin(1, keepdim=True)) & proposed
+    x[:, :rows] -= torch.where(accepted, wanted, 0).to(x.dtype)
 
 
 def _augment_once(
