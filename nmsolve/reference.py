@@ -223,10 +223,10 @@ def augment(a: Tensor, n: int, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     """Turn any duals into an optimal mask and optimal duals by shortest augmenting paths.
 
     ``X = [A - u - v > 0]`` is complementary to u and v; only some lines hold too many or too few entries.
-    Each round first flips tight entries between two lines that are off by the same sign (:func:`_flip_tight`),
-    then moves one unit of imbalance along a shortest path, in every block that has any. The nodes are the
-    rows and columns; a free entry leads from its row to its column at cost ``max(0, u + v - A)``, a kept one
-    from its column to its row at cost ``max(0, A - u - v)``.
+    Each round first flips tight entries between two lines that are off by the same sign
+    (:func:`_flip_tight`), then moves one unit of imbalance along a shortest path, in every block that has
+    any. The nodes are the rows and columns; a free entry leads from its row to its column at cost
+    ``max(0, u + v - A)``, a kept one from its column to its row at cost ``max(0, A - u - v)``.
 
     A partial block with R < C gets a slack row of score 0 whose entries count how far a column stays below
     N: they are free without limit, and kept while positive. Then all lines have exact counts.
@@ -309,6 +309,7 @@ def _augment_once(
         (torch.where(rows_short < 0, dist_row, inf), torch.where(cols_long < 0, dist_col, inf)), dim=1
     )
     nearest, node = ends.min(1)
+    nearest = torch.where(nearest < inf, nearest, 0.0)  # a block that the tight entries already balanced
     u -= (nearest.unsqueeze(1) - dist_row).clamp(min=0)
     v += (nearest.unsqueeze(1) - dist_col).clamp(min=0)
 
