@@ -19,7 +19,6 @@ from numba import njit
 from nmsolve import schedule
 from nmsolve._cpu.lanes import (
     absolute,
-    as_float,
     load,
     maximum,
     minimum,
@@ -99,7 +98,7 @@ def _step(surplus: Any, fractional: Any, like: Any) -> Any:
     """A line's damped Newton step, in units of 1 / tau."""
     real = like.dtype.type
     limit = splat(real(STEP_LIMIT))
-    step = surplus / (as_float(fractional) + splat(real(DAMPING)))
+    step = surplus / (fractional + splat(real(DAMPING)))
     return minimum(maximum(step, splat(real(0)) - limit), limit)
 
 
@@ -124,12 +123,11 @@ def _four_rows(
     real = tile.dtype.type
     lanes = 64 // tile.itemsize
     zero, one, half = splat(real(0)), splat(real(1)), splat(real(0.5))
-    none, unit = splat(counts.dtype.type(0)), splat(counts.dtype.type(1))
     u0, u1 = load(u, row * lanes), load(u, (row + 1) * lanes)
     u2, u3 = load(u, (row + 2) * lanes), load(u, (row + 3) * lanes)
     b0, b1, b2, b3 = half - tau * u0, half - tau * u1, half - tau * u2, half - tau * u3
     r0, r1, r2, r3 = zero, zero, zero, zero
-    c0, c1, c2, c3 = none, none, none, none
+    c0, c1, c2, c3 = zero, zero, zero, zero
     p0 = row * pitch * lanes
     p1, p2, p3 = p0 + pitch * lanes, p0 + 2 * pitch * lanes, p0 + 3 * pitch * lanes
     for j in range(0, cols * lanes, lanes):
@@ -141,8 +139,8 @@ def _four_rows(
         q0, q1 = minimum(maximum(s0, zero), one), minimum(maximum(s1, zero), one)
         q2, q3 = minimum(maximum(s2, zero), one), minimum(maximum(s3, zero), one)
         r0, r1, r2, r3 = r0 + q0, r1 + q1, r2 + q2, r3 + q3
-        c0, c1 = select(q0 == s0, c0 + unit, c0), select(q1 == s1, c1 + unit, c1)
-        c2, c3 = select(q2 == s2, c2 + unit, c2), select(q3 == s3, c3 + unit, c3)
+        c0, c1 = select(q0 == s0, c0 + one, c0), select(q1 == s1, c1 + one, c1)
+        c2, c3 = select(q2 == s2, c2 + one, c2), select(q3 == s3, c3 + one, c3)
     d0, d1 = _step(r0 - target, c0, tile), _step(r1 - target, c1, tile)
     d2, d3 = _step(r2 - target, c2, tile), _step(r3 - target, c3, tile)
     u0, u1 = multiply_add(d0, inverse, u0), multiply_add(d1, inverse, u1)
@@ -162,10 +160,10 @@ def _four_rows(
         q2, q3 = minimum(maximum(s2, zero), one), minimum(maximum(s3, zero), one)
         store(sums, j, load(sums, j) + ((q0 + q1) + (q2 + q3)))
         count = load(counts, j)
-        count = select(q0 == s0, count + unit, count)
-        count = select(q1 == s1, count + unit, count)
-        count = select(q2 == s2, count + unit, count)
-        store(counts, j, select(q3 == s3, count + unit, count))
+        count = select(q0 == s0, count + one, count)
+        count = select(q1 == s1, count + one, count)
+        count = select(q2 == s2, count + one, count)
+        store(counts, j, select(q3 == s3, count + one, count))
     return (c0 + c1) + (c2 + c3)
 
 
@@ -191,7 +189,6 @@ def ascend(
     real = tile.dtype.type
     lanes = 64 // tile.itemsize
     zero, one = splat(real(0)), splat(real(1))
-    none = splat(counts.dtype.type(0))
     row_goal, col_goal = splat(real(row_target)), splat(real(col_target))
     wanted = FRACTION_START * cols
     fall = (FRACTION_END / wanted) ** (1 / max(1, sweeps - 1))
@@ -199,10 +196,10 @@ def ascend(
         inverse = one / tau
         for j in range(0, cols * lanes, lanes):
             store(sums, j, zero)
-            store(counts, j, none)
+            store(counts, j, zero)
             store(sums, cols * lanes + j, tau * load(v, j))
-        scaled_v = sums[cols * lanes :]
-        fractional = none
+        scaled_v = sums + cols * lanes
+        fractional = zero
         for row in range(0, rows, 4):
             fractional = fractional + _four_rows(
                 tile, pitch, row, cols, row_goal, tau, inverse, u, scaled_v, sums, counts
@@ -214,7 +211,7 @@ def ascend(
             fractional = fractional + load(counts, j)
         if k + 1 < sweeps:
             wanted *= fall
-            mean = as_float(fractional) * splat(real(1 / (rows + cols)))
+            mean = fractional * splat(real(1 / (rows + cols)))
             growth = maximum(mean, splat(real(FRACTION_FLOOR))) * splat(real(1 / wanted))
             growth = minimum(maximum(growth, splat(real(GROWTH_MIN))), splat(real(GROWTH_MAX)))
             tau = tau * growth

@@ -100,12 +100,12 @@ def augment(
     row_room, col_room = row_chunks * lanes, col_chunks * lanes
     per_row = (cols + WORD - 1) // WORD
     room = max(row_room, col_room)
-    row_dual, col_dual = numbers[:room], numbers[room : 2 * room]
-    row_label, col_label = numbers[2 * room : 3 * room], numbers[3 * room : 4 * room]
-    row_from, col_from = integers[:room], integers[room : 2 * room]
-    row_over, col_over = integers[2 * room : 3 * room], integers[3 * room : 4 * room]
-    units, kept = integers[4 * room : 5 * room], integers[5 * room :]
-    row_list, col_list = active[:room], active[room : 2 * room]
+    row_dual, col_dual = numbers, numbers + room
+    row_label, col_label = numbers + 2 * room, numbers + 3 * room
+    row_from, col_from = integers, integers + room
+    row_over, col_over = integers + 2 * room, integers + 3 * room
+    units, kept = integers + 4 * room, integers + 5 * room
+    row_list, col_list = active, active + room
 
     for chunk in range(row_chunks):
         base, left = chunk * lanes * lanes + lane, rows - chunk * lanes

@@ -9,7 +9,20 @@ from numba import njit
 
 from nmsolve._cpu.ascent import ascend, normalise, start
 from nmsolve._cpu.augment import augment
-from nmsolve._cpu.lanes import bits_of, lane_mask, load, maximum, minimum, peek, poke, select, splat, store
+from nmsolve._cpu.lanes import (
+    bits_of,
+    lane_mask,
+    load,
+    maximum,
+    minimum,
+    peek,
+    poke,
+    scratch,
+    select,
+    splat,
+    still_needed,
+    store,
+)
 from nmsolve._cpu.tiles import WORD, Region, aligned, load_tile, place_lanes, write_flags
 
 __all__ = ["Request", "solve_exact"]
@@ -175,15 +188,24 @@ def solve_exact(region: Region, request: Request, first: int, last: int, reals: 
     padded = (rows + 3) // 4 * 4
     per_row = (cols + WORD - 1) // WORD
     room = (max(rows + 1, cols) + lanes - 1) // lanes * lanes
-    tile = aligned(max(padded, rows + 1) * pitch * lanes, reals)
-    u, v = aligned(padded * lanes, reals), aligned(cols * lanes, reals)
-    sums = aligned(2 * cols * lanes, reals)
-    row_excess, col_excess = aligned(rows * lanes, ints), aligned(cols * lanes, ints)
-    words = aligned(rows * per_row * lanes, ints)
-    numbers, integers = aligned(4 * room, reals), aligned((5 + per_row) * room, ints)
-    scales = aligned(lanes, reals)
-    active = np.empty(2 * room, np.int64)
-    places = np.empty(3 * lanes, np.int64)
+    tile_size = max(padded, rows + 1) * pitch * lanes
+    room_reals = aligned(tile_size + (padded + 4 * cols + 1) * lanes + 4 * room, reals)
+    room_ints = aligned((rows + cols + rows * per_row) * lanes + (5 + per_row) * room, ints)
+    room_active = np.empty(2 * room, np.int64)
+    tile = scratch(room_reals)
+    u = tile + tile_size
+    v = u + padded * lanes
+    sums = v + cols * lanes
+    counts = sums + 2 * cols * lanes
+    scales = counts + cols * lanes
+    numbers = scales + lanes
+    words = scratch(room_ints)
+    row_excess = words + rows * per_row * lanes
+    col_excess = row_excess + rows * lanes
+    integers = col_excess + cols * lanes
+    active = scratch(room_active)
+    room_places = np.empty(3 * lanes, np.int64)
+    places = scratch(room_places)
     trivial = row_target == 0 or row_target == cols
     paths = 0
     for group in range(first, last):
@@ -205,9 +227,7 @@ def solve_exact(region: Region, request: Request, first: int, last: int, reals: 
                 store(u, i * lanes, splat(real(0)))
                 for j in range(cols):
                     store(tile, (i * pitch + j) * lanes, splat(real(-1e30)))
-            ascend(
-                tile, pitch, rows, cols, row_target, col_target, tau, request.sweeps, u, v, sums, col_excess
-            )
+            ascend(tile, pitch, rows, cols, row_target, col_target, tau, request.sweeps, u, v, sums, counts)
         if trivial:
             fill = splat(integer(-1 if row_target > 0 else 0))
             for i in range(rows * per_row):
@@ -264,4 +284,8 @@ def solve_exact(region: Region, request: Request, first: int, last: int, reals: 
                     v,
                     words,
                 )
+    still_needed(room_reals)
+    still_needed(room_ints)
+    still_needed(room_active)
+    still_needed(room_places)
     return paths
