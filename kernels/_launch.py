@@ -30,9 +30,22 @@ _TILES = {
         Tile(32, 8, 4, 1, 1),
         Tile(64, 8, 4, 1, 4),
     ),
+    "dykstra": (
+        Tile(4, 4, 4, 32, 1),
+        Tile(8, 8, 4, 16, 1),
+        Tile(16, 8, 4, 4, 1),
+        Tile(32, 8, 4, 1, 1),
+        Tile(64, 8, 4, 1, 4),
+    ),
 }
 
 
 def tile(kernel: str, m: int) -> Tile:
     """The tile that ``kernel`` uses for blocks of size ``m`` (at most 64)."""
     return next(entry for entry in _TILES[kernel] if entry.size >= m)
+
+
+def group_tile(m: int) -> tuple[int, int]:
+    """(lanes per group, groups per program) of the N:M kernel, one warp."""
+    size = 1 << (m - 1).bit_length()
+    return size, 64 if size <= 16 else 32

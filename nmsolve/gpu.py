@@ -17,11 +17,13 @@ from torch import Tensor
 from nmsolve import schedule
 from nmsolve.blocks import BlockGrid, grid_of
 from nmsolve.kernels import _launch
+from nmsolve.kernels.dykstra import dykstra_kernel
 from nmsolve.kernels.exact import exact_kernel
+from nmsolve.kernels.nm import nm_kernel
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import BlockResult
 
-__all__ = ["exact", "why_not"]
+__all__ = ["exact", "greedy", "ordinary", "tsenor", "why_not"]
 
 # The constants of the dual ascent, as the kernel's constexpr arguments.
 _SCHEDULE = {
@@ -104,6 +106,66 @@ def exact(
     return BlockResult(mask, u, v, objective, bound)
 
 
+def greedy(scores: Tensor, pattern: NMPattern) -> Tensor:
+    """Masks by descending score, completed to the full count."""
+    return _approximate(scores, pattern, 0, 0.0, transport=False)
+
+
+def tsenor(scores: Tensor, pattern: NMPattern, *, iterations: int, tau: float) -> Tensor:
+    """Masks by entropic transport, greedy rounding and swaps (arXiv 2505.23949); every line is filled."""
+    return _approximate(scores, pattern, iterations, float(tau), transport=True)
+
+
+def _approximate(
+    scores: Tensor, pattern: NMPattern, iterations: int, tau: float, *, transport: bool
+) -> Tensor:
+    if pattern.n == 0:
+        return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    tile = _launch.tile("dykstra", pattern.m)
+    for region in _regions(grid_of(scores, pattern), pattern.m, scores):
+        _run(
+            dykstra_kernel,
+            region,
+            tile,
+            scores,
+            _mask_pointer(mask, region),
+            pattern.n,
+            pattern.m,
+            *_matrix_arguments(scores),
+            *region.rectangle,
+            1,
+            iterations,
+            tau,
+            PADDED=region.edge or tile.size != pattern.m,
+            SLACK=region.edge,
+            PACKED=region.packed,
+            TRANSPORT=transport,
+        )
+    return mask
+
+
+def ordinary(scores: Tensor, pattern: NMPattern) -> Tensor:
+    """Plain N:M along the last dimension: the N largest of each group of M, ties to the lowest index."""
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    batch, rows, cols = scores.shape
+    groups = batch * rows * -(-cols // pattern.m)
+    if groups:
+        size, together = _launch.group_tile(pattern.m)
+        with _device_of(scores):
+            nm_kernel[(triton.cdiv(groups, together),)](
+                scores,
+                mask.view(torch.uint8),
+                pattern.n,
+                pattern.m,
+                *_matrix_arguments(scores),
+                SIZE=size,
+                GROUPS=together,
+                num_warps=1,
+            )
+    return mask
+
+
 class _Region(NamedTuple):
     """A rectangle of blocks in each matrix that one launch covers."""
 
@@ -138,8 +200,7 @@ def _matrix_arguments(scores: Tensor) -> tuple[int, ...]:
 def _run(
     kernel: Any, region: _Region, tile: _launch.Tile, scores: Tensor, *arguments: Any, **meta: Any
 ) -> None:
-    on_device = torch.cuda.device(scores.device) if scores.is_cuda else contextlib.nullcontext()
-    with on_device:
+    with _device_of(scores):
         kernel[(triton.cdiv(region.blocks, tile.blocks),)](
             scores,
             *arguments,
@@ -151,3 +212,7 @@ def _run(
             num_warps=tile.warps,
             **meta,
         )
+
+
+def _device_of(scores: Tensor) -> contextlib.AbstractContextManager[None]:
+    return torch.cuda.device(scores.device) if scores.is_cuda else contextlib.nullcontext()
