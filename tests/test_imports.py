@@ -25,6 +25,10 @@ def sources() -> dict[str, Path]:
 
 MODULES = sources()
 
+LAUNCHERS = {"nmsolve.gpu", "nmsolve.gpu_permute"}
+NUMBA = {"nmsolve._cpu", "nmsolve.cpu", "nmsolve.cpu_permute"}
+REFERENCES = {"nmsolve.reference", "nmsolve.reference_permute"}
+
 
 def imports(module: str, *, top_level_only: bool = False) -> Iterator[str]:
     """The dotted names that ``module`` imports; ``from a import b`` gives ``a.b`` where that is a module.
@@ -120,7 +124,7 @@ def test_leaves_import_no_more_than_they_may(module):
 @pytest.mark.parametrize(
     ("package", "users"),
     [
-        ("nmsolve.kernels", {"nmsolve.gpu"}),
+        ("nmsolve.kernels", LAUNCHERS),
         ("nmsolve.cli", set()),
         ("nmsolve.integrations", set()),
     ],
@@ -138,12 +142,21 @@ def test_nothing_installed_imports_tests_or_bench():
 
 @pytest.mark.parametrize(
     ("package", "backends"),
-    [("triton", ("nmsolve.kernels", "nmsolve.gpu")), ("numba", ("nmsolve._cpu", "nmsolve.cpu"))],
+    [("triton", {"nmsolve.kernels", *LAUNCHERS}), ("numba", NUMBA)],
 )
 def test_optional_packages_are_imported_only_by_their_backend(package, backends):
     for module in MODULES:
         at_import = {name.partition(".")[0] for name in imports(module, top_level_only=True)}
         assert package not in at_import or any(inside(module, backend) for backend in backends), module
+
+
+@pytest.mark.parametrize("layer", ["nmsolve.permute", "nmsolve.prune"])
+def test_layers_use_the_public_functions_and_no_backend(layer):
+    for module in [name for name in MODULES if inside(name, layer)]:
+        for name in own(module):
+            assert not any(inside(name, backend) for backend in LAUNCHERS | NUMBA | REFERENCES), (
+                f"{module}: {name}"
+            )
 
 
 def test_no_cycles():
