@@ -10,9 +10,7 @@ A block whose factors leave ``2^+-LIMIT`` makes the iteration in the log domain 
 gives it new references (Schmitzer, SIAM J. Sci. Comput. 41, 2019). Other blocks of the program keep theirs, so
 that a block's result does not depend on its neighbours. Scalings are held and stored as base-2 logarithms.
 
-The argument ``one`` is 1, which the compiler is not told. Indices multiplied by it have no contiguity that
-would make the compiler deal the first axes of a tile over lanes (see _tile), and addresses that depend on the
-iteration through ``one - 1`` are worked out when they are needed, not kept in registers over the loop.
+Loads say that they have no contiguity, lest the compiler deal the first axes of a tile over lanes (see _tile).
 """
 
 import triton
@@ -34,16 +32,23 @@ INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def load_tile(
-    base_ptr, block, i, j, stride_batch, stride_row, stride_col, batch, rows, cols, one, t, default
-):
-    """Entries (i, j) of the blocks as float32, ``default`` where there are none. ``t`` is the iteration."""
-    nothing = (one - 1) * t
-    i = i * one + nothing
-    j = j * one + nothing
+def load_scattered(pointers, mask, default):
+    """Load in the layout of the computation."""
+    return tl.load(tl.max_contiguous(pointers, [1, 1, 1, 1, 1]), mask=mask, other=default)
+
+
+@triton.jit
+def load_tile(base_ptr, block, i, j, stride_batch, stride_row, stride_col, batch, rows, cols, nothing, default):
+    """Entries (i, j) of the blocks as float32, ``default`` where there are none.
+
+    ``nothing`` is 0. If it depends on the iteration without the compiler's knowing that it is 0, addresses are
+    worked out where they are needed and not kept in registers over the loop.
+    """
+    i += nothing
+    j += nothing
     inside = (block < batch) & (i < rows) & (j < cols)
     pointers = base_ptr + block * stride_batch + i.to(tl.int64) * stride_row + j.to(tl.int64) * stride_col
-    return tl.load(pointers, mask=inside, other=default).to(tl.float32)
+    return load_scattered(pointers, inside, default).to(tl.float32)
 
 
 @triton.jit
@@ -60,7 +65,7 @@ def log_step(level, g, a, b, live_row, live_col):
     return f, g, x * tl.where(live_col, b / total, 0.0)
 
 
-@triton.jit(do_not_specialize=["one"])
+@triton.jit(do_not_specialize=["zero"])
 def sinkhorn_forward_kernel(
     logits_ptr,
     row_marginals_ptr,
@@ -80,7 +85,7 @@ def sinkhorn_forward_kernel(
     scale,
     iterations,
     tolerance,
-    one,
+    zero,
     KEEP: tl.constexpr,
     TOLERANCE: tl.constexpr,
     ROWS_IN: tl.constexpr,
@@ -100,8 +105,8 @@ def sinkhorn_forward_kernel(
     j = col_index(COLS_IN, COLS_OUT)
     live_row = exists & (i < rows)
     live_col = exists & (j < cols)
-    a = tl.load(row_marginals_ptr + block * row_marginals_stride + i * one, mask=live_row, other=1.0)
-    b = tl.load(col_marginals_ptr + block * col_marginals_stride + j * one, mask=live_col, other=1.0)
+    a = load_scattered(row_marginals_ptr + block * row_marginals_stride + i, live_row, 1.0)
+    b = load_scattered(col_marginals_ptr + block * col_marginals_stride + j, live_col, 1.0)
 
     f = tl.zeros_like(a)
     g = tl.zeros_like(b)
@@ -128,7 +133,7 @@ def sinkhorn_forward_kernel(
         v = tl.where(step, new_v, v)
         if tl.max(reset.to(tl.int32)) > 0:
             level = load_tile(
-                logits_ptr, block, i, j, stride_batch, stride_row, stride_col, batch, rows, cols, one, t, -INF
+                logits_ptr, block, i, j, stride_batch, stride_row, stride_col, batch, rows, cols, t * zero, -INF
             )
             level *= scale
             new_f, new_g, fresh = log_step(level, g + tl.log2(v), a, b, live_row, live_col)
@@ -139,8 +144,8 @@ def sinkhorn_forward_kernel(
             v = tl.where(reset, 1.0, v)
         if KEEP:
             place = block * iterations + t
-            tl.store(row_scalings_ptr + place * rows + i * one, f + tl.log2(u), mask=live_row & going)
-            tl.store(col_scalings_ptr + place * cols + j * one, g + tl.log2(v), mask=live_col & going)
+            tl.store(row_scalings_ptr + place * rows + i, f + tl.log2(u), mask=live_row & going)
+            tl.store(col_scalings_ptr + place * cols + j, g + tl.log2(v), mask=live_col & going)
         made += going.to(tl.int32)
         t += 1
         go = t < iterations
@@ -150,7 +155,7 @@ def sinkhorn_forward_kernel(
     tl.store(made_ptr + block, made, mask=exists)
 
 
-@triton.jit(do_not_specialize=["one"])
+@triton.jit(do_not_specialize=["zero"])
 def sinkhorn_backward_kernel(
     gradient_ptr,
     logits_ptr,
@@ -172,21 +177,24 @@ def sinkhorn_backward_kernel(
     scale,
     inverse_temperature,
     iterations,
-    one,
+    zero,
     ROWS_IN: tl.constexpr,
     COLS_IN: tl.constexpr,
     ROWS_OUT: tl.constexpr,
     COLS_OUT: tl.constexpr,
     BLOCKS: tl.constexpr,
+    RELOAD: tl.constexpr,
 ):
     """Gradient of the logits (batch, rows, cols), contiguous in ``out``'s dtype.
 
     Iteration t used ``R = softmax_j(K + g_{t-1})`` for f_t and ``S = softmax_i(K + f_t)`` for g_t. From the
     plan's part ``dK = Q = G * b * S_T``, ``df = Q 1``, ``dg = Q^T 1`` the sweep goes back,
 
-        dK -= S dg,   df -= S dg (summed over j),   dK -= R df,   dg = - R^T df,   df = 0,
+        dK -= S dg,   df -= S dg (summed over j),   dK -= R df,   dg = - R^T df,   df = 0.
 
-    with ``S = E u / (E^T u)`` and ``R = E v / (E v)`` for ``u = exp(f_t - f_ref)``, ``v = exp(g_{t-1} - g_ref)``.
+    With ``E = exp(K + f_t + g_t)`` and ``v = exp(g_{t-1} - g_t)``, S is E with its columns scaled to sum to 1
+    and R is E v with its rows scaled so. RELOAD reads K again in every iteration, where
+    registers are short.
     """
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None]
     exists = block < batch
@@ -194,65 +202,57 @@ def sinkhorn_backward_kernel(
     j = col_index(COLS_IN, COLS_OUT)
     live_row = exists & (i < rows)
     live_col = exists & (j < cols)
-    b = tl.load(col_marginals_ptr + block * col_marginals_stride + j * one, mask=live_col, other=1.0)
+    b = load_scattered(col_marginals_ptr + block * col_marginals_stride + j, live_col, 1.0)
     made = tl.load(made_ptr + block, mask=exists, other=0)
+    level = load_tile(
+        logits_ptr, block, i, j, stride_batch, stride_row, stride_col, batch, rows, cols, 0, -INF
+    )
+    level *= scale
+    total = load_tile(
+        gradient_ptr,
+        block,
+        i,
+        j,
+        gradient_stride_batch,
+        gradient_stride_row,
+        gradient_stride_col,
+        batch,
+        rows,
+        cols,
+        0,
+        0.0,
+    )
 
-    kernel = tl.zeros([ROWS_IN, COLS_IN, BLOCKS, ROWS_OUT, COLS_OUT], tl.float32)
-    total = tl.zeros([ROWS_IN, COLS_IN, BLOCKS, ROWS_OUT, COLS_OUT], tl.float32)
-    f_ref = tl.where(live_row, 0.0, 0.0)
-    g_ref = tl.zeros_like(b)
-    dg = tl.zeros_like(b)
+    place = block * iterations + made - 1
+    f = load_scattered(row_scalings_ptr + place * rows + i, live_row, 0.0)
+    g = load_scattered(col_scalings_ptr + place * cols + j, live_col, 0.0)
+    kernel = tl.exp2((level + f) + g)
+    total *= kernel * tl.where(live_col, b / sum_cols(kernel), 0.0)
+    df_plan = sum_rows(total)
+    dg_plan = sum_cols(total)
+    dg = tl.zeros_like(dg_plan)
     last = tl.max(made)
-    for back in range(0, last):
+    for back in range(last):
         t = last - 1 - back
-        going = t < made
-        newest = t == made - 1
+        row_mask = live_row & (t < made)
+        col_mask = live_col & (t < made)
         place = block * iterations + t
-        row_mask = live_row & going
-        col_mask = live_col & going
-        f = tl.load(row_scalings_ptr + place * rows + i * one, mask=row_mask, other=0.0)
-        g = tl.load(col_scalings_ptr + place * cols + j * one, mask=col_mask, other=0.0)
-        before = tl.load(col_scalings_ptr + (place - 1) * cols + j * one, mask=col_mask & (t > 0), other=0.0)
-        apart = tl.maximum(
-            max_cols(tl.abs(f - f_ref)), max_rows(tl.maximum(tl.abs(g - g_ref), before - g_ref))
-        )
-        reset = newest | (going & (apart > LIMIT))
-        if tl.max(reset.to(tl.int32)) > 0:
+        f = load_scattered(row_scalings_ptr + place * rows + i, row_mask, -INF)
+        g = load_scattered(col_scalings_ptr + place * cols + j, col_mask, 0.0)
+        before = load_scattered(col_scalings_ptr + (place - 1) * cols + j, col_mask & (t > 0), 0.0)
+        if RELOAD:
             level = load_tile(
-                logits_ptr, block, i, j, stride_batch, stride_row, stride_col, batch, rows, cols, one, t, -INF
+                logits_ptr, block, i, j, stride_batch, stride_row, stride_col, batch, rows, cols, t * zero, -INF
             )
             level *= scale
-            kernel = tl.where(reset, tl.exp2((level + f) + g), kernel)
-            f_ref = tl.where(reset, f, f_ref)
-            g_ref = tl.where(reset, g, g_ref)
-        u = tl.where(row_mask, tl.exp2(f - f_ref), 1.0)
-        v = tl.where(col_mask, tl.exp2(before - g_ref), 1.0)
-        sums = tl.where(col_mask, sum_cols(kernel * u), 1.0)
-        df = tl.zeros_like(f)
-        if tl.max(newest.to(tl.int32)) > 0:
-            gradient = load_tile(
-                gradient_ptr,
-                block,
-                i,
-                j,
-                gradient_stride_batch,
-                gradient_stride_row,
-                gradient_stride_col,
-                batch,
-                rows,
-                cols,
-                one,
-                t,
-                0.0,
-            )
-            part = tl.where(newest, gradient * (kernel * u * (b / sums)), 0.0)
-            total += part
-            df += sum_rows(part)
-            dg += sum_cols(part)
-        y = dg / sums
-        norm = tl.where(row_mask, sum_rows(kernel * v), 1.0)
-        z = (df - u * sum_rows(kernel * y)) / norm
+        kernel = tl.exp2((level + f) + g)
+        v = tl.exp2(before - g)
+        newest = t == made - 1
+        df = tl.where(newest, df_plan, 0.0)
+        dg = tl.where(newest, dg_plan, dg)
+        y = dg / tl.where(col_mask, sum_cols(kernel), 1.0)
+        z = (df - sum_rows(kernel * y)) / tl.where(row_mask, sum_rows(kernel * v), 1.0)
         dg = 0.0 - v * sum_cols(kernel * z)
-        total -= kernel * (u * y + z * v)
+        total -= kernel * (y + z * v)
     out = (total * inverse_temperature).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + (block * rows + i) * cols + j, out, mask=live_row & live_col)

@@ -58,15 +58,15 @@ class SinkhornTile(NamedTuple):
 
 
 def sinkhorn_tile(rows: int, cols: int) -> SinkhornTile:
-    """At most 8 x 8 entries a lane, as few warps as that takes, and as many blocks as fill them.
+    """4 x 8 entries a lane (8 x 8 in the largest blocks), as few warps as that takes, blocks to fill them.
 
     Examples
     --------
     >>> sinkhorn_tile(64, 60)
-    SinkhornTile(rows_in=8, cols_in=8, rows_out=8, cols_out=8, blocks=1, warps=2)
+    SinkhornTile(rows_in=4, cols_in=8, rows_out=16, cols_out=8, blocks=1, warps=4)
     """
     rows, cols = triton.next_power_of_2(rows), triton.next_power_of_2(cols)
-    rows_in, cols_in = min(rows, 8), min(cols, 8)
+    rows_in, cols_in = min(rows, 8 if rows * cols > 8192 else 4), min(cols, 8)
     lanes = (rows // rows_in) * (cols // cols_in)
     warps = max(1, lanes // 32)
     return SinkhornTile(
@@ -115,7 +115,7 @@ def sinkhorn_forward(
             _LOG2_E / temperature,
             iterations,
             float(tolerance),
-            1,
+            0,
             KEEP=keep,
             TOLERANCE=tolerance >= 0,
             **tile.meta(),
@@ -155,7 +155,8 @@ def sinkhorn_backward(
             _LOG2_E / temperature,
             1.0 / temperature,
             row_scalings.shape[1],
-            1,
+            0,
+            RELOAD=tile.rows_in == 8,
             **tile.meta(),
         )
     return out
