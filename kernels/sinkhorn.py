@@ -11,6 +11,9 @@ gives it new references (Schmitzer, SIAM J. Sci. Comput. 41, 2019). Other blocks
 that a block's result does not depend on its neighbours. Scalings are held and stored as base-2 logarithms.
 
 Loads say that they have no contiguity, lest the compiler deal the first axes of a tile over lanes (see _tile).
+The argument ``one`` is 1, which the compiler is not told: indices multiplied by it hide their contiguity too, and
+addresses that depend on the iteration t through ``t * (one - 1)`` are worked out where they are needed, not
+kept in registers over the loop.
 """
 
 import triton
@@ -38,14 +41,8 @@ def load_scattered(pointers, mask, default):
 
 
 @triton.jit
-def load_tile(base_ptr, block, i, j, stride_batch, stride_row, stride_col, batch, rows, cols, nothing, default):
-    """Entries (i, j) of the blocks as float32, ``default`` where there are none.
-
-    ``nothing`` is 0. If it depends on the iteration without the compiler's knowing that it is 0, addresses are
-    worked out where they are needed and not kept in registers over the loop.
-    """
-    i += nothing
-    j += nothing
+def load_tile(base_ptr, block, i, j, stride_batch, stride_row, stride_col, batch, rows, cols, default):
+    """Entries (i, j) of the blocks as float32, ``default`` where there are none."""
     inside = (block < batch) & (i < rows) & (j < cols)
     pointers = base_ptr + block * stride_batch + i.to(tl.int64) * stride_row + j.to(tl.int64) * stride_col
     return load_scattered(pointers, inside, default).to(tl.float32)
@@ -65,7 +62,7 @@ def log_step(level, g, a, b, live_row, live_col):
     return f, g, x * tl.where(live_col, b / total, 0.0)
 
 
-@triton.jit(do_not_specialize=["zero"])
+@triton.jit(do_not_specialize=["one"])
 def sinkhorn_forward_kernel(
     logits_ptr,
     row_marginals_ptr,
@@ -85,7 +82,7 @@ def sinkhorn_forward_kernel(
     scale,
     iterations,
     tolerance,
-    zero,
+    one,
     KEEP: tl.constexpr,
     TOLERANCE: tl.constexpr,
     ROWS_IN: tl.constexpr,
@@ -132,12 +129,14 @@ def sinkhorn_forward_kernel(
         u = tl.where(step, new_u, u)
         v = tl.where(step, new_v, v)
         if tl.max(reset.to(tl.int32)) > 0:
+            row = i * one + t * (one - 1)
+            col = j * one + t * (one - 1)
             level = load_tile(
-                logits_ptr, block, i, j, stride_batch, stride_row, stride_col, batch, rows, cols, t * zero, -INF
+                logits_ptr, block, row, col, stride_batch, stride_row, stride_col, batch, rows, cols, -INF
             )
             level *= scale
             new_f, new_g, fresh = log_step(level, g + tl.log2(v), a, b, live_row, live_col)
-            kernel = tl.where(reset, fresh, kernel)
+            kernel = fresh if BLOCKS == 1 else tl.where(reset, fresh, kernel)
             f = tl.where(reset, new_f, f)
             g = tl.where(reset, new_g, g)
             u = tl.where(reset, 1.0, u)
@@ -155,7 +154,7 @@ def sinkhorn_forward_kernel(
     tl.store(made_ptr + block, made, mask=exists)
 
 
-@triton.jit(do_not_specialize=["zero"])
+@triton.jit(do_not_specialize=["one"])
 def sinkhorn_backward_kernel(
     gradient_ptr,
     logits_ptr,
@@ -177,7 +176,7 @@ def sinkhorn_backward_kernel(
     scale,
     inverse_temperature,
     iterations,
-    zero,
+    one,
     ROWS_IN: tl.constexpr,
     COLS_IN: tl.constexpr,
     ROWS_OUT: tl.constexpr,
@@ -204,9 +203,7 @@ def sinkhorn_backward_kernel(
     live_col = exists & (j < cols)
     b = load_scattered(col_marginals_ptr + block * col_marginals_stride + j, live_col, 1.0)
     made = tl.load(made_ptr + block, mask=exists, other=0)
-    level = load_tile(
-        logits_ptr, block, i, j, stride_batch, stride_row, stride_col, batch, rows, cols, 0, -INF
-    )
+    level = load_tile(logits_ptr, block, i, j, stride_batch, stride_row, stride_col, batch, rows, cols, -INF)
     level *= scale
     total = load_tile(
         gradient_ptr,
@@ -219,7 +216,6 @@ def sinkhorn_backward_kernel(
         batch,
         rows,
         cols,
-        0,
         0.0,
     )
 
@@ -241,8 +237,10 @@ def sinkhorn_backward_kernel(
         g = load_scattered(col_scalings_ptr + place * cols + j, col_mask, 0.0)
         before = load_scattered(col_scalings_ptr + (place - 1) * cols + j, col_mask & (t > 0), 0.0)
         if RELOAD:
+            row = i + t * (one - 1)
+            col = j + t * (one - 1)
             level = load_tile(
-                logits_ptr, block, i, j, stride_batch, stride_row, stride_col, batch, rows, cols, t * zero, -INF
+                logits_ptr, block, row, col, stride_batch, stride_row, stride_col, batch, rows, cols, -INF
             )
             level *= scale
         kernel = tl.exp2((level + f) + g)

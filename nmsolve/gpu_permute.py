@@ -115,7 +115,7 @@ def sinkhorn_forward(
             _LOG2_E / temperature,
             iterations,
             float(tolerance),
-            0,
+            1,
             KEEP=keep,
             TOLERANCE=tolerance >= 0,
             **tile.meta(),
@@ -155,7 +155,7 @@ def sinkhorn_backward(
             _LOG2_E / temperature,
             1.0 / temperature,
             row_scalings.shape[1],
-            0,
+            1,
             RELOAD=tile.rows_in == 8,
             **tile.meta(),
         )
