@@ -159,6 +159,19 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, object]], *packages: str) 
     print(f"wrote {os.path.relpath(path)} ({len(lines)} rows)")
 
 
+def append_csv(path: Path, row: Mapping[str, object], *packages: str) -> None:
+    """Add one row with its provenance to a result file that may not be there yet; whole or not at all."""
+    rows: list[Mapping[str, object]] = [*read_csv(path)] if path.exists() else []
+    rows.append({key: _text(value) for key, value in {**row, **provenance(*packages)}.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
+
+
 def _text(value: object) -> object:
     return f"{value:.5g}" if isinstance(value, float) else value
 

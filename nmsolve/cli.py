@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import nmsolve
 from nmsolve.checkpoint import REPORT_NAME, SUFFIX, Checkpoint, open_checkpoint, output_names
+from nmsolve.cli_prune import add_commands
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
 from nmsolve.selection import DENSE_BY_DEFAULT, Selection, select_tensors
@@ -43,8 +44,10 @@ exit codes:
 MAIN_HELP = """\
 Provably optimal N:M and transposable N:M sparsity masks.
 
-  nmsolve mask   mask the weights of a checkpoint
-  nmsolve info   what is installed, and which backends can run here
+  nmsolve mask      mask the weights of a checkpoint
+  nmsolve prune     prune a transformers model with calibration data
+  nmsolve eval-ppl  perplexity of a language model
+  nmsolve info      what is installed, and which backends can run here
 
 nmsolve COMMAND --help says more, with examples.
 """
@@ -192,6 +195,8 @@ def _parser() -> Parser:
         "--dry-run", action="store_true", help="list what would be masked or not, and write nothing"
     )
     mask.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+
+    add_commands(add)
 
     info = add("info", "what is installed and what can run", INFO_HELP, INFO_EPILOG)
     info.set_defaults(run=_info)

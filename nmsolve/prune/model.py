@@ -45,14 +45,15 @@ class PruneResult:
 
     Attributes
     ----------
-    masks : dict of str to Tensor
-        Name of each pruned weight, and its bool mask (True = keep) on the CPU.
+    masks : mapping of str to Tensor
+        Name of each pruned weight, and its bool mask (True = keep) on the CPU. They are held as bits and
+        unpacked one by one.
     patterns : dict of str to NMPattern
         The pattern of each.
     report : PruneReport
     """
 
-    masks: dict[str, Tensor]
+    masks: Mapping[str, Tensor]
     patterns: dict[str, NMPattern]
     report: PruneReport
 

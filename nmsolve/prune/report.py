@@ -51,10 +51,10 @@ class LayerReport:
 class PruneReport:
     """A pruning run.
 
-    ``memory`` is in bytes: ``model`` (its parameters), ``activations`` (the largest set of block inputs held
-    at a time), ``statistics`` (the largest Hessians held at a time), ``working`` (the most that pruning one
-    layer takes beside them) and ``peak``, the process's peak of resident memory, plus ``peak_gpu`` where a
-    GPU was used. ``resumed`` counts the layers that an earlier run had finished.
+    ``memory`` is in bytes: ``model`` (its parameters), ``activations`` (the inputs of one block, for all
+    batches), ``statistics`` (the largest Hessians held at a time) and ``peak``, the process's peak of
+    resident memory, plus ``peak_gpu`` where there is a GPU. ``resumed`` counts the layers that an earlier
+    run had finished.
     """
 
     settings: Mapping[str, object]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nmsolve.errors import NMSolveError
+from nmsolve.packed import pack_mask, unpack_mask
 from nmsolve.pattern import NMPattern
 from nmsolve.prune.alps import alps, alps_system
 from nmsolve.prune.arguments import Settings
@@ -25,7 +27,26 @@ from nmsolve.prune.sparsegpt import sparsegpt, sparsegpt_factor
 from nmsolve.prune.store import LayerStore
 from nmsolve.prune.walk import Chain, Group, Loose, Stop, input_of, make_plan
 
-__all__ = ["Run"]
+__all__ = ["PackedMasks", "Run"]
+
+
+class PackedMasks(Mapping[str, Tensor]):
+    """Masks by the name of their weight, held as bits and unpacked when they are asked for."""
+
+    def __init__(self) -> None:
+        self._packed: dict[str, tuple[Tensor, torch.Size]] = {}
+
+    def add(self, name: str, mask: Tensor) -> None:
+        self._packed[name] = pack_mask(mask), mask.shape
+
+    def __getitem__(self, name: str) -> Tensor:
+        return unpack_mask(*self._packed[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
 
 
 @dataclass
@@ -52,7 +73,7 @@ class Run:
     store: LayerStore | None
     progress: bool | None
     check: Callable[[], None] | None
-    masks: dict[str, Tensor] = field(default_factory=dict)
+    masks: PackedMasks = field(default_factory=PackedMasks)
     pruned: dict[Layer, NMPattern] = field(default_factory=dict)
     delayed: list[tuple[Layer, Tensor]] = field(default_factory=list)
     delay: bool = False
@@ -108,25 +129,30 @@ class Run:
         chain.capture(self.model, self.batches)
         self._memory(activations=sum(t.numel() * t.element_size() for t in chain.hidden))
         for index, groups in enumerate(chain.groups[: last + 1]):
-
-            def forward(batch: int, index: int = index) -> None:
-                chain.run(index, batch)
-
-            if self.settings.sequential == "layer":
-                self._one_by_one(groups, forward)
-                statistics = None
-            else:
-                finished = all(self._done(group) for group in groups)
-                statistics = None if finished or not groups else self._measure(groups, forward)
-                if self.settings.sequential == "block":
-                    self._prune_block(groups, statistics)
-            if index < last:
-                chain.advance(index)
-            if self.settings.sequential == "off":
-                self._prune_block(groups, statistics)
+            self._block(chain, index, groups, index == last)
         chain.release()
 
-    def _one_by_one(self, groups: Sequence[Group], forward: Callable[[int], None]) -> None:
+    def _block(self, chain: Chain, index: int, groups: list[Group], last: bool) -> None:
+        """Prunes one block and hands the hidden states on to the next."""
+        run, advance = partial(chain.run, index), partial(chain.advance, index)
+        finished = all(self._done(group) for group in groups)
+        if (
+            self.settings.sequential == "off"
+        ):  # the dense block hands them on, while it is measured if need be
+            if not finished:
+                self._all_at_once(groups, self._measure(groups, run if last else advance, stop=False))
+                return
+        elif self.settings.sequential == "layer":
+            self._one_by_one(groups, run)
+        else:
+            self._all_at_once(groups, [] if finished else self._measure(groups, run))
+        if not last:
+            for batch in range(len(self.batches)):
+                advance(batch)
+        if self.settings.sequential == "off":
+            self._all_at_once(groups, [])
+
+    def _one_by_one(self, groups: Sequence[Group], forward: Callable[[int], Any]) -> None:
         for group in groups:
             if self._done(group):
                 self._group(group, None)
@@ -134,15 +160,17 @@ class Run:
                 (hessian,) = self._measure([group], forward)
                 self._group(group, hessian)
 
-    def _prune_block(self, groups: Sequence[Group], statistics: list[Hessian] | None) -> None:
+    def _all_at_once(self, groups: Sequence[Group], hessians: Sequence[Hessian]) -> None:
         for k, group in enumerate(groups):
-            self._group(group, None if statistics is None else statistics[k])
+            self._group(group, hessians[k] if hessians else None)
 
     def _done(self, group: Group) -> bool:
         return self.store is not None and all(layer.name in self.store for layer in group.layers)
 
-    def _measure(self, groups: Sequence[Group], forward: Callable[[int], None]) -> list[Hessian]:
-        """The Hessians of groups of layers, from a pass over all batches."""
+    def _measure(
+        self, groups: Sequence[Group], forward: Callable[[int], Any], stop: bool = True
+    ) -> list[Hessian]:
+        """The Hessians of groups of layers, from a pass over all batches; a pass may stop at the last one."""
         hessians = []
         with ExitStack() as hooks:
             for group in groups:
@@ -152,9 +180,9 @@ class Run:
                     (first.groups, size, size), dtype=_work_dtype(first.weight), device=first.weight.device
                 )
                 hessian = Hessian(matrix)
-                stop = len(groups) == 1 and group.once
+                early = stop and len(groups) == 1 and group.once
                 hook = first.module.register_forward_pre_hook(
-                    _measuring(first, hessian, stop), with_kwargs=True
+                    _measuring(first, hessian, early), with_kwargs=True
                 )
                 hooks.callback(hook.remove)
                 hessians.append(hessian)
@@ -187,7 +215,7 @@ class Run:
                 weight, mask, report = self._layer(layer, hessian, system)
                 if self.store is not None:
                     self.store.save(layer.name, weight, mask, asdict(report))
-            self.masks[layer.weight_name] = mask.cpu()
+            self.masks.add(layer.weight_name, mask)
             self.pruned[layer] = self.selected.layers[layer]
             self.report.layers.append(report)
             if self.delay:

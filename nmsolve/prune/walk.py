@@ -138,12 +138,11 @@ class Chain:
         args, kwargs = self.calls[batch][index].with_hidden(self.hidden[batch].clone())
         return self.blocks[index](*args, **kwargs)
 
-    def advance(self, index: int) -> None:
-        """Replaces the hidden states by what block ``index`` makes of them."""
-        for batch in range(len(self.hidden)):
-            hidden = _hidden_of(self.run(index, batch))
-            assert hidden is not None
-            self.hidden[batch] = hidden
+    def advance(self, index: int, batch: int) -> None:
+        """Replaces the hidden states of a batch by what block ``index`` makes of them."""
+        hidden = _hidden_of(self.run(index, batch))
+        assert hidden is not None
+        self.hidden[batch] = hidden
 
     def release(self) -> None:
         """Forgets the hidden states."""

@@ -1,0 +1,341 @@
+"""The commands ``nmsolve prune`` and ``nmsolve eval-ppl``: transformers models on disk, pruned and evaluated.
+
+torch and transformers are imported when there is work for them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nmsolve.checkpoint import REPORT_NAME
+from nmsolve.errors import NMSolveError
+from nmsolve.pattern import NMPattern
+from nmsolve.staging import Interrupts, Staging
+
+if TYPE_CHECKING:
+    from nmsolve.prune.model import PruneResult
+
+__all__ = ["add_commands"]
+
+OK, INTERRUPTED = 0, 130
+
+PRUNE_HELP = """\
+Prunes the linear layers of a transformers model to N:M, layer by layer, each calibrated on what the
+already pruned layers before it put out.
+
+MODEL is a checkpoint folder with safetensors weights. OUT gets a folder that transformers loads, with the
+masks (masks/), nmsolve_report.json and nmsolve_report.png in it.
+"""
+
+PRUNE_EPILOG = """\
+examples:
+  nmsolve prune SmolLM2 --pattern 16:32 --transposable --calibration text.txt --out SmolLM2-16of32
+      ALPS with optimal transposable masks
+
+  nmsolve prune SmolLM2 --pattern 2:4 --pattern 'mlp.*=8:16' --pattern 'layers.0.*=dense' \\
+      --method wanda --calibration text.txt --out sparse
+      ordinary N:M by layer: the last pattern whose glob matches decides
+
+  nmsolve eval-ppl SmolLM2-16of32 --text test.txt --window 512
+
+A run that was interrupted or killed goes on where it was when the same command is given again: finished
+layers are kept in a hidden folder beside OUT, which is removed at the end.
+
+exit codes:
+  0    done
+  1    the work failed
+  2    an argument or the input is wrong; nothing was begun
+  130  interrupted (SIGINT, SIGTERM, SIGHUP); the same command goes on
+"""
+
+EVAL_HELP = """\
+Perplexity of a causal language model on a text: exp of the mean negative log-likelihood of every token but
+the first of each window. Windows do not overlap.
+"""
+
+EVAL_EPILOG = """\
+examples:
+  nmsolve eval-ppl SmolLM2 --text test.txt
+  nmsolve eval-ppl SmolLM2-16of32 --text test.txt --window 512 --windows 16 --json
+"""
+
+AddCommand = Callable[[str, str, str, str], argparse.ArgumentParser]
+
+
+def add_commands(add: AddCommand) -> None:
+    """Adds both commands; ``add(name, help, description, epilog)`` returns the parser of a new one."""
+    prune = add("prune", "prune a transformers model with calibration data", PRUNE_HELP, PRUNE_EPILOG)
+    prune.set_defaults(run=_prune)
+    prune.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint folder")
+    prune.add_argument(
+        "--pattern",
+        metavar="[GLOB=]N:M",
+        action="append",
+        required=True,
+        help="keep N of M, in all layers or in those that match; GLOB=dense leaves layers alone; repeatable",
+    )
+    prune.add_argument("--out", metavar="OUT", type=Path, required=True, help="folder to write")
+    prune.add_argument("--transposable", action="store_true", help="N:M along rows and along columns")
+    prune.add_argument(
+        "--method",
+        choices=("alps", "sparsegpt", "wanda", "ria", "magnitude"),
+        default="alps",
+        help="default: alps, the most accurate and the slowest; magnitude needs no calibration",
+    )
+    prune.add_argument(
+        "--mask-method",
+        choices=("exact", "tsenor", "greedy"),
+        help="with --transposable: exact is optimal (default); tsenor and greedy approximate",
+    )
+    prune.add_argument(
+        "--calibration", metavar="FILE", type=Path, help="text in UTF-8, or tokens in a .safetensors file"
+    )
+    prune.add_argument("--samples", type=int, default=128, help="calibration sequences (default 128)")
+    prune.add_argument(
+        "--sequence-length", type=int, help="tokens in each (default: what the model takes, 2048 at most)"
+    )
+    prune.add_argument("--batch-size", type=int, default=1, help="sequences in a forward pass (default 1)")
+    prune.add_argument("--seed", type=int, default=0, help="seed of the draw of sequences (default 0)")
+    prune.add_argument(
+        "--sequential",
+        choices=("layer", "block", "off"),
+        default="layer",
+        help="what is pruned before a layer's inputs are measured: the layers before it (default), the "
+        "blocks before it, or nothing",
+    )
+    prune.add_argument(
+        "--initial-masks", metavar="PATH", type=Path, help="earlier masks: what they prune stays pruned"
+    )
+    prune.add_argument(
+        "--dense", metavar="GLOB", action="append", default=[], help="leave these layers dense; repeatable"
+    )
+    prune.add_argument(
+        "--iterations", type=int, help="of ALPS at most (default 300; fewer are faster and less accurate)"
+    )
+    prune.add_argument("--damping", type=float, help="of the Hessian, in mean diagonals (default 0.01)")
+    prune.add_argument("--no-picture", action="store_true", help="write no nmsolve_report.png")
+    prune.add_argument("--overwrite", action="store_true", help="replace OUT if nmsolve wrote it")
+    prune.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+
+    evaluate = add("eval-ppl", "perplexity of a language model", EVAL_HELP, EVAL_EPILOG)
+    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint folder")
+    evaluate.add_argument(
+        "--text", metavar="FILE", type=Path, required=True, help="text, or tokens in a .safetensors file"
+    )
+    evaluate.add_argument("--window", type=int, default=2048, help="tokens in a window (default 2048)")
+    evaluate.add_argument("--windows", type=int, help="use only the first so many windows")
+    evaluate.add_argument("--batch-size", type=int, default=1, help="windows in a forward pass (default 1)")
+    evaluate.add_argument("--json", action="store_true", help="machine-readable")
+    evaluate.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    for command in (prune, evaluate):
+        command.add_argument(
+            "--device", metavar="DEVICE", help="cpu, cuda or cuda:1 (default: cuda if there is one)"
+        )
+        command.add_argument(
+            "--dtype",
+            choices=("float32", "bfloat16", "float16"),
+            help="of the model while it runs and of what is saved (default: the checkpoint's)",
+        )
+    prune.add_argument(
+        "--backend",
+        choices=("auto", "triton", "cpu", "torch"),
+        default="auto",
+        help="of the mask solver (default auto)",
+    )
+
+
+def _prune(args: argparse.Namespace) -> int:
+    patterns = _patterns(args.pattern)
+    if args.mask_method is not None and not args.transposable:
+        raise NMSolveError(f"--mask-method: {args.mask_method!r} needs --transposable")
+    for option, value in (("--iterations", args.iterations), ("--damping", args.damping)):
+        if value is not None and args.method not in (
+            "alps",
+            *(["sparsegpt"] if option == "--damping" else []),
+        ):
+            raise NMSolveError(f"{option}: method {args.method!r} has none")
+    if args.calibration is None and args.method != "magnitude":
+        raise NMSolveError(f"--calibration: needed for --method {args.method}")
+    if args.calibration is not None and not args.calibration.is_file():
+        raise NMSolveError(f"--calibration: {args.calibration} is not a file")
+    out = _check_out(args.out, args.model, args.overwrite)
+    device = _device(args.device)
+    if not args.no_picture:
+        from nmsolve.prune.report import need_matplotlib
+
+        need_matplotlib()
+    model = _load_model(args.model, args.dtype)
+    tokenizer = _load_tokenizer(args.model, needed=args.calibration is not None)
+
+    from nmsolve.prune.model import prune_model
+
+    resume = out.with_name(f".{out.name}.unfinished")
+    options: dict[str, Any] = {
+        name: value
+        for name, value in (("iterations", args.iterations), ("damping", args.damping))
+        if value is not None
+    }
+    try:
+        with Interrupts() as interrupts, Staging(out) as staging:
+            result = prune_model(
+                model.to(device),
+                args.calibration,
+                patterns,
+                transposable=args.transposable,
+                method=args.method,
+                mask_method=args.mask_method or "exact",
+                backend=args.backend,
+                sequential=args.sequential,
+                initial_masks=args.initial_masks,
+                dense=args.dense,
+                tokenizer=tokenizer,
+                samples=args.samples,
+                sequence_length=args.sequence_length,
+                batch_size=args.batch_size,
+                seed=args.seed,
+                resume=resume,
+                progress=False if args.quiet else None,
+                check=interrupts.check,
+                **options,
+            )
+            result.save(model, staging.path, tokenizer=tokenizer, picture=not args.no_picture)
+            interrupts.hold()
+            staging.publish_folder()
+    except KeyboardInterrupt:
+        print(
+            f"nmsolve: interrupted; finished layers are in {resume}; the same command goes on",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    shutil.rmtree(resume, ignore_errors=True)
+    if not args.quiet:
+        _print_summary(result, args.out)
+    return OK
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    device = _device(args.device)
+    model = _load_model(args.model, args.dtype)
+    tokenizer = _load_tokenizer(args.model, needed=args.text.suffix != ".safetensors")
+
+    from nmsolve.prune.calibration import read_tokens
+    from nmsolve.prune.perplexity import perplexity
+
+    found = perplexity(
+        model.to(device),
+        read_tokens(args.text, tokenizer),
+        window=args.window,
+        windows=args.windows,
+        batch_size=args.batch_size,
+        progress=False if args.quiet else None,
+    )
+    if args.json:
+        print(json.dumps(found._asdict()))
+    else:
+        print(f"perplexity {found.perplexity:.4f} ({found.windows} windows of {found.window} tokens)")
+    return OK
+
+
+def _patterns(given: list[str]) -> dict[str, NMPattern | None]:
+    found: dict[str, NMPattern | None] = {}
+    for text in given:
+        glob, _, pattern = text.rpartition("=")
+        glob = glob or "*"
+        found.pop(glob, None)  # the last one decides, and its place is last
+        try:
+            found[glob] = None if pattern == "dense" else NMPattern.parse(pattern)
+        except NMSolveError as error:
+            raise NMSolveError(f"--pattern: {error}") from None
+    return found
+
+
+def _check_out(out: Path, model: Path, overwrite: bool) -> Path:
+    """The resolved output folder, once it is certain that it can be written."""
+    target, source = Path(os.path.realpath(out)), Path(os.path.realpath(model))
+    if source == target or source in target.parents or target in source.parents:
+        raise NMSolveError(f"--out: expected a folder outside {model}, got {out}")
+    if not target.parent.is_dir():
+        raise NMSolveError(f"--out: the folder {target.parent} does not exist")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise NMSolveError(f"--out: no permission to write in {target.parent}")
+    if target.exists():
+        if not overwrite:
+            raise NMSolveError(f"--out: {out} exists; --overwrite replaces it")
+        if not (target / REPORT_NAME).is_file():
+            raise NMSolveError(
+                f"--out: {out} exists and nmsolve did not write it (it holds no {REPORT_NAME})"
+            )
+    return target
+
+
+def _device(asked: str | None) -> str:
+    import torch
+
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if re.fullmatch(r"cpu|cuda(:\d+)?", asked) is None:
+        raise NMSolveError(f"--device: expected cpu, cuda or cuda:N, got {asked!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked != "cpu" and int(asked.partition(":")[2] or 0) >= count:
+        raise NMSolveError(f"--device: {asked} is not here: torch {torch.__version__} sees {count} GPUs")
+    return asked
+
+
+def _load_model(folder: Path, dtype: str | None) -> Any:
+    """The model of a checkpoint folder, as the class that its config names; nothing is unpickled."""
+    if importlib.util.find_spec("transformers") is None:
+        raise NMSolveError("transformers is not installed: pip install 'nmsolve[hf]'")
+    if not (folder / "config.json").is_file():
+        raise NMSolveError(f"{folder}: expected a checkpoint folder with a config.json")
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        named = (config.architectures or ["AutoModel"])[0]
+        kind = getattr(transformers, named, None)
+        if kind is None:
+            raise NMSolveError(f"{folder}: transformers {transformers.__version__} has no {named}")
+        return kind.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype="auto" if dtype is None else getattr(torch, dtype),
+        )
+    except (OSError, KeyError) as error:
+        raise NMSolveError(f"{folder}: cannot be loaded: {error}") from None
+
+
+def _load_tokenizer(folder: Path, needed: bool) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        if needed:
+            raise NMSolveError(f"{folder}: no tokenizer to read text with: {error}") from None
+        return None
+
+
+def _print_summary(result: PruneResult, out: Path) -> None:
+    totals, settings = result.report.totals(), result.report.settings
+    kind = f"transposable by {settings['mask_method']}" if settings["transposable"] else "ordinary"
+    print(f"{settings['method']}, {settings['pattern']} {kind}: {totals['layers']} layers")
+    share, retained = totals["kept"] / totals["weights"], totals["mean_retained"]
+    print(f"{share:.2%} of {totals['weights']:,} weights kept, {retained:.2%} of the score (mean)")
+    if totals["mean_relative_error"] is not None:
+        print(f"mean relative reconstruction error {totals['mean_relative_error']:.4f}")
+    print(f"certificate: no mask keeps more than {totals['gap']:.1e} (relative) above these")
+    peak = result.report.memory["peak"] / 2**30
+    print(f"wrote {out} in {totals['seconds']:.1f} s, peak memory {peak:.2f} GiB")
