@@ -1,4 +1,4 @@
-"""Tests see the installed package, not the folder they are started in.
+"""Tests see the installed package, not the folder they are started in; Triton runs in its interpreter.
 
 ``python -m pytest`` puts the current folder on the path, where ``kernels/`` would be found under that bare
 name: transformers looks for a package of this name and would import it.
@@ -6,9 +6,24 @@ name: transformers looks for a package of this name and would import it.
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import re
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without ``-m gpu`` kernels are interpreted, on CPU tensors: decided before triton is imported."""
+    if re.search(r"(?<!not )\bgpu\b", config.option.markexpr) is None:
+        os.environ["TRITON_INTERPRET"] = "1"
+        if importlib.util.find_spec("triton") is not None:
+            import interpreter
+
+            interpreter.install()
