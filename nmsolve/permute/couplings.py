@@ -1,10 +1,10 @@
 """Which channels of a model can be reordered, and what has to move with them.
 
 A *coupling* is a set of channels that one permutation reorders. Its consumers are weights whose input columns
-are these channels: they are what an N:M mask sees in the new order. Its producers are weights, biases and norm
-parameters whose outputs are the channels. With producers known, an order *folds*: both sides are reordered once
-and the model computes the same function at no cost. Without them (channels of the residual stream, which every
-layer reads and writes) the consumers need a run-time gather of their input.
+are these channels: they are what an N:M mask sees in the new order. Its producers are weights, biases and
+norm parameters whose outputs are the channels. With producers known, an order *folds*: both sides are
+reordered once and the model computes the same function at no cost. Without them (channels of the residual
+stream, which every layer reads and writes) the consumers need a run-time gather of their input.
 
 Couplings are read from tensor names and shapes, so that they are the same for a model in memory and for a
 checkpoint on disk; chains of layers in ``torch.nn.Sequential`` are read from the modules.
@@ -21,9 +21,9 @@ GPT-2           c_proj from c_fc; c_proj from c_attn's     c_attn; c_fc
                 value third (weights stored (in, out))
 ==============  =========================================  =================================
 
-Inside a head means: the same head dimension for all query heads that share a key/value head, because attention
-mixes the value channels of one position with those of others, channel by channel, and copies key/value heads.
-Queries and keys are not reordered (rotary embeddings pair their channels).
+Inside a head means: the same head dimension for all query heads that share a key/value head, because
+attention mixes the value channels of one position with those of others, channel by channel, and copies
+key/value heads. Queries and keys are not reordered (rotary embeddings pair their channels).
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Coupling:
     name : str
         Of the first consumer: ``"model.layers.0.mlp.down_proj"``.
     heads, size : int
-        A permutation is int64 ``(heads, size)``, or ``(size,)`` where heads is 1: channels move within a head.
+        A permutation is int64 ``(heads, size)``, or ``(size,)`` where heads is 1: channels move within a
+        head.
     consumers : tuple of Site
         Weights whose inputs the channels are.
     producers : tuple of Site
@@ -98,8 +99,8 @@ class Coupling:
     def scores(self, weights: Mapping[str, Tensor]) -> Tensor:
         """The consumers' scores as one tensor ``(*shape[:-1], rows, size)`` that a search takes.
 
-        ``weights`` maps the consumers' tensor names to ``(out, in)`` or ``(in, out)`` scores, as the tensors are.
-        Rows of all consumers, and the heads that share one permutation, are stacked.
+        ``weights`` maps the consumers' tensor names to ``(out, in)`` or ``(in, out)`` scores, as the tensors
+        are. Rows of all consumers, and the heads that share one permutation, are stacked.
         """
         parts = []
         for site in self.consumers:
@@ -195,7 +196,8 @@ def named_couplings(
     ----------
     shapes : mapping of str to tuple of int
     config : mapping, optional
-        A Hugging Face configuration; ``num_attention_heads`` (``n_head``) and ``num_key_value_heads`` are read.
+        A Hugging Face configuration; ``num_attention_heads`` (``n_head``) and ``num_key_value_heads`` are
+        read.
 
     Returns
     -------
@@ -221,8 +223,8 @@ def named_couplings(
 def sequential_couplings(model: nn.Module) -> list[Coupling]:
     """The couplings of linear and convolution layers that follow each other in ``nn.Sequential`` modules.
 
-    Between them may stand element-wise activations, dropout, norms with a parameter for each channel (which are
-    reordered too) and pooling.
+    Between them may stand element-wise activations, dropout, norms with a parameter for each channel (which
+    are reordered too) and pooling.
     """
     found: list[Coupling] = []
     for prefix, module in model.named_modules():

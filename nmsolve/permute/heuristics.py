@@ -376,8 +376,8 @@ def _slot_values(
 ) -> Tensor:
     """``F_s[g, j]`` of the module's docstring for ``(G, m)`` groups of ``(rows, cols)`` scores.
 
-    The columns j are those that hold the slot now, or ``columns``; a value means something for the groups that
-    do not hold it already.
+    The columns j are those that hold the slot now, or ``columns``; a value means something for the groups
+    that do not hold it already.
     """
     n, m = pattern.n, pattern.m
     others = groups[:, [k for k in range(m) if k != slot]]

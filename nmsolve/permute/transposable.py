@@ -1,30 +1,32 @@
 r"""Row and column orders that let a *transposable* mask keep more score.
 
 For an order pi of the rows and sigma of the columns let f(pi, sigma) be the kept score of the optimal
-transposable mask of ``A[pi][:, sigma]``, a sum over M x M blocks. Both orders are free wherever a layer's outputs
-and inputs can be reordered, and f is what they should raise.
+transposable mask of ``A[pi][:, sigma]``, a sum over M x M blocks. Both orders are free wherever a layer's
+outputs and inputs can be reordered, and f is what they should raise.
 
 Fixed masks and one assignment of all columns do not get anywhere: the optimal masks have been chosen for the
 columns as they stand, so that staying is nearly always the best assignment. The step used here therefore
-*re-solves the masks for every move*. Take one slot s of every block column g. With column j in it, block (b, g)
-keeps
+*re-solves the masks for every move*. Take one slot s of every block column g. With column j in it, block
+(b, g) keeps
 
     E[b, g, j] = max over N-subsets S of the block's rows of  V[b, g, S] + sum_{i in S} A[b M + i, j],
 
-where ``V[b, g, S]`` is the best that the block's other M - 1 columns keep when the rows in S give one of their N
-entries to slot s: one exact mask with that column forced, whatever j is. ``F_s[g, j] = sum_b E[b, g, j]`` is
-then the exact kept score of block column g with column j, and one linear assignment on F_s finds the best of
-all ``(C / M)!`` ways to give the columns in slot s to the block columns, *with every mask optimal for it*. The
-subsets are enumerated while there are at most 70 (2:4, 4:8, 1:M); beyond that F_s is replaced by its dual bound
+where ``V[b, g, S]`` is the best that the block's other M - 1 columns keep when the rows in S give one of
+their N entries to slot s: one exact mask with that column forced, whatever j is. ``F_s[g, j] = sum_b E[b, g,
+j]`` is then the exact kept score of block column g with column j, and one linear assignment on F_s finds the
+best of all ``(C / M)!`` ways to give the columns in slot s to the block columns, *with every mask optimal for
+it*. The subsets are enumerated while there are at most 70 (2:4, 4:8, 1:M); beyond that F_s is replaced by its
+dual bound
 
     E[b, g, j] <= const + sum of the N largest of A[b M + i, j] - u[b, g, i]
 
 with the row duals u of the present masks, exact for the column that is there.
 
-**Monotone.** The assignment is a permutation of the block columns and falls into cycles. Cycles touch disjoint
-block columns, so that their gains, taken from masks solved anew, add up; a cycle is made only if its gain is
-positive. So f rises with every change, whether F_s was exact or a bound; as there are finitely many orders the
-search ends. Rows are columns of the transposed matrix, whose transposable masks are the transposed masks.
+**Monotone.** The assignment is a permutation of the block columns and falls into cycles. Cycles touch
+disjoint block columns, so that their gains, taken from masks solved anew, add up; a cycle is made only if its
+gain is positive. So f rises with every change, whether F_s was exact or a bound; as there are finitely many
+orders the search ends. Rows are columns of the transposed matrix, whose transposable masks are the transposed
+masks.
 """
 
 from __future__ import annotations
@@ -57,8 +59,8 @@ class TransposablePermutation(NamedTuple):
     """Orders of rows and columns, and what they are worth.
 
     ``rows`` and ``columns`` are int64 ``(..., R)`` and ``(..., C)``: position k of the new order holds line
-    ``rows[k]``, so that ``scores[rows][:, columns]`` is the reordered matrix. ``before`` and ``after`` are the
-    kept scores of the optimal masks in the old and the new order, float64 ``(...)``.
+    ``rows[k]``, so that ``scores[rows][:, columns]`` is the reordered matrix. ``before`` and ``after`` are
+    the kept scores of the optimal masks in the old and the new order, float64 ``(...)``.
     """
 
     rows: Tensor
@@ -96,8 +98,8 @@ def transposable_permutation(
     tolerance : float
         A search ends when a pass raises the kept score by less than this share of it.
     restarts : int
-        Further searches, the first from dealt lines (see :func:`~nmsolve.permute.deal_columns`), the others from
-        random orders; the best result counts.
+        Further searches, the first from dealt lines (see :func:`~nmsolve.permute.deal_columns`), the others
+        from random orders; the best result counts.
     seed : int
         Of the random orders.
     backend : {"auto", "triton", "cpu", "torch"}

@@ -1,0 +1,301 @@
+"""Reordering a model's channels without changing what it computes.
+
+:func:`apply_permutations` folds an order into the producers where the model's structure allows it, and puts a
+run-time gather before the consumers (:class:`PermutedLinear`) where it does not. Either way the dense model
+gives the outputs that it gave before; what changes is which weights share a group of an N:M mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nmsolve.errors import NMSolveError
+from nmsolve.gather import permute_columns
+from nmsolve.permute.couplings import Coupling, find_couplings
+from nmsolve.permute.heuristics import check_permutation
+from nmsolve.staging import Staging
+
+__all__ = [
+    "Applied",
+    "PermutedLinear",
+    "apply_permutations",
+    "load_permutations",
+    "load_permuted",
+    "save_permutations",
+]
+
+_FORMAT = {"format": "nmsolve permutations 1"}
+
+
+class Applied(NamedTuple):
+    """What became of one order: ``how`` is "fold" or "gather", ``tensors`` are those that were reordered."""
+
+    name: str
+    how: str
+    tensors: tuple[str, ...]
+
+
+class PermutedLinear(nn.Module):
+    """A linear layer whose weight is stored in another order of its channels.
+
+    It gathers its input before the product and its output after it, so that it computes what the layer in its
+    old order did. ``permutation`` and ``output_permutation`` are buffers: they are saved and loaded with the
+    weight (see :func:`load_permuted`).
+
+    Parameters
+    ----------
+    weight : Tensor
+        ``(out, in)``, already reordered: column k belongs to input channel ``permutation[k]``, row k to
+        output channel ``output_permutation[k]``.
+    bias : Tensor or None
+        ``(out,)``, in the order of the rows.
+    permutation, output_permutation : Tensor or None
+        int64 ``(in,)`` and ``(out,)``; None where the order is the natural one.
+
+    Examples
+    --------
+    >>> linear = torch.nn.Linear(3, 2)
+    >>> x = torch.randn(5, 3)
+    >>> permuted = PermutedLinear.from_linear(linear, torch.tensor([2, 0, 1]))
+    >>> torch.allclose(permuted(x), linear(x), atol=1e-6)
+    True
+    """
+
+    permutation: Tensor | None
+    output_permutation: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        permutation: Tensor | None = None,
+        output_permutation: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
+        self.register_buffer("permutation", permutation)
+        self.register_buffer("output_permutation", output_permutation)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, permutation: Tensor | None = None, output_permutation: Tensor | None = None
+    ) -> PermutedLinear:
+        """The layer ``linear`` (``nn.Linear`` or transformers' ``Conv1D``) with its weight reordered.
+
+        Raises
+        ------
+        NMSolveError
+            If the layer is neither, or an order does not fit it.
+        """
+        weight, bias = _linear_tensors(linear)
+        if permutation is not None:
+            check_permutation(permutation, weight.shape[1])
+            weight = weight[:, permutation]
+        if output_permutation is not None:
+            check_permutation(output_permutation, weight.shape[0], "output_permutation")
+            weight = weight[output_permutation]
+            bias = None if bias is None else bias[output_permutation]
+        return cls(weight.detach().clone(), bias, permutation, output_permutation).train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in)`` to ``(..., out)``, both in the natural order of their channels."""
+        if self.permutation is not None:
+            x = permute_columns(x, self.permutation)
+        y = F.linear(x, self.weight, self.bias)
+        if self.output_permutation is not None:
+            y = permute_columns(y, self.output_permutation.argsort())
+        return y
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+
+def apply_permutations(
+    model: nn.Module,
+    permutations: Mapping[str, Tensor],
+    *,
+    couplings: Sequence[Coupling] | None = None,
+    how: Literal["auto", "fold", "gather"] = "auto",
+) -> list[Applied]:
+    """Reorders channels of ``model`` in place; the dense model computes what it did before.
+
+    Parameters
+    ----------
+    model : nn.Module
+    permutations : mapping of str to Tensor
+        For names of couplings (see :func:`~nmsolve.permute.find_couplings`) an int64 permutation of the
+        coupling's shape: position k gets channel ``p[k]``. A permutation of all inputs of a layer whose
+        channels move only inside heads needs a gather.
+    couplings : sequence of Coupling, optional
+        Those of the model, if they are at hand.
+    how : {"auto", "fold", "gather"}
+        "auto" folds where that is possible and gathers at run time where not; "fold" refuses to gather.
+
+    Returns
+    -------
+    list of Applied
+        What was done, in the order of ``permutations``.
+
+    Raises
+    ------
+    NMSolveError
+        If a name is unknown, a permutation does not fit, or the structure forbids what was asked; the message
+        has the reason. Nothing has been changed then.
+
+    Examples
+    --------
+    >>> mlp = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+    >>> apply_permutations(mlp, {"2": torch.tensor([2, 0, 1])})
+    [Applied(name='2', how='fold', tensors=('2.weight', '0.weight', '0.bias'))]
+    """
+    if how not in ("auto", "fold", "gather"):
+        raise NMSolveError(f"how: expected 'auto', 'fold' or 'gather', got {how!r}")
+    known = {coupling.name: coupling for coupling in couplings or find_couplings(model)}
+    planned = [(_coupling(name, known), order) for name, order in permutations.items()]
+    plans = [(coupling, order, _plan(model, coupling, order, how)) for coupling, order in planned]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    done = []
+    for coupling, order, way in plans:
+        sites = (*coupling.consumers, *coupling.producers) if way == "fold" else coupling.consumers
+        if way == "fold":
+            for site in sites:
+                fold_site(tensors[site.tensor].data, coupling, order, site)
+        else:
+            for site in sites:
+                path = site.tensor.removesuffix(".weight")
+                layer = model.get_submodule(path)
+                place = order.reshape(-1).to(tensors[site.tensor].device)
+                model.set_submodule(path, PermutedLinear.from_linear(layer, place))
+        done.append(Applied(coupling.name, way, tuple(site.tensor for site in sites)))
+    return done
+
+
+def fold_site(tensor: Tensor, coupling: Coupling, permutation: Tensor, site: object) -> None:
+    """Reorders a tensor's indices of the coupling's channels, in place."""
+    _, axis, start, _ = site  # type: ignore[misc]
+    index = coupling.index(permutation, site).to(tensor.device)  # type: ignore[arg-type]
+    part = tensor.narrow(axis, start, len(index))
+    part.copy_(part.index_select(axis, index))
+
+
+def save_permutations(path: Path | str, permutations: Mapping[str, Tensor]) -> None:
+    """Writes permutations to a safetensors file, whole or not at all.
+
+    Examples
+    --------
+    >>> save_permutations("orders.safetensors", {"2": torch.tensor([2, 0, 1])})
+    >>> load_permutations("orders.safetensors")
+    {'2': tensor([2, 0, 1])}
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path).absolute()
+    tensors = {name: order.cpu().to(torch.int64).contiguous() for name, order in permutations.items()}
+    with Staging(path) as staging:
+        save_file(tensors, staging.path / path.name, metadata=_FORMAT)
+        staging.publish_files([path.name])
+
+
+def load_permutations(path: Path | str) -> dict[str, Tensor]:
+    """The permutations that :func:`save_permutations` wrote.
+
+    Raises
+    ------
+    NMSolveError
+        If the file is not one of those.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("format") != _FORMAT["format"]:
+                raise NMSolveError(f"{path}: expected a file of permutations ({_FORMAT['format']})")
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise NMSolveError(f"{path}: cannot be read as permutations: {error}") from None
+    for name, order in found.items():
+        check_permutation(order, order.shape[-1] if order.ndim else 0, f"{path}: {name}")
+    return found
+
+
+def load_permuted(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads the state of a model that has :class:`PermutedLinear` layers into a fresh one without them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        As it was before :func:`apply_permutations`; layers whose permutation is in the state are replaced.
+    state : mapping of str to Tensor
+        ``model.state_dict()`` of the permuted one.
+
+    Raises
+    ------
+    NMSolveError
+        If a permutation belongs to no linear layer of the model.
+    """
+    suffixes = (".permutation", ".output_permutation")
+    for path in dict.fromkeys(key.rpartition(".")[0] for key in state if key.endswith(suffixes)):
+        try:
+            layer = model.get_submodule(path)
+        except AttributeError:
+            raise NMSolveError(f"state: {path} has a permutation, but the model has no such layer") from None
+        if not isinstance(layer, PermutedLinear):
+            orders = [state.get(path + suffix) for suffix in suffixes]
+            model.set_submodule(path, PermutedLinear.from_linear(layer, *orders))
+    model.load_state_dict(state)
+
+
+def _coupling(name: str, known: Mapping[str, Coupling]) -> Coupling:
+    if name not in known:
+        some = ", ".join(list(known)[:4]) or "none"
+        raise NMSolveError(f"permutations: {name!r} is no coupling of this model (it has {some}, ...)")
+    return known[name]
+
+
+def _plan(model: nn.Module, coupling: Coupling, order: Tensor, how: str) -> str:
+    """ "fold" or "gather", or the reason why the order cannot be applied."""
+    site = coupling.consumers[0]
+    inputs = coupling.heads * site.repeats * coupling.size
+    everything = isinstance(order, Tensor) and order.shape == (inputs,)
+    fits = isinstance(order, Tensor) and order.shape == coupling.shape
+    if not fits and not everything:
+        raise NMSolveError(
+            f"{coupling.name}: expected an int64 permutation of shape {coupling.shape}, got "
+            f"{tuple(order.shape) if isinstance(order, Tensor) else order!r}"
+        )
+    check_permutation(order, order.shape[-1], coupling.name)
+    if fits and coupling.folds and how != "gather":
+        return "fold"
+    if how == "fold":
+        reason = coupling.reason or "channels of attention values move only inside their head"
+        raise NMSolveError(f"{coupling.name}: this order cannot be folded: {reason}")
+    if not everything:
+        raise NMSolveError(f"{coupling.name}: a gather needs the order of all {inputs} inputs")
+    for consumer in coupling.consumers:
+        _linear_tensors(model.get_submodule(consumer.tensor.removesuffix(".weight")))
+    return "gather"
+
+
+def _linear_tensors(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight ``(out, in)`` and bias of a linear layer."""
+    if isinstance(layer, nn.Linear):
+        return layer.weight, layer.bias
+    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
+        weight, bias = layer.weight, layer.bias
+        assert isinstance(weight, Tensor)
+        assert isinstance(bias, Tensor)
+        return weight.T, bias
+    raise NMSolveError(
+        f"a run-time gather exists for linear layers; this order does not fold and the layer is a "
+        f"{type(layer).__name__}"
+    )
