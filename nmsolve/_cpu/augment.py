@@ -8,9 +8,9 @@ complementary slackness of S, and flipping the path's entries removes one unit o
 
 The search corrects labels in rounds instead of settling one node at a time: a round relaxes every entry of
 the rows whose distance has just fallen, then of the columns, and drops what lies beyond the nearest sink
-found so far. A line costs one gather from the tile and a handful of instructions, with no search for
-the nearest node in between, and most paths need two or three rounds. Costs are not negative even after
-rounding, so distances only fall and the search ends with the shortest ones.
+found so far. A line costs a load and a handful of instructions, with no search for the nearest node in
+between. Costs are not negative even after rounding, so distances only fall and the search ends with the
+shortest ones.
 
 With fewer rows than columns one slack row of score 0 takes what the columns may leave: its entries are
 counts without a limit, always free, and kept while positive. Then every line has one exact target.
@@ -29,6 +29,7 @@ from nmsolve._cpu.lanes import (
     lane_mask,
     load,
     maximum,
+    part_lanes,
     select,
     smallest,
     splat,
@@ -37,7 +38,7 @@ from nmsolve._cpu.lanes import (
 )
 from nmsolve._cpu.tiles import WORD
 
-__all__ = ["augment"]
+__all__ = ["augment", "part"]
 
 
 @njit
@@ -70,9 +71,25 @@ def _flip(row: int, col: int, slack: int, kept: Any, stride: int, counts: Any, c
 
 
 @njit
+def part(tile: Any, pitch: int, rows: int, cols: int, by_row: Any, by_col: Any) -> None:
+    """Copy every lane's block out of the tile, row by row and column by column, rounded up to registers.
+
+    A line is read many times: gathering it from the tile each time takes as long as fifteen loads.
+    """
+    lanes = 64 // tile.itemsize
+    row_room, col_room = (rows + lanes - 1) // lanes * lanes, (cols + lanes - 1) // lanes * lanes
+    for i in range(rows):
+        for j in range(0, cols, lanes):
+            place = (i * pitch + j) * lanes
+            part_lanes(tile, place, lanes, by_row, i * col_room + j, rows * col_room)
+    for j in range(cols):
+        for i in range(0, rows, lanes):
+            place = (i * pitch + j) * lanes
+            part_lanes(tile, place, pitch * lanes, by_col, j * row_room + i, cols * row_room)
+
+
+@njit
 def augment(
-    tile: Any,
-    pitch: int,
     lane: int,
     rows: int,
     cols: int,
@@ -86,14 +103,17 @@ def augment(
     numbers: Any,
     integers: Any,
     active: Any,
+    by_row: Any,
+    by_col: Any,
 ) -> int:
     """Balance the block in ``lane``: correct its duals and its mask's words; returns the number of paths.
 
     ``row_excess`` and ``col_excess`` say, lane by lane, how many entries a line holds beyond its target.
-    ``numbers``, ``integers`` and ``active`` are scratch; the tile's row ``rows`` is zero (the slack row).
+    ``by_row`` and ``by_col`` hold its scores (:func:`part`), a slack row of zeros included; ``numbers``,
+    ``integers`` and ``active`` are scratch.
     """
-    real, integer = tile.dtype.type, words.dtype.type
-    lanes = 64 // tile.itemsize
+    real, integer = u.dtype.type, words.dtype.type
+    lanes = 64 // u.itemsize
     slack = rows if rows < cols else -1
     lines = rows + 1 if rows < cols else rows
     row_chunks, col_chunks = (lines + lanes - 1) // lanes, (cols + lanes - 1) // lanes
@@ -156,7 +176,7 @@ def augment(
                 for t in range(row_count):
                     i = row_list[t]
                     if row_label[i] < nearest:
-                        scores = gather(tile, (i * pitch + place) * lanes + lane, lanes, left)
+                        scores = load(by_row, i * col_room + place)
                         reduced = (scores - splat(row_dual[i])) - dual
                         reached = splat(row_label[i]) + maximum(zero - reduced, zero)
                         free = everything
@@ -175,14 +195,13 @@ def augment(
                 col_count = _list_bits(bits_of(fell), place, col_list, col_count)
             row_count = 0
             for chunk in range(row_chunks):
-                place, left = chunk * lanes, lines - chunk * lanes
+                place = chunk * lanes
                 label, origin, dual = load(row_label, place), load(row_from, place), load(row_dual, place)
                 fell = lane_mask(0, label)
                 for t in range(col_count):
                     j = col_list[t]
                     if col_label[j] < nearest:
-                        base = (place * pitch + j) * lanes + lane
-                        scores = gather(tile, base, pitch * lanes, left)
+                        scores = load(by_col, j * row_room + place)
                         reduced = (scores - dual) - splat(col_dual[j])
                         reached = splat(col_label[j]) + maximum(reduced, zero)
                         held = load(kept, (j // WORD) * row_room + place) & splat(integer(1 << (j % WORD)))

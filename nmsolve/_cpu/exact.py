@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from nmsolve._cpu.ascent import ascend, normalise, start
-from nmsolve._cpu.augment import augment
+from nmsolve._cpu.augment import augment, part
 from nmsolve._cpu.lanes import (
     bits_of,
     lane_mask,
@@ -188,8 +188,12 @@ def solve_exact(region: Region, request: Request, first: int, last: int, reals: 
     padded = (rows + 3) // 4 * 4
     per_row = (cols + WORD - 1) // WORD
     room = (max(rows + 1, cols) + lanes - 1) // lanes * lanes
-    tile_size = max(padded, rows + 1) * pitch * lanes
-    room_reals = aligned(tile_size + (padded + 4 * cols + 1) * lanes + 4 * room, reals)
+    lines = rows + 1 if rows < cols else rows
+    # Rows that are not there are read, and ignored, when the tile is parted.
+    tile_size = max(padded, room) * pitch * lanes
+    row_room, col_room = (lines + lanes - 1) // lanes * lanes, (cols + lanes - 1) // lanes * lanes
+    parts = lanes * room * max(lines, cols)
+    room_reals = aligned(tile_size + (padded + 4 * cols + 1) * lanes + 4 * room + 2 * parts, reals)
     room_ints = aligned((rows + cols + rows * per_row) * lanes + (5 + per_row) * room, ints)
     room_active = np.empty(2 * room, np.int64)
     tile = scratch(room_reals)
@@ -199,6 +203,8 @@ def solve_exact(region: Region, request: Request, first: int, last: int, reals: 
     counts = sums + 2 * cols * lanes
     scales = counts + cols * lanes
     numbers = scales + lanes
+    by_row = numbers + 4 * room
+    by_col = by_row + parts
     words = scratch(room_ints)
     row_excess = words + rows * per_row * lanes
     col_excess = row_excess + rows * lanes
@@ -240,11 +246,11 @@ def solve_exact(region: Region, request: Request, first: int, last: int, reals: 
             if wrong != 0 and rows < cols:
                 for j in range(cols):
                     store(tile, (rows * pitch + j) * lanes, splat(real(0)))
+            if wrong != 0:
+                part(tile, pitch, lines, cols, by_row, by_col)
             for lane in range(used):
                 if (wrong >> lane) & 1:
                     paths += augment(
-                        tile,
-                        pitch,
                         lane,
                         rows,
                         cols,
@@ -258,6 +264,8 @@ def solve_exact(region: Region, request: Request, first: int, last: int, reals: 
                         numbers,
                         integers,
                         active,
+                        by_row + lane * lines * col_room,
+                        by_col + lane * cols * row_room,
                     )
         for lane in range(used):
             for i in range(rows):

@@ -45,6 +45,7 @@ __all__ = [
     "maximum",
     "minimum",
     "multiply_add",
+    "part_lanes",
     "peek",
     "poke",
     "power_of_two_scale",
@@ -530,6 +531,45 @@ def _widened(builder: Any, address: Any, encoding: int, count: int) -> Any:
     return builder.bitcast(builder.or_(builder.bitcast(value, words), sign), floats)
 
 
+def _transpose(builder: Any, registers: list[Any], count: int) -> None:
+    """Transpose each ``count`` x ``count`` square of the registers, exchanging ever larger pieces."""
+    lanes = registers[0].type.count
+    distance = 1
+    while distance < count:
+        low = [k - distance + lanes if k & distance else k for k in range(lanes)]
+        high = [k + lanes if k & distance else k + distance for k in range(lanes)]
+        for r in range(count):
+            if not r & distance:
+                a, b = registers[r], registers[r + distance]
+                registers[r] = _shuffle(builder, a, b, low)
+                registers[r + distance] = _shuffle(builder, a, b, high)
+        distance *= 2
+
+
+@intrinsic
+def part_lanes(typingctx: Any, tile: Any, index: Any, step: Any, out: Any, place: Any, out_step: Any) -> Any:
+    """``out[place + lane * out_step + k] = tile[index + k * step + lane]`` for one k per lane."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = _vector(context, _lanes(tile.dtype))
+        align = tile.dtype.bitwidth // 8
+
+        def register_at(k: int, array_type: Any, array: Any, first: Any, step: Any) -> Any:
+            index = builder.add(first, builder.mul(step, _i64(k)))
+            return builder.bitcast(_element(context, builder, array_type, array, index), ir.PointerType(kind))
+
+        registers = [
+            builder.load(register_at(k, tile, args[0], args[1], args[2]), align=align)
+            for k in range(kind.count)
+        ]
+        _transpose(builder, registers, kind.count)
+        for lane, register in enumerate(registers):
+            builder.store(register, register_at(lane, out, args[3], args[4], args[5]), align=align)
+        return context.get_dummy_value()
+
+    return types.void(tile, types.intp, types.intp, out, types.intp, types.intp), emit
+
+
 def _block_loader(count: int) -> Any:
     """An intrinsic that reads ``count`` consecutive scores of each lane's block and turns lanes innermost."""
 
@@ -559,18 +599,7 @@ def _block_loader(count: int) -> Any:
                         for low, high in zip(parts[::2], parts[1::2], strict=True)
                     ]
                 registers.append(parts[0])
-            # Transpose each count x count square by exchanging ever larger halves.
-            distance = 1
-            while distance < count:
-                for r in range(count):
-                    if r & distance:
-                        continue
-                    a, b = registers[r], registers[r + distance]
-                    low = [k - distance + lanes if k & distance else k for k in range(lanes)]
-                    high = [k + lanes if k & distance else k + distance for k in range(lanes)]
-                    registers[r] = _shuffle(builder, a, b, low)
-                    registers[r + distance] = _shuffle(builder, a, b, high)
-                distance *= 2
+            _transpose(builder, registers, count)
             for k, register in enumerate(registers):
                 place = builder.add(args[4], builder.mul(args[5], _i64(k)))
                 place = _element(context, builder, tile, args[3], place)
