@@ -12,9 +12,10 @@ contiguous, but for the mask of :func:`nm_mask`, whose groups' dimension is the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -134,36 +135,52 @@ def _exact(
     pattern: NMPattern,
     want_solution: bool,
 ) -> list[BlockResult]:
-    """Solve the ``(batch, rows, cols)`` views of every matrix, many in one call where a backend can."""
+    """Optimal masks, with duals, objective and bound when asked."""
     views = [
-        (index, part, (duals[0], duals[1]) if duals else None)
+        _View(index, part, (duals[0], duals[1]) if duals else None)
         for index, matrix in enumerate(scores)
         if matrix.numel()
         for part, *duals in batched_matrices(matrix, *warm)
     ]
-    solved: dict[int, BlockResult] = {}
-    groups: dict[tuple[GroupBackend, torch.device, torch.dtype], list[int]] = {}
-    for place, (index, part, start) in enumerate(views):
-        runner = runners[index]
-        if start is None and len(views) > 1 and isinstance(runner, GroupBackend):
-            groups.setdefault((runner, part.device, part.dtype), []).append(place)
-        else:
-            solved[place] = runner.exact(part, pattern, warm=start, want_solution=want_solution)
-    for (group_runner, _, _), places in groups.items():
-        parts = [views[place][1] for place in places]
-        answers = group_runner.exact_group(parts, pattern, warm=None, want_solution=want_solution)
-        solved.update(zip(places, answers, strict=True))
-
     fields = 5 if want_solution else 1
+    found: list[list[tuple[Any, ...]]] = [[] for _ in scores]
+    for view, result in zip(views, _solve_views(runners, views, pattern, want_solution), strict=True):
+        found[view.matrix].append(result[:fields])
     results = []
-    for index, matrix in enumerate(scores):
-        own = [solved[place][:fields] for place, view in enumerate(views) if view[0] == index]
-        if own:
-            joined = [_joined(field, matrix.shape[:-2]) for field in zip(*own, strict=True)]
+    for matrix, parts in zip(scores, found, strict=True):
+        if parts:
+            joined = [_joined(field, matrix.shape[:-2]) for field in zip(*parts, strict=True)]
         else:
             joined = list(_blank_solution(matrix, pattern.m)[:fields])
         results.append(BlockResult(*joined))
     return results
+
+
+class _View(NamedTuple):
+    matrix: int  # the one that it belongs to
+    scores: Tensor  # (batch, rows, cols)
+    warm: tuple[Tensor, Tensor] | None
+
+
+def _solve_views(
+    runners: Sequence[Backend], views: Sequence[_View], pattern: NMPattern, want_solution: bool
+) -> list[BlockResult]:
+    """One result per view; those of a dtype and device in one call where their backend takes many."""
+    takes_many = {runner for runner in set(runners) if len(views) > 1 and isinstance(runner, GroupBackend)}
+    groups: dict[tuple[Backend, torch.device, torch.dtype], list[int]] = {}
+    solved: dict[int, BlockResult] = {}
+    for place, (index, part, warm) in enumerate(views):
+        if warm is None and runners[index] in takes_many:
+            groups.setdefault((runners[index], part.device, part.dtype), []).append(place)
+        else:
+            solved[place] = runners[index].exact(part, pattern, warm=warm, want_solution=want_solution)
+    for (runner, *_), places in groups.items():
+        parts = [views[place].scores for place in places]
+        results = cast(GroupBackend, runner).exact_group(
+            parts, pattern, warm=None, want_solution=want_solution
+        )
+        solved.update(zip(places, results, strict=True))
+    return [solved[place] for place in range(len(views))]
 
 
 def _approximate(
@@ -207,10 +224,14 @@ def _lines(scores: Tensor, n: int, m: int, dim: int, backend: str) -> Tensor:
 
 # --- operators ----------------------------------------------------------------------------------------------
 
+_LIBRARY = torch.library.Library("nmsolve", "DEF")
+
 # The solvers read any strides, so a compiler may choose the scores' layout. The check for finite scores waits
 # for the device, so a CUDA graph must not capture it (a tag that PyTorch has since 2.8).
 _TAGS = [
-    getattr(torch.Tag, name) for name in ("flexible_layout", "cudagraph_unsafe") if hasattr(torch.Tag, name)
+    getattr(torch.Tag, name)
+    for name in ("pt2_compliant_tag", "flexible_layout", "cudagraph_unsafe")
+    if hasattr(torch.Tag, name)
 ]
 _SINGLE = "Tensor scores, Tensor? row_duals, Tensor? col_duals"
 _OPTIONS = "int n, int m, str method, str backend, int iterations, float tau"
@@ -218,18 +239,40 @@ _OPTIONS = "int n, int m, str method, str backend, int iterations, float tau"
 
 def _operator(
     name: str, schema: str, real: Callable[..., Any], fake: Callable[..., Any]
-) -> torch.library.CustomOpDef:
-    operator = torch.library.custom_op(f"nmsolve::{name}", real, mutates_args=(), schema=schema, tags=_TAGS)
-    operator.register_fake(fake)
-    operator.register_autograd(_no_gradient, setup_context=_not_differentiable)
+) -> torch._ops.OpOverload:
+    _LIBRARY.define(name + schema, tags=_TAGS)
+    _LIBRARY.impl(name, _hidden_from_compilers(real), "CompositeExplicitAutograd")
+    operator = getattr(torch.ops.nmsolve, name).default
+    torch.library.register_fake(operator, fake, lib=_LIBRARY)
+    torch.library.register_autograd(operator, _no_gradient, setup_context=_not_differentiable, lib=_LIBRARY)
 
     def over_batches(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         moved = [_batch_first(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True)]
         outputs = operator(*moved)
         return outputs, 0 if isinstance(outputs, Tensor) else type(outputs)([0] * len(outputs))
 
-    operator.register_vmap(over_batches)
+    torch.library.register_vmap(operator, over_batches, lib=_LIBRARY)
     return operator
+
+
+def _hidden_from_compilers(real: Callable[..., Any]) -> Callable[..., Any]:
+    """``real``, which torch.compile does not trace where it leaves a function that calls it to Python.
+
+    torch.library.custom_op would do the same, but imports the compiler at an operator's first call, which
+    takes a second or two. Here it stays out where nobody has imported it.
+    """
+    hidden: Callable[..., Any] | None = None
+
+    def kernel(*args: Any) -> Any:
+        nonlocal hidden
+        if "torch._dynamo" not in sys.modules:
+            return real(*args)
+        if hidden is None:
+            torch._dynamo.decorators.skip(kernel)  # its own frame, too
+            hidden = torch.compiler.disable(real)
+        return hidden(*args)
+
+    return kernel
 
 
 def _batch_first(arg: Any, dim: Any, size: int) -> Any:
