@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from oracles import (
 )
 
 from nmsolve import NMPattern, cpu, reference
+from nmsolve._cpu.compiled import compiled
 from nmsolve.solution import BlockResult
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
@@ -333,6 +335,48 @@ def test_a_forked_process_can_solve() -> None:
     os.waitpid(child, 0)
     assert os.read(reader, 1) == b"1"
     os.close(reader)
+
+
+COMPILE = """
+from numba.core import caching
+{prepare}
+import torch
+from nmsolve import NMPattern, cpu
+scores = torch.arange(32.0).view(1, 4, 8)
+print(cpu.ordinary(scores, NMPattern(2, 4)).sum().item(), sum(cpu.solve_ordinary.stats.cache_hits.values()))
+"""
+
+
+def test_cache(tmp_path: Path) -> None:
+    """A second process loads what the first compiled; without a writable folder it compiles again."""
+
+    def run(prepare: str) -> str:
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+        code = COMPILE.format(prepare=prepare)
+        command = [sys.executable, "-c", code]
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, env=environment
+        ).stdout.strip()
+
+    assert run("") == "16 0"
+    assert run("") == "16 1"
+    assert run("caching.CacheImpl._locator_classes = []") == "16 0"
+
+
+def test_an_edited_callee_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = compiled(_twice)
+    assert kernel(3) == 6
+    again = compiled(_twice)
+    assert again(3) == 6
+    assert sum(again.stats.cache_hits.values()) == 1
+    monkeypatch.setattr("nmsolve._cpu.compiled._FINGERPRINT", "of other sources")
+    other = compiled(_twice)
+    assert other(3) == 6
+    assert sum(other.stats.cache_hits.values()) == 0
+
+
+def _twice(x: int) -> int:
+    return 2 * x
 
 
 def test_why_not() -> None:

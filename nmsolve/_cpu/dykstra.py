@@ -16,6 +16,7 @@ import numpy as np
 from numba import njit
 
 from nmsolve._cpu.ascent import normalise
+from nmsolve._cpu.compiled import compiled
 from nmsolve._cpu.lanes import load, maximum, minimum, splat, store
 from nmsolve._cpu.rounding import complete, put_in_order, row_major, take
 from nmsolve._cpu.tiles import WORD, Region, aligned, load_tile, place_lanes, write_flags
@@ -95,7 +96,7 @@ def _project(
             store(y, j * lanes, load(y, j * lanes) * change)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def solve_tsenor(
     region: Region, n: int, iterations: int, tau: float, flipped: bool, first: int, last: int
 ) -> None:

@@ -9,6 +9,7 @@ from numba import njit
 
 from nmsolve._cpu.ascent import ascend, normalise, start
 from nmsolve._cpu.augment import augment, part
+from nmsolve._cpu.compiled import compiled
 from nmsolve._cpu.lanes import (
     bits_of,
     lane_mask,
@@ -172,7 +173,7 @@ def _write_solution(
     poke(request.bound + block * 8, row_target * sum_u + col_target * sum_v + surplus)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def solve_exact(region: Region, request: Request, first: int, last: int, reals: Any, ints: Any) -> int:
     """Solve groups ``first .. last`` of as many blocks as there are lanes; returns the number of paths.
 

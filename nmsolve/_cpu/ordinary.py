@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from nmsolve._cpu.compiled import compiled
 from nmsolve._cpu.lanes import load, select, splat, store
 from nmsolve._cpu.tiles import WORD, Region, aligned, load_tile, place_lanes, write_flags
 
@@ -30,7 +31,7 @@ def _rank(tile: Any, cols: int, ranks: Any) -> None:
         store(ranks, j, rank)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def solve_ordinary(region: Region, n: int, first: int, last: int, reals: Any, ints: Any) -> None:
     """Lane groups ``first .. last`` of a region whose blocks have one row."""
     integer = ints.dtype.type

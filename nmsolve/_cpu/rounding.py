@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit
 
 from nmsolve._cpu.ascent import normalise
+from nmsolve._cpu.compiled import compiled
 from nmsolve._cpu.lanes import load, maximum, minimum, select, splat, store, trailing_zeros
 from nmsolve._cpu.tiles import WORD, Region, aligned, load_tile, place_lanes, write_flags
 
@@ -147,7 +148,7 @@ def complete(
             in_col[came] += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def solve_greedy(region: Region, n: int, flipped: bool, first: int, last: int, reals: Any, ints: Any) -> None:
     """Groups ``first .. last`` of a region by the greedy; a ``flipped`` region is seen transposed."""
     lanes = 64 // reals.itemsize
