@@ -1,4 +1,13 @@
-"""The exact method on a region: 64 bytes of blocks side by side from load to store."""
+"""The exact method on a region: 64 bytes of blocks side by side from load to store.
+
+What bounds it: the ascent, by the throughput of the vector units. Its two inner loops (:mod:`.ascent`) are
+seven arithmetic instructions per entry, half-sweep and register, with all operands in the first-level cache
+for the four rows at hand; memory bandwidth and the divisions hide behind them. The augmenting paths come
+second, and their share grows with M: there are more of them, and each looks at more lines. They wait for
+latency, one line's labels after another's. More sweeps would save paths and cost about as much, which is why
+the time hardly depends on their number around ``schedule.SWEEPS``. Ties cost most: lines tied at their
+threshold stay unbalanced however good the duals are, and only paths can settle them.
+"""
 
 from __future__ import annotations
 
