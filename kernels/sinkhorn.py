@@ -49,17 +49,22 @@ def load_tile(base_ptr, block, i, j, stride_batch, stride_row, stride_col, batch
 
 
 @triton.jit
-def log_step(level, g, a, b, live_row, live_col):
-    """One iteration in the log domain: (f, g, kernel), with ``kernel = exp2(level + f + g)``."""
+def log_rows(level, g, a, live_row):
+    """The row scalings f for which ``exp2(level + f + g)`` has row sums a."""
     x = level + g
     peak = tl.where(live_row, max_rows(x), 0.0)
-    f = tl.where(live_row, tl.log2(a) - peak - tl.log2(sum_rows(tl.exp2(x - peak))), 0.0)
+    return tl.where(live_row, tl.log2(a) - peak - tl.log2(sum_rows(tl.exp2(x - peak))), 0.0)
+
+
+@triton.jit
+def log_cols(level, f, b, live_col):
+    """The column scalings g for which ``exp2(level + f + g)`` has column sums b, and that matrix."""
     x = level + f
     peak = tl.where(live_col, max_cols(x), 0.0)
     x = tl.exp2(x - peak)
     total = sum_cols(x)
     g = tl.where(live_col, tl.log2(b) - peak - tl.log2(total), 0.0)
-    return f, g, x * tl.where(live_col, b / total, 0.0)
+    return g, x * tl.where(live_col, b / total, 0.0)
 
 
 @triton.jit(do_not_specialize=["one"])
@@ -90,11 +95,13 @@ def sinkhorn_forward_kernel(
     ROWS_OUT: tl.constexpr,
     COLS_OUT: tl.constexpr,
     BLOCKS: tl.constexpr,
+    RELOAD: tl.constexpr,
 ):
     """``plan`` (batch, rows, cols) float32 of logits with any strides; ``scale`` is log2(e) / temperature.
 
     With KEEP the scalings after each iteration go to (batch, iterations, rows or cols); ``made`` (batch,) int32
-    counts them. With TOLERANCE a block stops once all its row sums are within ``tolerance``.
+    counts them. With TOLERANCE a block stops once all its row sums are within ``tolerance``. RELOAD reads the
+    logits twice in an iteration of the log domain, where registers are short.
     """
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None]
     exists = block < batch
@@ -135,7 +142,14 @@ def sinkhorn_forward_kernel(
                 logits_ptr, block, row, col, stride_batch, stride_row, stride_col, batch, rows, cols, -INF
             )
             level *= scale
-            new_f, new_g, fresh = log_step(level, g + tl.log2(v), a, b, live_row, live_col)
+            new_f = log_rows(level, g + tl.log2(v), a, live_row)
+            if RELOAD:
+                row += one - 1
+                level = load_tile(
+                    logits_ptr, block, row, col, stride_batch, stride_row, stride_col, batch, rows, cols, -INF
+                )
+                level *= scale
+            new_g, fresh = log_cols(level, new_f, b, live_col)
             kernel = fresh if BLOCKS == 1 else tl.where(reset, fresh, kernel)
             f = tl.where(reset, new_f, f)
             g = tl.where(reset, new_g, g)

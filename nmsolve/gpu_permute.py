@@ -44,6 +44,7 @@ class SinkhornTile(NamedTuple):
     cols_out: int
     blocks: int
     warps: int
+    reload: bool
 
     def meta(self) -> dict[str, int]:
         """The kernels' constexpr arguments."""
@@ -53,24 +54,28 @@ class SinkhornTile(NamedTuple):
             "ROWS_OUT": self.rows_out,
             "COLS_OUT": self.cols_out,
             "BLOCKS": self.blocks,
+            "RELOAD": self.reload,
             "num_warps": self.warps,
         }
 
 
 def sinkhorn_tile(rows: int, cols: int) -> SinkhornTile:
-    """4 x 8 entries a lane (8 x 8 in the largest blocks), as few warps as that takes, blocks to fill them.
+    """2 x 8 entries a lane up to 16 x 16, then 4 x 8, 8 x 8 in the largest; one warp or more, blocks to fill it.
 
     Examples
     --------
-    >>> sinkhorn_tile(64, 60)
-    SinkhornTile(rows_in=4, cols_in=8, rows_out=16, cols_out=8, blocks=1, warps=4)
+    >>> tile = sinkhorn_tile(64, 60)
+    >>> tile.rows_in, tile.rows_out, tile.cols_in, tile.cols_out, tile.blocks, tile.warps
+    (4, 16, 8, 8, 1, 4)
     """
     rows, cols = triton.next_power_of_2(rows), triton.next_power_of_2(cols)
-    rows_in, cols_in = min(rows, 8 if rows * cols > 8192 else 4), min(cols, 8)
-    lanes = (rows // rows_in) * (cols // cols_in)
+    entries = rows * cols
+    rows_in, cols_in = min(rows, 2 if entries <= 256 else 4 if entries <= 8192 else 8), min(cols, 8)
+    lanes = entries // (rows_in * cols_in)
     warps = max(1, lanes // 32)
+    blocks = max(1, 32 // lanes)
     return SinkhornTile(
-        rows_in, cols_in, rows // rows_in, cols // cols_in, max(1, 32 * warps // lanes), warps
+        rows_in, cols_in, rows // rows_in, cols // cols_in, blocks, warps, reload=entries > 8192
     )
 
 
@@ -156,7 +161,6 @@ def sinkhorn_backward(
             1.0 / temperature,
             row_scalings.shape[1],
             1,
-            RELOAD=tile.rows_in == 8,
             **tile.meta(),
         )
     return out
