@@ -45,7 +45,10 @@ def tile(kernel: str, m: int) -> Tile:
     return next(entry for entry in _TILES[kernel] if entry.size >= m)
 
 
-def group_tile(m: int) -> tuple[int, int]:
-    """(lanes per group, groups per program) of the N:M kernel, one warp."""
+def group_tile(m: int, bits: int) -> tuple[int, int]:
+    """(lanes per group, groups per program) of the N:M kernel for scores of ``bits`` bits, one warp.
+
+    A lane holds at most 16 scores (8 float64 ones): groups beyond that are spread over lanes.
+    """
     size = 1 << (m - 1).bit_length()
-    return size, 64 if size <= 16 else 32
+    return size, min(64, (256 if bits == 64 else 512) // size)

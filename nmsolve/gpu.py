@@ -25,8 +25,7 @@ from nmsolve.solution import BlockResult
 
 __all__ = ["exact", "greedy", "ordinary", "tsenor", "why_not"]
 
-# The constants of the dual ascent, as the kernel's constexpr arguments.
-_SCHEDULE = {
+SCHEDULE = {
     name: getattr(schedule, name)
     for name in (
         "SWEEPS",
@@ -42,6 +41,7 @@ _SCHEDULE = {
         "DEVIATION_FLOOR",
     )
 }
+"""The constants of the dual ascent, as constexpr arguments of the exact kernel."""
 
 
 def why_not(device: torch.device) -> str | None:
@@ -101,7 +101,7 @@ def exact(
             PACKED=region.packed,
             WARM=warm is not None,
             SOLUTION=want_solution,
-            **_SCHEDULE,
+            **SCHEDULE,
         )
     return BlockResult(mask, u, v, objective, bound)
 
@@ -151,7 +151,7 @@ def ordinary(scores: Tensor, pattern: NMPattern) -> Tensor:
     batch, rows, cols = scores.shape
     groups = batch * rows * -(-cols // pattern.m)
     if groups:
-        size, together = _launch.group_tile(pattern.m)
+        size, together = _launch.group_tile(pattern.m, scores.element_size() * 8)
         with _device_of(scores):
             nm_kernel[(triton.cdiv(groups, together),)](
                 scores,
@@ -188,6 +188,18 @@ def _regions(grid: BlockGrid, m: int, scores: Tensor) -> Iterator[_Region]:
             yield _Region((first_row, first_col, rows, cols), blocks, edge, packed)
 
 
+def tile_arguments(tile: _launch.Tile) -> dict[str, int]:
+    """The constexpr arguments that lay out a kernel's tile."""
+    return {
+        "ROWS_IN": tile.rows_in,
+        "COLS_IN": tile.cols_in,
+        "ROWS_OUT": tile.size // tile.rows_in,
+        "COLS_OUT": tile.size // tile.cols_in,
+        "BLOCKS": tile.blocks,
+        "num_warps": tile.warps,
+    }
+
+
 def _mask_pointer(mask: Tensor, region: _Region) -> Tensor:
     return mask.view(torch.int32 if region.packed else torch.uint8)
 
@@ -204,12 +216,7 @@ def _run(
         kernel[(triton.cdiv(region.blocks, tile.blocks),)](
             scores,
             *arguments,
-            ROWS_IN=tile.rows_in,
-            COLS_IN=tile.cols_in,
-            ROWS_OUT=tile.size // tile.rows_in,
-            COLS_OUT=tile.size // tile.cols_in,
-            BLOCKS=tile.blocks,
-            num_warps=tile.warps,
+            **tile_arguments(tile),
             **meta,
         )
 
