@@ -78,7 +78,8 @@ def transposable_mask(
     ----------
     scores : Tensor
         ``(..., rows, cols)``, float64, float32, float16 or bfloat16, finite, any strides; higher = keep. The
-        work is done in float32, or in float64 for float64 scores off the GPU.
+        work is done in float32, or in float64 for float64 scores off the GPU. A DTensor, whose shards must
+        consist of whole blocks, gives DTensors with its placements, without communication.
     n, m : int
         Kept entries per line, ``0 <= n <= m``, and block size.
     method : {"exact", "tsenor", "greedy"}
@@ -297,7 +298,8 @@ def nm_mask(scores: Tensor, n: int, m: int, dim: int = -1, *, backend: str = "au
     Parameters
     ----------
     scores : Tensor
-        One or more dimensions, dtypes as in :func:`transposable_mask`; higher = keep.
+        One or more dimensions, dtypes as in :func:`transposable_mask`; higher = keep. The shards of a DTensor
+        must consist of whole groups.
     n, m : int
         Kept entries and group size. A last group that is smaller keeps ``min(n, its size)``.
     dim : int
@@ -349,11 +351,12 @@ def check_mask(mask: Tensor, n: int, m: int, *, transposable: bool = True, dim: 
     Raises
     ------
     NMSolveError
-        If the mask is not as described; the message has the block, the row or column, and its count.
+        If the mask is not as described; the message has the block, the row or column, and its count. Of a
+        DTensor, every process has to check its shard, and all raise the same error.
 
     Examples
     --------
-    >>> check_mask(torch.eye(4, dtype=torch.bool), 1, 2)
+    >>> check_mask(torch.eye(2, dtype=torch.bool), 1, 2)
     >>> check_mask(torch.ones(2, 2, dtype=torch.bool), 1, 2)
     Traceback (most recent call last):
     nmsolve.errors.NMSolveError: mask: block (0, 0), row 0 keeps 2 of 2 entries, expected 1 (pattern 1:2)

@@ -28,6 +28,7 @@ from nmsolve.validation import check_finite, check_finite_duals
 
 __all__ = [
     "nm_mask",
+    "register",
     "solution_shapes",
     "transposable_mask",
     "transposable_masks",
@@ -224,7 +225,7 @@ def _lines(scores: Tensor, n: int, m: int, dim: int, backend: str) -> Tensor:
 
 # --- operators ----------------------------------------------------------------------------------------------
 
-_LIBRARY = torch.library.Library("nmsolve", "DEF")
+_LIBRARY = torch.library.Library("nmsolve", "FRAGMENT")
 
 # The solvers read any strides, so a compiler may choose the scores' layout. The check for finite scores waits
 # for the device, so a CUDA graph must not capture it (a tag that PyTorch has since 2.8).
@@ -237,9 +238,13 @@ _SINGLE = "Tensor scores, Tensor? row_duals, Tensor? col_duals"
 _OPTIONS = "int n, int m, str method, str backend, int iterations, float tau"
 
 
-def _operator(
+def register(
     name: str, schema: str, real: Callable[..., Any], fake: Callable[..., Any]
 ) -> torch._ops.OpOverload:
+    """Make ``torch.ops.nmsolve.<name>`` of a real and a fake implementation, not differentiable.
+
+    Both take the schema's arguments in their order. Under vmap, tensors get a leading dimension more.
+    """
     _LIBRARY.define(name + schema, tags=_TAGS)
     _LIBRARY.impl(name, _hidden_from_compilers(real), "CompositeExplicitAutograd")
     operator = getattr(torch.ops.nmsolve, name).default
@@ -296,33 +301,33 @@ def _given(*duals: Tensor | None) -> list[Tensor]:
     return [tensor for tensor in duals if tensor is not None]
 
 
-transposable_mask = _operator(
+transposable_mask = register(
     "transposable_mask",
     f"({_SINGLE}, {_OPTIONS}) -> Tensor",
     lambda scores, u, v, *options: _masks([scores], _given(u, v), *options)[0],
     lambda scores, *_: _blank_mask(scores),
 )
-transposable_solution = _operator(
+transposable_solution = register(
     "transposable_solution",
     f"({_SINGLE}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda scores, u, v, *options: _solutions([scores], _given(u, v), *options)[0],
     lambda scores, u, v, n, m, *_: _blank_solution(scores, m),
 )
-transposable_masks = _operator(
+transposable_masks = register(
     "transposable_masks",
     f"(Tensor[] scores, {_OPTIONS}) -> Tensor[]",
     lambda scores, *options: _masks(scores, (), *options),
     lambda scores, *_: [_blank_mask(matrix) for matrix in scores],
 )
 # The tensors of the first matrix's solution, then those of the second's, and so on.
-transposable_solutions = _operator(
+transposable_solutions = register(
     "transposable_solutions",
     f"(Tensor[] scores, {_OPTIONS}) -> Tensor[]",
     lambda scores, *options: list(chain.from_iterable(_solutions(scores, (), *options))),
     lambda scores, n, m, *_: [part for matrix in scores for part in _blank_solution(matrix, m)],
 )
 # dim is negative, so that it means the same with a batch dimension in front.
-nm_mask = _operator(
+nm_mask = register(
     "nm_mask",
     "(Tensor scores, int n, int m, int dim, str backend) -> Tensor",
     _lines,

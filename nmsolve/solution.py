@@ -117,6 +117,13 @@ def kept_score(scores: Tensor, mask: Tensor, pattern: NMPattern) -> tuple[Tensor
     -------
     objective, scale : Tensor
         float64 ``(..., GR, GC)``.
+
+    Examples
+    --------
+    >>> scores = torch.tensor([[3.0, 1.0], [1.0, -2.0]])
+    >>> objective, scale = kept_score(scores, torch.eye(2, dtype=torch.bool), NMPattern(1, 2))
+    >>> objective.item(), scale.item()
+    (1.0, 5.0)
     """
     grid = grid_of(scores, pattern)
     shape = (*scores.shape[:-2], grid.block_rows, grid.block_cols)

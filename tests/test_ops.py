@@ -67,10 +67,10 @@ def assert_same(found: BlockSolution, expected: BlockSolution) -> None:
 def test_opcheck(name: str) -> None:
     scores = INPUTS[name]()
     solution = solution_of(scores)
-    duals = (solution.row_duals, solution.col_duals)
-    for operator in (ops.transposable_mask, ops.transposable_solution):
-        torch.library.opcheck(operator, (scores, None, None, *OPTIONS))
-        torch.library.opcheck(operator, (scores, *duals, *OPTIONS))
+    torch.library.opcheck(ops.transposable_mask, (scores, None, None, *OPTIONS))
+    torch.library.opcheck(
+        ops.transposable_solution, (scores, solution.row_duals, solution.col_duals, *OPTIONS)
+    )
     for dim in (-1, -2):
         torch.library.opcheck(ops.nm_mask, (scores, 2, 4, dim, "torch"))
 
@@ -397,19 +397,19 @@ def group() -> list[Tensor]:
     return [INPUTS[name]().detach() for name in INPUTS]
 
 
-@pytest.mark.parametrize("method", ["exact", "greedy", "tsenor"])
-@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize(
+    ("method", "backend"), [("exact", "torch"), ("exact", "auto"), ("greedy", "torch"), ("tsenor", "torch")]
+)
 def test_a_group_is_solved_like_its_members(method: str, backend: str) -> None:
-    scores = group()
+    scores = group()[:: 1 if method == "exact" else 3]
     options = {"method": method, "backend": backend}
-    for kind in (list, tuple):
-        masks = nmsolve.transposable_masks(kind(scores), 2, 4, **options)
-        assert isinstance(masks, list)
-        for mask, matrix in zip(masks, scores, strict=True):
-            assert torch.equal(mask, nmsolve.transposable_mask(matrix, 2, 4, **options))
-    solutions = nmsolve.transposable_masks(scores, 2, 4, return_solution=True, **options)
-    for found, matrix in zip(solutions, scores, strict=True):
-        assert_same(found, nmsolve.transposable_mask(matrix, 2, 4, return_solution=True, **options))
+    solutions = nmsolve.transposable_masks(tuple(scores), 2, 4, return_solution=True, **options)
+    masks = nmsolve.transposable_masks(scores, 2, 4, **options)
+    assert isinstance(masks, list)
+    for mask, found, matrix in zip(masks, solutions, scores, strict=True):
+        expected = nmsolve.transposable_mask(matrix, 2, 4, return_solution=True, **options)
+        assert torch.equal(mask, expected.mask)
+        assert_same(found, expected)
     assert nmsolve.transposable_masks([], 2, 4, **options) == []
 
 
