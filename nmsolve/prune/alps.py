@@ -52,7 +52,7 @@ class AlpsSystem(NamedTuple):
 def alps_system(hessian: Tensor, damping: float = DAMPING) -> AlpsSystem:
     """What ALPS needs of ``hessian``; layers that see the same inputs share it."""
     diagonal = hessian.diagonal()
-    # With no input at all every weight is as good as another: the identity makes ALPS prune by magnitude.
+    # Without any input all weights count alike.
     damp = damping * diagonal.mean() if bool(diagonal.any()) else torch.ones_like(diagonal[0])
     scale = (diagonal + damp).sqrt()
     scaled = hessian / scale / scale.unsqueeze(1)

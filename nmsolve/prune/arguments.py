@@ -139,7 +139,7 @@ def fingerprints(
         "model": weights,
         "calibration": fingerprint(batches),
         "initial_masks": fingerprint([{layer.weight_name: mask} for layer, mask in allowed.items()]),
-        "layers": hashlib.sha256(
+        "patterns of the layers": hashlib.sha256(
             repr([(x.name, str(p)) for x, p in selected.layers.items()]).encode()
         ).hexdigest(),
     }

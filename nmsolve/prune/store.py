@@ -38,7 +38,8 @@ class LayerStore:
         record = self.folder / "run.json"
         if record.exists():
             found = json.loads(record.read_text(encoding="utf-8"))
-            differing = sorted(name for name in run.keys() | found.keys() if run.get(name) != found.get(name))
+            names = dict.fromkeys([*run, *found])
+            differing = [name for name in names if run.get(name) != found.get(name)]
             if differing:
                 name = differing[0]
                 raise NMSolveError(

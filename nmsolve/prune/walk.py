@@ -335,16 +335,18 @@ def _members(blocks: Sequence[nn.Module], layers: Sequence[Layer]) -> dict[Layer
 def quiet_model(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients and no key-value cache; all as before afterwards."""
     training = [module for module in model.modules() if module.training]
-    config = getattr(model, "config", None)
-    cache = getattr(config, "use_cache", None)
+    configs = {
+        id(config): config for config in (getattr(module, "config", None) for module in model.modules())
+    }
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
     try:
         model.eval()
-        if cache is not None:
-            config.use_cache = False  # type: ignore[union-attr]
+        for config in caching:
+            config.use_cache = False
         with torch.no_grad():
             yield
     finally:
         for module in training:
             module.training = True
-        if cache is not None:
-            config.use_cache = cache  # type: ignore[union-attr]
+        for config in caching:
+            config.use_cache = True
