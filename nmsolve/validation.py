@@ -35,8 +35,9 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TSENOR_ITERATIONS = 300
 _TSENOR_TAU = 150.0
 
-# Elements looked at together by the check for finite scores.
-_CHUNK = 1 << 20
+# Elements looked at together by the check for finite scores: few enough that torch does not wake its threads,
+# which takes longer than the check on a busy machine and hangs in a forked process.
+_CHUNK = 1 << 15
 
 WarmStart = BlockSolution | tuple[Tensor, Tensor]
 
