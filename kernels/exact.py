@@ -356,19 +356,20 @@ def augment(
 
 
 @triton.jit
-def dual_pointers(row_ptr, col_ptr, block, i, j, m, unit, tall, SLACK: tl.constexpr):
-    """Where the duals of the tile's rows and columns lie: exchanged in blocks that were turned.
-
-    ``unit`` is 1, see :func:`~nmsolve.kernels._tile.store_mask`.
-    """
-    row_line = block * m + i * unit
-    col_line = block * m + j * unit
-    u_ptr = row_ptr + row_line
-    v_ptr = col_ptr + col_line
+def load_duals(row_ptr, col_ptr, lines, real, tall, SLACK: tl.constexpr):
+    """Duals of a tile's rows from ``row_ptr``, of turned blocks from ``col_ptr`` (columns: exchanged)."""
+    duals = tl.load(row_ptr + lines, mask=real & (tall == 0), other=0.0)
     if SLACK:
-        u_ptr = tl.where(tall, col_ptr + row_line, u_ptr)
-        v_ptr = tl.where(tall, row_ptr + col_line, v_ptr)
-    return u_ptr, v_ptr
+        duals += tl.load(col_ptr + lines, mask=real & tall, other=0.0)
+    return duals
+
+
+@triton.jit
+def store_duals(row_ptr, col_ptr, lines, duals, mask, tall, SLACK: tl.constexpr):
+    """The counterpart of :func:`load_duals`."""
+    tl.store(row_ptr + lines, duals, mask=mask & (tall == 0))
+    if SLACK:
+        tl.store(col_ptr + lines, duals, mask=mask & tall)
 
 
 @triton.jit(
@@ -446,11 +447,12 @@ def exact_kernel(
 
     if WARM:
         block = (matrix * grid_rows + block_row) * grid_cols + block_col
-        u_ptr, v_ptr = dual_pointers(warm_row_ptr, warm_col_ptr, block, i, j, m, unit, tall, SLACK)
         # Loaded for the whole tile, all equal along a line: a vector would bring a layout of its own along.
         everywhere = tl.zeros_like(scores).to(tl.int32)
-        u = max_rows(tl.load(u_ptr + everywhere, mask=real_row & (everywhere == 0), other=0.0)) / unscale
-        v = max_cols(tl.load(v_ptr + everywhere, mask=real_col & (everywhere == 0), other=0.0)) / unscale
+        row_lines = block * m + (i + everywhere) * unit
+        col_lines = block * m + (j + everywhere) * unit
+        u = max_rows(load_duals(warm_row_ptr, warm_col_ptr, row_lines, real_row, tall, SLACK)) / unscale
+        v = max_cols(load_duals(warm_col_ptr, warm_row_ptr, col_lines, real_col, tall, SLACK)) / unscale
         u = tl.minimum(tl.maximum(u, -WARM_LIMIT), WARM_LIMIT).to(tl.float32)
         v = tl.minimum(tl.maximum(v, -WARM_LIMIT), WARM_LIMIT).to(tl.float32)
         if SLACK:
@@ -487,9 +489,8 @@ def exact_kernel(
             u = tl.where(real_row, u, 0.0)
             v = tl.where(real_col, v, 0.0)
         block = (matrix * grid_rows + block_row) * grid_cols + block_col
-        u_ptr, v_ptr = dual_pointers(row_duals_ptr, col_duals_ptr, block, i, j, m, unit, tall, SLACK)
-        tl.store(u_ptr, u, mask=live & (i < m))
-        tl.store(v_ptr, v, mask=live & (j < m))
+        store_duals(row_duals_ptr, col_duals_ptr, block * m + i * unit, u, live & (i < m), tall, SLACK)
+        store_duals(col_duals_ptr, row_duals_ptr, block * m + j * unit, v, live & (j < m), tall, SLACK)
 
         # Objective and bound follow from those and the original scores, in float64. To spare registers the
         # mask is packed to a bit per row and the scores are read again, a row of each lane at a time.

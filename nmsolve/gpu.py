@@ -188,9 +188,13 @@ def _regions(grid: BlockGrid, m: int, scores: Tensor) -> Iterator[_Region]:
             yield _Region((first_row, first_col, rows, cols), blocks, edge, packed)
 
 
-def tile_arguments(tile: _launch.Tile) -> dict[str, int]:
-    """The constexpr arguments that lay out a kernel's tile."""
-    return {
+def tile_arguments(tile: _launch.Tile, *, amd: bool = torch.version.hip is not None) -> dict[str, int]:
+    """The constexpr arguments that lay out a kernel's tile, and its warps.
+
+    NVIDIA's assembler would rather spill than use more than 168 registers, to fit more warps; ``maxnreg``
+    tells it otherwise. AMD's compiler does not take it.
+    """
+    return ({} if amd else {"maxnreg": 255}) | {
         "ROWS_IN": tile.rows_in,
         "COLS_IN": tile.cols_in,
         "ROWS_OUT": tile.size // tile.rows_in,

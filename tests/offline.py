@@ -106,7 +106,7 @@ def _arguments(job: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
     table = "dykstra" if job["kernel"] == "dykstra" else "exact_edge" if edge else "exact"
     tile = _launch.tile(table, m)
     packed = options.get("packed", not edge and m % 4 == 0)
-    meta = gpu.tile_arguments(tile) | {
+    meta = gpu.tile_arguments(tile, amd=job["target"].startswith("gfx")) | {
         "PADDED": edge or tile.size != m,
         "SLACK": edge,
         "PACKED": packed,
