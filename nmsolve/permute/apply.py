@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from nmsolve.errors import NMSolveError
 from nmsolve.gather import permute_columns
-from nmsolve.permute.couplings import Coupling, find_couplings
+from nmsolve.permute.couplings import Coupling, Site, find_couplings
 from nmsolve.permute.heuristics import check_permutation
 from nmsolve.staging import Staging
 
@@ -164,28 +164,33 @@ def apply_permutations(
     planned = [(_coupling(name, known), order) for name, order in permutations.items()]
     plans = [(coupling, order, _plan(model, coupling, order, how)) for coupling, order in planned]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    done = []
     for coupling, order, way in plans:
-        sites = (*coupling.consumers, *coupling.producers) if way == "fold" else coupling.consumers
-        if way == "fold":
-            for site in sites:
-                fold_site(tensors[site.tensor].data, coupling, order, site)
-        else:
-            for site in sites:
-                path = site.tensor.removesuffix(".weight")
-                layer = model.get_submodule(path)
-                place = order.reshape(-1).to(tensors[site.tensor].device)
-                model.set_submodule(path, PermutedLinear.from_linear(layer, place))
-        done.append(Applied(coupling.name, way, tuple(site.tensor for site in sites)))
-    return done
+        for site in (*coupling.consumers, *coupling.producers) if way == "fold" else ():
+            fold_site(tensors[site.tensor].data, coupling, order, site)
+    # A gather puts a layer of its own, with new tensors, in the place of the old one.
+    for coupling, order, way in plans:
+        for site in coupling.consumers if way == "gather" else ():
+            path = site.tensor.removesuffix(".weight")
+            layer = model.get_submodule(path)
+            place = order.to(tensors[site.tensor].device)
+            model.set_submodule(path, PermutedLinear.from_linear(layer, place))
+    return [
+        Applied(
+            coupling.name,
+            way,
+            tuple(
+                site.tensor for site in (*coupling.consumers, *(coupling.producers if way == "fold" else ()))
+            ),
+        )
+        for coupling, _, way in plans
+    ]
 
 
-def fold_site(tensor: Tensor, coupling: Coupling, permutation: Tensor, site: object) -> None:
+def fold_site(tensor: Tensor, coupling: Coupling, permutation: Tensor, site: Site) -> None:
     """Reorders a tensor's indices of the coupling's channels, in place."""
-    _, axis, start, _ = site  # type: ignore[misc]
-    index = coupling.index(permutation, site).to(tensor.device)  # type: ignore[arg-type]
-    part = tensor.narrow(axis, start, len(index))
-    part.copy_(part.index_select(axis, index))
+    index = coupling.index(permutation, site).to(tensor.device)
+    part = tensor.narrow(site.axis, site.start, len(index))
+    part.copy_(part.index_select(site.axis, index))
 
 
 def save_permutations(path: Path | str, permutations: Mapping[str, Tensor]) -> None:
@@ -203,7 +208,7 @@ def save_permutations(path: Path | str, permutations: Mapping[str, Tensor]) -> N
     tensors = {name: order.cpu().to(torch.int64).contiguous() for name, order in permutations.items()}
     with Staging(path) as staging:
         save_file(tensors, staging.path / path.name, metadata=_FORMAT)
-        staging.publish_files([path.name])
+        staging.publish_files([path.name], replace=True)
 
 
 def load_permutations(path: Path | str) -> dict[str, Tensor]:
@@ -274,6 +279,11 @@ def _plan(model: nn.Module, coupling: Coupling, order: Tensor, how: str) -> str:
             f"{tuple(order.shape) if isinstance(order, Tensor) else order!r}"
         )
     check_permutation(order, order.shape[-1], coupling.name)
+    for place in (*coupling.consumers, *coupling.producers):
+        layer = model.get_submodule(place.tensor.rpartition(".")[0])
+        side = "permutation" if place in coupling.consumers else "output_permutation"
+        if isinstance(layer, PermutedLinear) and getattr(layer, side) is not None:
+            raise NMSolveError(f"{coupling.name}: {place.tensor} was given a run-time gather already")
     if fits and coupling.folds and how != "gather":
         return "fold"
     if how == "fold":

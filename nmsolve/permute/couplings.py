@@ -30,12 +30,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from nmsolve.errors import NMSolveError
 
 __all__ = ["Coupling", "Site", "find_couplings", "named_couplings", "sequential_couplings"]
 
@@ -146,8 +144,18 @@ _RULES = (
 _HARMLESS = ("q_norm", "k_norm", "rotary_emb", "q_proj", "k_proj", "router", "gate")
 
 _ELEMENTWISE_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.RMSNorm)
-_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-_POOLS += (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)
+_POOLS: tuple[type[nn.Module], ...] = (
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d,
+)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -172,7 +180,7 @@ def find_couplings(model: nn.Module) -> list[Coupling]:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     fields = config.to_dict() if hasattr(config, "to_dict") else {}
     chains = sequential_couplings(model)
     taken = {site.tensor for coupling in chains for site in coupling.consumers}
@@ -320,7 +328,7 @@ def _chain(prefix: str, sequence: nn.Sequential) -> list[Coupling]:
     channels, reason = 0, "it is the first layer: its inputs come from outside"
     for name, layer in _flattened(prefix, sequence):
         weight = f"{name}.weight"
-        if isinstance(layer, nn.Linear | _CONVOLUTIONS):
+        if isinstance(layer, (nn.Linear, *_CONVOLUTIONS)):
             grouped = isinstance(layer, _CONVOLUTIONS) and layer.groups != 1
             inputs = layer.weight.shape[1]
             if not grouped:
@@ -345,7 +353,7 @@ def _chain(prefix: str, sequence: nn.Sequential) -> list[Coupling]:
                 reason, producers = f"{name} normalises over more than the channels", ()
             elif producers:
                 producers += tuple(Site(f"{name}.{t}", 0) for t in tensors)
-        elif isinstance(layer, nn.Dropout | nn.Identity | nn.Dropout1d | nn.Dropout2d | _POOLS):
+        elif isinstance(layer, (nn.Dropout, nn.Identity, nn.Dropout1d, nn.Dropout2d, *_POOLS)):
             continue
         elif any(True for _ in layer.parameters()) or not _elementwise(layer):
             reason, producers = f"{name} ({type(layer).__name__}) does not act on every channel alike", ()
@@ -406,9 +414,3 @@ def _refuse_shared(coupling: Coupling, parameters: Mapping[str, Tensor]) -> Coup
             if name not in sites and parameter is parameters[site]:
                 return replace(coupling, producers=(), reason=f"{site} is shared with {name}")
     return coupling
-
-
-def require_fold(coupling: Coupling) -> None:
-    """Raises unless an order of the coupling's channels folds, with the reason."""
-    if not coupling.folds:
-        raise NMSolveError(f"{coupling.name}: this order cannot be folded: {coupling.reason}")

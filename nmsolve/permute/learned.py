@@ -264,6 +264,9 @@ class _Masked(nn.Module):
         axis = 1 - site.axis
         index = part.coupling.index(part.base, site)
         scores = trainer.scores[site.tensor].movedim(axis, 0)[:, index]
+        self.ordered: Tensor
+        self.index: Tensor
+        self.inverse: Tensor
         self.register_buffer("ordered", scores, persistent=False)
         self.register_buffer("index", index, persistent=False)
         self.register_buffer("inverse", index.argsort(), persistent=False)
@@ -546,9 +549,9 @@ class _Trainer:
             value = sum(float(self._loss(-1 - k, batch, train=False)) for k, batch in enumerate(test)) / len(
                 test
             )
-        best = min((row["held_out"] for row in found.history), default=math.inf)
+        best = min((float(row["held_out"] or 0) for row in found.history), default=math.inf)
         found.history.append({"step": step, "loss": loss, "held_out": value})
-        if best is None or value < best:
+        if value < best:
             found.best_step = step
             found.permutations = {part.coupling.name: part.permutation() for part in self.parts}
 
@@ -602,7 +605,7 @@ class _Trainer:
         with Staging(path) as staging:
             metadata = {"format": "nmsolve learning 1", "step": str(step), "state": text}
             save_file(tensors, staging.path / path.name, metadata=metadata)
-            staging.publish_files([path.name])
+            staging.publish_files([path.name], replace=True)
 
     def _load(self, path: Path, optimizer: torch.optim.Optimizer, found: LearnedPermutations) -> int:
         from safetensors import safe_open

@@ -152,12 +152,12 @@ def transposable_permutation(
         ]
         nothing = torch.zeros(lead, dtype=torch.float64)
         return TransposablePermutation(empty[0], empty[1], nothing, nothing.clone())
-    row_orders, column_orders, before, after = zip(*found, strict=True)
+    row_orders, column_orders, olds, news = zip(*found, strict=True)
     return TransposablePermutation(
         torch.stack(row_orders).view(*lead, -1),
         torch.stack(column_orders).view(*lead, -1),
-        torch.tensor(before, dtype=torch.float64).view(lead),
-        torch.tensor(after, dtype=torch.float64).view(lead),
+        torch.tensor(olds, dtype=torch.float64).view(lead),
+        torch.tensor(news, dtype=torch.float64).view(lead),
     )
 
 
