@@ -301,6 +301,7 @@ def _load_model(folder: Path, dtype: str | None) -> Any:
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         named = (config.architectures or ["AutoModel"])[0]

@@ -68,7 +68,7 @@ def test_links(document):
 def test_command_lines_use_options_that_exist(document):
     lines = [line for block in blocks(document, "(?:bash|sh|console)") for line in block.splitlines()]
     for line in lines:
-        command = re.match(r"\$? ?nmsolve (\w+)(.*)", line)
+        command = re.match(r"\$? ?nmsolve ([\w-]+)(.*)", line)
         if command:
             shown = subprocess.run(
                 [Path(sys.executable).parent / "nmsolve", command[1], "--help"],

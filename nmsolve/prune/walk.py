@@ -335,10 +335,8 @@ def _members(blocks: Sequence[nn.Module], layers: Sequence[Layer]) -> dict[Layer
 def quiet_model(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients and no key-value cache; all as before afterwards."""
     training = [module for module in model.modules() if module.training]
-    configs = {
-        id(config): config for config in (getattr(module, "config", None) for module in model.modules())
-    }
-    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
+    configs: Iterator[Any] = (getattr(module, "config", None) for module in model.modules())
+    caching = [config for config in configs if getattr(config, "use_cache", False)]
     try:
         model.eval()
         for config in caching:
