@@ -17,7 +17,9 @@ def inverse_rms(x_ptr, row, live, cols, stride_row, stride_col, eps, ROWS: tl.co
     total = tl.zeros([ROWS, COLS], tl.float32)
     for start in range(0, cols, COLS):
         k = (start + tl.arange(0, COLS)).to(tl.int64)[None, :]
-        x = tl.load(x_ptr + row * stride_row + k * stride_col, mask=live & (k < cols), other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * stride_row + k * stride_col, mask=live & (k < cols), other=0.0).to(
+            tl.float32
+        )
         total += x * x
     return 1.0 / tl.sqrt(tl.sum(total, 1, keep_dims=True) / cols + eps)
 

@@ -11,30 +11,41 @@ from nmsolve.errors import BackendError, NMSolveError
 from nmsolve.pattern import NMPattern
 
 if TYPE_CHECKING:
+    from nmsolve.assignment import AssignmentSolution, assignment
+    from nmsolve.gather import permute_columns, rms_norm_permute
     from nmsolve.masks import check_mask, nm_mask, solve_blocks, transposable_mask, transposable_masks
     from nmsolve.packed import load_masks, save_masks
+    from nmsolve.sinkhorn import sinkhorn
     from nmsolve.solution import BlockSolution, dual_bound, kept_score
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AssignmentSolution",
     "BackendError",
     "BlockSolution",
     "NMPattern",
     "NMSolveError",
     "__version__",
+    "assignment",
     "check_mask",
     "dual_bound",
     "kept_score",
     "load_masks",
     "nm_mask",
+    "permute_columns",
+    "rms_norm_permute",
     "save_masks",
+    "sinkhorn",
     "solve_blocks",
     "transposable_mask",
     "transposable_masks",
 ]
 
 _MODULES = {
+    "nmsolve.assignment": ("AssignmentSolution", "assignment"),
+    "nmsolve.gather": ("permute_columns", "rms_norm_permute"),
+    "nmsolve.sinkhorn": ("sinkhorn",),
     "nmsolve.masks": ("check_mask", "nm_mask", "solve_blocks", "transposable_mask", "transposable_masks"),
     "nmsolve.packed": ("load_masks", "save_masks"),
     "nmsolve.solution": ("BlockSolution", "dual_bound", "kept_score"),

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from nmsolve.dispatch import TRITON_MAX_M
+from nmsolve.dispatch import TRITON_MAX_M, check_backend
 from nmsolve.errors import BackendError, NMSolveError
 from nmsolve.permute_backends import PermuteBackend, companion, load, runs_triton
 from nmsolve.validation import check_finite, check_scores, describe
@@ -58,7 +58,9 @@ class AssignmentSolution:
 @overload
 def assignment(scores: Tensor, *, backend: str = ..., return_solution: Literal[False] = False) -> Tensor: ...
 @overload
-def assignment(scores: Tensor, *, backend: str = ..., return_solution: Literal[True]) -> AssignmentSolution: ...
+def assignment(
+    scores: Tensor, *, backend: str = ..., return_solution: Literal[True]
+) -> AssignmentSolution: ...
 def assignment(
     scores: Tensor, *, backend: str = "auto", return_solution: bool = False
 ) -> Tensor | AssignmentSolution:
@@ -105,7 +107,7 @@ def assignment(
     check_scores(scores)
     if scores.shape[-1] != scores.shape[-2]:
         raise NMSolveError(f"scores: expected square matrices (..., M, M), got {describe(scores)}")
-    _runner(backend, scores)
+    check_backend(backend)
     if return_solution:
         return AssignmentSolution(*_solution_op(scores.detach(), backend))
     permutation: Tensor = _permutation_op(scores.detach(), backend)

@@ -74,9 +74,9 @@ def sinkhorn_tile(rows: int, cols: int) -> SinkhornTile:
     lanes = entries // (rows_in * cols_in)
     warps = max(1, lanes // 32)
     blocks = max(1, 32 // lanes)
-    return SinkhornTile(
-        rows_in, cols_in, rows // rows_in, cols // cols_in, blocks, warps, reload=entries > 8192
-    )
+    # Where the backward pass would spill, it reads the logits again and again.
+    reload = 1024 <= entries <= 2048 or entries > 8192
+    return SinkhornTile(rows_in, cols_in, rows // rows_in, cols // cols_in, blocks, warps, reload)
 
 
 def assignment(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:

@@ -230,9 +230,7 @@ def _start_gradient(
 
 
 @njit(fastmath=_FAST)
-def _reverse_step(
-    kernel: Any, u: Any, v: Any, df: Any, dg: Any, sums: Any, y: Any, total: Any
-) -> None:
+def _reverse_step(kernel: Any, u: Any, v: Any, df: Any, dg: Any, sums: Any, y: Any, total: Any) -> None:
     """One iteration back: df and dg go from (f_t, g_t) to (f_{t-1}, g_{t-1}); ``total`` gathers dK."""
     rows, cols = kernel.shape
     real = kernel.dtype.type
