@@ -1,0 +1,99 @@
+"""The shipped kernel configurations compile for GPUs that are not here, and their machine code is sound.
+
+What is asked of the machine code: nothing spilled to memory, and no barrier inside a loop where a block lies
+in one warp (M <= 32). ``-m slow`` compiles every configuration for every target.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import product
+from typing import Any
+
+import offline
+import pytest
+
+pytest.importorskip("triton")
+
+SIZES = (4, 8, 16, 32, 64)
+
+
+def shipped(target: str) -> list[dict[str, Any]]:
+    """Every configuration in float32, and the ones that differ most in the other dtypes."""
+    jobs: list[dict[str, Any]] = []
+    for m in SIZES:
+        for edge, solution, warm in product((False, True), repeat=3):
+            jobs += offline.jobs_of("exact", m, target, edge=edge, solution=solution, warm=warm)
+        for edge, transport in product((False, True), repeat=2):
+            jobs += offline.jobs_of("dykstra", m, target, edge=edge, transport=transport)
+        for dtype in ("float32", "bfloat16", "float64"):
+            jobs += offline.jobs_of("nm", m, target, dtype)
+            jobs += offline.jobs_of("exact", m, target, dtype, solution=True)
+        jobs += offline.jobs_of("exact", m, target, packed=False)
+        jobs += offline.jobs_of("exact", m - 1, target, "float16", solution=True)
+        jobs += offline.jobs_of("dykstra", m - 1, target, "bfloat16")
+    return jobs
+
+
+def selected(target: str) -> list[dict[str, Any]]:
+    """What a default run compiles: most of it for one target, each kernel for the others."""
+    jobs: list[dict[str, Any]] = []
+    if target == "sm_90":
+        for m in SIZES:
+            jobs += offline.jobs_of("exact", m, target)
+            jobs += offline.jobs_of("exact", m, target, edge=True, solution=True)
+            jobs += offline.jobs_of("dykstra", m, target)
+        jobs += offline.jobs_of("exact", 16, target, "bfloat16", solution=True, warm=True)
+        jobs += offline.jobs_of("exact", 64, target, "float64", solution=True)
+        jobs += offline.jobs_of("exact", 12, target, "float16", packed=False)
+        jobs += offline.jobs_of("dykstra", 24, target, "float64", edge=True, transport=False)
+        jobs += offline.jobs_of("nm", 4, target, "bfloat16")
+        jobs += offline.jobs_of("nm", 64, target, "float64")
+    elif target.startswith("sm_"):
+        for m in (8, 16, 32, 64):
+            jobs += offline.jobs_of("exact", m, target)
+        jobs += offline.jobs_of("exact", 16, target, edge=True, solution=True)
+        jobs += offline.jobs_of("dykstra", 32, target)
+        jobs += offline.jobs_of("nm", 16, target)
+    else:
+        jobs += offline.jobs_of("exact", 16, target)
+        jobs += offline.jobs_of("exact", 4, target, edge=True, solution=True, warm=True)
+        jobs += offline.jobs_of("dykstra", 8, target)
+        jobs += offline.jobs_of("nm", 4, target)
+    return jobs
+
+
+def check(jobs: list[dict[str, Any]]) -> None:
+    processes = min(2, os.cpu_count() or 1)
+    faults = []
+    for result in offline.compile_all(jobs, processes=processes):
+        name = " ".join(str(result[key]) for key in ("kernel", "m", "dtype", "options"))
+        if "error" in result:
+            faults.append(f"{name}: {result['error']}")
+            continue
+        if result["spills"] or result.get("local"):
+            faults.append(f"{name}: {result['spills']} spills with {result['registers']} registers")
+        barriers = [loop["BAR"] for loop in result.get("loops", []) if loop.get("BAR")]
+        if barriers and result["m"] <= 32:
+            faults.append(f"{name}: barriers in loops {barriers}")
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("target", offline.TARGETS)
+def test_compiles_without_spills(target: str) -> None:
+    check(selected(target))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", offline.TARGETS)
+def test_every_configuration_compiles_without_spills(target: str) -> None:
+    check(shipped(target))
+
+
+def test_a_job_that_fails_is_reported_and_the_others_are_done() -> None:
+    good = next(offline.jobs_of("nm", 4, "sm_90"))
+    bad = good | {"dtype": "complex64"}
+    results = list(offline.compile_all([bad, good]))
+    assert "error" in results[0]
+    assert results[1]["registers"] > 0
+    assert any("ISETP" in loop for loop in results[1]["loops"])
