@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import nmsolve
 from nmsolve.checkpoint import REPORT_NAME, SUFFIX, Checkpoint, open_checkpoint, output_names
+from nmsolve.cli_permute import add_commands as add_permute
 from nmsolve.cli_prune import add_commands
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
@@ -46,6 +47,7 @@ Provably optimal N:M and transposable N:M sparsity masks.
 
   nmsolve mask      mask the weights of a checkpoint
   nmsolve prune     prune a transformers model with calibration data
+  nmsolve permute   reorder channels so that a mask keeps more
   nmsolve eval-ppl  perplexity of a language model
   nmsolve info      what is installed, and which backends can run here
 
@@ -197,6 +199,7 @@ def _parser() -> Parser:
     mask.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
 
     add_commands(add)
+    add_permute(add)
 
     info = add("info", "what is installed and what can run", INFO_HELP, INFO_EPILOG)
     info.set_defaults(run=_info)

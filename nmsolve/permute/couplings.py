@@ -94,14 +94,14 @@ class Coupling:
         )
         return (blocks * self.size + order).flatten()
 
-    def scores(self, weights: Mapping[str, Tensor]) -> Tensor:
+    def scores(self, weights: Mapping[str, Tensor], sites: Sequence[Site] | None = None) -> Tensor:
         """The consumers' scores as one tensor ``(*shape[:-1], rows, size)`` that a search takes.
 
         ``weights`` maps the consumers' tensor names to ``(out, in)`` or ``(in, out)`` scores, as the tensors
         are. Rows of all consumers, and the heads that share one permutation, are stacked.
         """
         parts = []
-        for site in self.consumers:
+        for site in self.consumers if sites is None else sites:
             matrix = weights[site.tensor].movedim(site.axis, -1).flatten(0, -2)
             split = matrix[:, site.start : site.start + self.heads * site.repeats * self.size]
             split = split.unflatten(1, (self.heads, site.repeats, self.size))

@@ -146,7 +146,7 @@ def ria_permutation(scores: Tensor, n: int, m: int, *, passes: int = 1) -> Tenso
         Pattern.
     passes : int
         How often every slot is refined; the published method does it once. More never keep less; it stops
-        when a pass changes nothing.
+        when a pass gains nothing.
 
     Returns
     -------
@@ -175,15 +175,20 @@ def ria_permutation(scores: Tensor, n: int, m: int, *, passes: int = 1) -> Tenso
     flat = scores.detach().reshape(-1, *scores.shape[-2:])
     permutation = dealt.reshape(-1, dealt.shape[-1]).clone()
     groups = _groups(permutation, m)
-    for _ in range(passes):
-        before = permutation.clone()
+    generator = torch.Generator().manual_seed(0)
+    for turn in range(passes):
+        before = _total(flat, pattern, permutation)
+        if turn:
+            # The order within a group does not count: dealing columns to other slots opens other moves.
+            within = torch.rand(groups.shape, generator=generator).argsort(dim=-1).to(groups.device)
+            groups.copy_(groups.gather(-1, within))
         for slot in range(m):
             values = torch.stack(
                 [_slot_values(a, p, pattern, slot) for a, p in zip(flat, groups, strict=True)]
             )
             chosen = assignment(values)
             groups[:, :, slot] = groups[:, :, slot].gather(1, chosen)
-        if torch.equal(before, permutation):
+        if _total(flat, pattern, permutation) <= before * (1 + 1e-9):
             break
     return permutation.view(dealt.shape)
 
@@ -327,6 +332,10 @@ def stripe_search(
         split = torch.cat([first[chosen], second[chosen]], dim=1)
         groups[order.flatten()] = members.gather(1, split).view(-1, m)
     return permutation
+
+
+def _total(flat: Tensor, pattern: NMPattern, permutation: Tensor) -> float:
+    return float(retained_score(flat, pattern.n, pattern.m, permutation).sum())
 
 
 def _checked(scores: Tensor, n: int, m: int) -> NMPattern:

@@ -185,11 +185,19 @@ class _Search:
     def run(self, rows: bool, columns: bool, passes: int, tolerance: float) -> _Search:
         """Passes over the slots until one gains too little; returns itself."""
         sides = [axis for axis, wanted in ((1, columns), (0, rows)) if wanted and self._can_move(axis)]
-        for _ in range(passes):
+        generator = torch.Generator().manual_seed(0)
+        for turn in range(passes):
             before = self.objective
+            state = self.scores, list(self.orders), self.solution
             for axis in sides:
+                if turn:
+                    # A block's lines may stand in any order: dealing them to other slots opens other moves.
+                    self.move(self._shuffled(axis, generator), axis)
                 for slot in range(self.pattern.m):
                     self._step(axis, slot)
+            if self.objective < before:
+                # Shuffled blocks solved anew may differ by rounding where no step gained anything.
+                self.scores, self.orders, self.solution = state
             if self.objective - before <= tolerance * abs(before):
                 break
         return self
@@ -199,6 +207,12 @@ class _Search:
         self.scores = self.scores.index_select(axis, order)
         self.orders[axis] = self.orders[axis][order]
         self.solution = self._solve(self.scores)
+
+    def _shuffled(self, axis: int, generator: torch.Generator) -> Tensor:
+        """An order of all lines that keeps every group's lines together."""
+        lines = torch.arange(self.scores.shape[axis]).view(-1, self.pattern.m)
+        within = torch.rand(lines.shape, generator=generator).argsort(dim=1)
+        return lines.gather(1, within).flatten().to(self.scores.device)
 
     def _can_move(self, axis: int) -> bool:
         n, m = self.pattern.n, self.pattern.m
