@@ -1,24 +1,24 @@
 r"""Sinkhorn's iteration and its reverse sweep: every iteration of a batch of blocks in one launch.
 
-With ``K = logits / temperature`` the plan is ``exp(K + f + g)``. Iteration t sets f so that the rows sum to a,
-then g so that the columns sum to b. Exponentials are taken once, at reference scalings, into a kernel
-``E = exp(K + f_ref + g_ref)`` that stays in registers; an iteration is two products with it,
+With ``K = logits / temperature`` the plan is ``exp(K + f + g)``. Iteration t sets f so that the rows sum to
+a, then g so that the columns sum to b. Exponentials are taken once, at reference scalings, into a kernel ``E
+= exp(K + f_ref + g_ref)`` that stays in registers; an iteration is two products with it,
 
     u = a / (E v),    v = b / (E^T u),        f = f_ref + log u,   g = g_ref + log v.
 
-A block whose factors leave ``2^+-LIMIT`` makes the iteration in the log domain instead, from ``K + g``, which
-gives it new references (Schmitzer, SIAM J. Sci. Comput. 41, 2019). Other blocks of the program keep theirs, so
-that a block's result does not depend on its neighbours. Scalings are held and stored as base-2 logarithms.
+A block whose factors leave ``2^+-LIMIT`` makes the iteration in the log domain instead, from ``K + g``,
+which gives it new references (Schmitzer, SIAM J. Sci. Comput. 41, 2019). Other blocks of the program keep
+theirs, so that a block's result does not depend on its neighbours. Scalings are held and stored as base-2
+logarithms.
 
-Loads say that they have no contiguity, lest the compiler deal the first axes of a tile over lanes (see _tile).
-The argument ``one`` is 1, which the compiler is not told: indices multiplied by it hide their contiguity too, and
-addresses that depend on the iteration t through ``t * (one - 1)`` are worked out where they are needed, not
-kept in registers over the loop.
+Loads say that they have no contiguity, lest the compiler deal the first axes of a tile over lanes (see
+_tile). The argument ``one`` is 1, which the compiler is not told: indices multiplied by it hide their
+contiguity too, and addresses that depend on the iteration t through ``t * (one - 1)`` are worked out where
+they are needed, not kept in registers over the loop.
 """
 
 import triton
 import triton.language as tl
-
 from nmsolve.kernels._tile import (
     col_index,
     max_cols,
@@ -99,9 +99,9 @@ def sinkhorn_forward_kernel(
 ):
     """``plan`` (batch, rows, cols) float32 of logits with any strides; ``scale`` is log2(e) / temperature.
 
-    With KEEP the scalings after each iteration go to (batch, iterations, rows or cols); ``made`` (batch,) int32
-    counts them. With TOLERANCE a block stops once all its row sums are within ``tolerance``. RELOAD reads the
-    logits twice in an iteration of the log domain, where registers are short.
+    With KEEP the scalings after each iteration go to (batch, iterations, rows or cols); ``made`` (batch,)
+    int32 counts them. With TOLERANCE a block stops once all its row sums are within ``tolerance``. RELOAD
+    reads the logits twice in an iteration of the log domain, where registers are short.
     """
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None]
     exists = block < batch

@@ -30,8 +30,8 @@ class AssignmentSolution:
     objective : Tensor
         float64 ``(...)``: total score of the permutation.
     bound : Tensor
-        float64 ``(...)``: ``sum(u) + sum(v) + sum_ij max(0, A[i, j] - u[i] - v[j])``; whatever u and v are, no
-        permutation scores more.
+        float64 ``(...)``: ``sum(u) + sum(v) + sum_ij max(0, A[i, j] - u[i] - v[j])``; whatever u and v are,
+        no permutation scores more.
     scale : Tensor
         float64 ``(...)``: sum of the absolute scores taken, what ``gap`` is relative to.
     """
@@ -74,11 +74,12 @@ def assignment(
     scores : Tensor
         ``(..., M, M)``, float64, float32, float16 or bfloat16, finite, any strides; higher = better.
     backend : {"auto", "triton", "cpu", "torch"}
-        "cpu" is Jonker and Volgenant's algorithm (Computing 38, 1987) in Numba, in float64 whatever the scores
-        are, for any M. "triton" is the block solver of the masks with one kept entry per line, in float32, for
-        M up to 64. "torch" is the reference in float64, slow for large M. "auto" takes "cpu" for CPU tensors
-        (if numba is installed, else "torch"). On a GPU it takes "triton" up to M = 64; larger matrices travel
-        to the host and back, where "cpu" solves them sooner than a GPU can (without numba: "torch").
+        "cpu" is Jonker and Volgenant's algorithm (Computing 38, 1987) in Numba, in float64 whatever the
+        scores are, for any M. "triton" is the block solver of the masks with one kept entry per line, in
+        float32, for M up to 64. "torch" is the reference in float64, slow for large M. "auto" takes "cpu"
+        for CPU tensors (if numba is installed, else "torch"). On a GPU it takes "triton" up to M = 64;
+        larger matrices travel to the host and back, where "cpu" solves them sooner than a GPU can (without
+        numba: "torch").
     return_solution : bool
         Return an :class:`AssignmentSolution`, with the duals that prove optimality.
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nmsolve import reference_permute
-from nmsolve._cpu import sinkhorn
+from nmsolve._cpu import sinkhorn as _sinkhorn
 from nmsolve._cpu.assignment import solve_assignments
 
 __all__ = ["assignment", "permute_columns", "rms_norm_permute", "sinkhorn_backward", "sinkhorn_forward"]
+
+# Numba's dispatchers, whose stubs know no signature.
+forward: Any = _sinkhorn.sinkhorn_forward
+backward: Any = _sinkhorn.sinkhorn_backward
 
 # PyTorch's own gather of columns is as fast as memory on the CPU.
 permute_columns = reference_permute.permute_columns
@@ -25,7 +30,7 @@ _SHARE = 1 << 17
 
 
 def assignment(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
-    """Optimal columns of the rows of ``(B, M, M)`` scores; see :func:`nmsolve.reference_permute.assignment`."""
+    """As :func:`nmsolve.reference_permute.assignment`."""
     batch, m = scores.shape[:2]
     permutations = torch.empty(batch, m, dtype=torch.int64)
     certified = batch if want_solution else 0
@@ -33,7 +38,11 @@ def assignment(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
     values = torch.empty(certified, 3, dtype=torch.float64)
     matrices, *outputs = _arrays(_widened(scores), permutations, row_duals, col_duals, values)
     share_out(lambda first, last: solve_assignments(matrices, first, last, *outputs), batch, m * m)
-    return (permutations, row_duals, col_duals, *values.unbind(1)) if want_solution else (permutations,)
+    return (
+        (permutations, row_duals, col_duals, *(values[:, k].clone() for k in range(3)))
+        if want_solution
+        else (permutations,)
+    )
 
 
 def sinkhorn_forward(
@@ -55,7 +64,7 @@ def sinkhorn_forward(
     outputs = _arrays(plan, row_scalings, col_scalings, made)
     settings = (float(temperature), iterations, float(tolerance))
     share_out(
-        lambda first, last: sinkhorn.sinkhorn_forward(*inputs, *settings, first, last, *outputs),
+        lambda first, last: forward(*inputs, *settings, first, last, *outputs),
         batch,
         rows * cols * iterations,
     )
@@ -77,7 +86,7 @@ def sinkhorn_backward(
     inputs = _arrays(_widened(gradient), _widened(logits), col_marginals, row_scalings, col_scalings, made)
     (result,) = _arrays(out)
     share_out(
-        lambda first, last: sinkhorn.sinkhorn_backward(*inputs, float(temperature), first, last, result),
+        lambda first, last: backward(*inputs, float(temperature), first, last, result),
         batch,
         rows * cols * row_scalings.shape[1],
     )
@@ -94,7 +103,7 @@ def _arrays(*tensors: Tensor) -> list[np.ndarray]:
 
 
 def share_out(kernel: Callable[[int, int], object], count: int, entries: int) -> None:
-    """Run ``kernel(first, last)`` over ``count`` problems of ``entries`` entries each on torch's number of threads.
+    """Run ``kernel(first, last)`` over ``count`` problems of ``entries`` entries each, on torch's threads.
 
     Threads take shares as they get free. What a problem's result is depends on nothing but the problem.
     """

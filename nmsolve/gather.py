@@ -1,4 +1,4 @@
-"""Reordering of columns at run time: what a model needs where a permutation cannot be folded into its weights."""
+"""Reordering of columns at run time, for permutations that cannot be folded into a model's weights."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def permute_columns(x: Tensor, permutation: Tensor, *, backend: str = "auto") ->
     tensor([[30, 10, 20]])
     """
     _check(x, permutation, backend)
-    result: Tensor = _Permute.apply(x, permutation, backend)
+    result: Tensor = _Permute.apply(x, permutation, False, backend)
     return result
 
 
@@ -61,8 +61,8 @@ def rms_norm_permute(
     """RMS normalisation of the last dimension, with its columns in a new order, in one pass.
 
     ``y[..., j] = x[..., p_j] * weight[p_j] / sqrt(mean(x^2) + eps)`` with p the permutation: the same as
-    ``permute_columns(rms_norm(x, (C,), weight, eps), permutation)``. Computed in float32 (float64 for float64)
-    and rounded once.
+    ``permute_columns(rms_norm(x, (C,), weight, eps), permutation)``. Computed in float32 (float64 for
+    float64) and rounded once.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ def _check(x: object, permutation: object, backend: str) -> None:
 
 
 def _inverse(permutation: Tensor) -> Tensor:
-    """The inverse permutation; raises if the tensor is no permutation. Remembered while the tensor is unchanged."""
+    """The inverse; raises if the tensor is no permutation. Remembered while the tensor is unchanged."""
     version = None if permutation.is_inference() else permutation._version
     known = _CHECKED.get(permutation)
     if known is not None and version is not None and known[0] == version:
@@ -147,15 +147,16 @@ def _inverse(permutation: Tensor) -> Tensor:
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, permutation: Tensor, backend: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, permutation: Tensor, inverse: bool, backend: str) -> Tensor:
         ctx.save_for_backward(permutation)
-        ctx.backend = backend
-        return _permute_op(x, permutation, False, backend)
+        ctx.settings = inverse, backend
+        return _permute_op(x, permutation, inverse, backend)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (permutation,) = ctx.saved_tensors
-        return _permute_op(gradients[0], permutation, True, ctx.backend), None, None
+        inverse, backend = ctx.settings
+        return _Permute.apply(gradients[0], permutation, not inverse, backend), None, None, None
 
 
 class _NormPermute(torch.autograd.Function):

@@ -60,7 +60,7 @@ class SinkhornTile(NamedTuple):
 
 
 def sinkhorn_tile(rows: int, cols: int) -> SinkhornTile:
-    """2 x 8 entries a lane up to 16 x 16, then 4 x 8, 8 x 8 in the largest; one warp or more, blocks to fill it.
+    """2 x 8 entries a lane up to 16 x 16, then 4 x 8, 8 x 8 in the largest; as many blocks as fill a warp.
 
     Examples
     --------
@@ -168,9 +168,8 @@ def sinkhorn_backward(
 
 def permute_columns(x: Tensor, permutation: Tensor) -> Tensor:
     """``x[:, permutation]`` of ``(rows, cols)`` with any strides."""
-    rows, cols = x.shape
-    per_row, per_col, warps = GATHER_TILE
-    return _gather(x, permutation, x, 0.0, False, per_row, per_col, warps, triton.cdiv(cols, per_col))
+    across = triton.cdiv(x.shape[1], GATHER_TILE[1])
+    return _gather(x, permutation, x, 0.0, False, *GATHER_TILE, across)
 
 
 def rms_norm_permute(x: Tensor, weight: Tensor, permutation: Tensor, eps: float) -> Tensor:

@@ -21,7 +21,7 @@ class PermuteBackend(Protocol):
     """What a companion module offers; its functions trust their callers."""
 
     def assignment(self, scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
-        """Columns ``(B, M)`` of the rows of ``(B, M, M)``; then row and column duals, objective, bound, scale."""
+        """Columns ``(B, M)`` of the rows; if wanted also duals of both sides, objective, bound and scale."""
 
     def sinkhorn_forward(
         self,

@@ -51,16 +51,17 @@ def sinkhorn_forward(
 
         f_t = log a - logsumexp_j(K + g_{t-1}),    g_t = log b - logsumexp_i(K + f_t),
 
-    and the plan is ``exp(K + f + g)`` after the last one. What is kept is the matrix ``K + f + g`` itself: its
-    entries that matter are near 0, so that rounding does not grow with the logits. ``row_marginals`` a is
-    ``(B, R)`` and ``col_marginals`` b ``(B, C)``, float32 or, for float64 logits, float64, which is what the
-    work is done in. A block stops before iteration t > 1 if all its row sums are within ``tolerance`` of a.
+    and the plan is ``exp(K + f + g)`` after the last one. What is kept is the matrix ``K + f + g`` itself:
+    its entries that matter are near 0, so that rounding does not grow with the logits. ``row_marginals`` a
+    is ``(B, R)`` and ``col_marginals`` b ``(B, C)``, float32 or, for float64 logits, float64, which is what
+    the work is done in. A block stops before iteration t > 1 if all its row sums are within ``tolerance`` of
+    a.
 
     Returns
     -------
     plan, row_scalings, col_scalings, made : Tensor
-        ``(B, R, C)``, ``(B, T, R)`` and ``(B, T, C)`` of the work dtype, ``(B,)`` int32. The scalings f and g of
-        every iteration that was made are there if ``keep``; else their T is 0.
+        ``(B, R, C)``, ``(B, T, R)`` and ``(B, T, C)`` of the work dtype, ``(B,)`` int32. The scalings f and
+        g of every iteration that was made are there if ``keep``; else their T is 0.
     """
     z = logits.to(row_marginals.dtype) / temperature
     batch, rows, cols = z.shape

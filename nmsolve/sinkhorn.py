@@ -1,4 +1,4 @@
-"""Soft permutations: batches of doubly stochastic plans by Sinkhorn's iteration, with a hand-written gradient."""
+"""Soft permutations: doubly stochastic plans by Sinkhorn's iteration, with a hand-written gradient."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def sinkhorn(
         A block stops early, between two iterations, once no row sum is further than this from its marginal.
         What a block does depends on nothing else in the batch.
     row_marginals, col_marginals : Tensor, optional
-        Positive, ``(..., R)`` and ``(..., C)``, broadcast to the logits' leading dimensions, of equal totals in
-        each block; constants for the gradient. Without either, rows sum to 1 and columns to ``R / C`` (1 if
-        square); without one of them, its lines share the other's total equally.
+        Positive, ``(..., R)`` and ``(..., C)``, broadcast to the logits' leading dimensions, of equal totals
+        in each block; constants for the gradient. Without either, rows sum to 1 and columns to ``R / C`` (1
+        if square); without one of them, its lines share the other's total equally.
     backend : {"auto", "triton", "cpu", "torch"}
         "triton" makes all iterations in one launch, in float32, for up to 128 rows and columns; "auto" takes
         it on a GPU, except for larger blocks and float64 (then "torch"). On a CPU "auto" takes "cpu" where
@@ -108,15 +108,15 @@ def sinkhorn(
     if logits.numel() == 0:
         return scaled.to(torch.promote_types(scaled.dtype, torch.float32)) * 1.0
     blocks = scaled.reshape(-1, rows, cols)
-    marginals = [
+    both = [
         m if m is None else m.detach().expand(*lead, m.shape[-1]).reshape(-1, m.shape[-1])
         for m in (row_marginals, col_marginals)
     ]
     settings = (degree, iterations, -1.0 if tolerance is None else float(tolerance), backend)
     if torch.is_grad_enabled() and blocks.requires_grad:
-        plan = _Sinkhorn.apply(blocks, *marginals, *settings)
+        plan = _Sinkhorn.apply(blocks, *both, *settings)
     else:
-        plan = _forward(blocks, *marginals, *settings, False)[0]
+        plan = _forward(blocks, *both, *settings, False)[0]
     result: Tensor = plan.view(logits.shape)
     return result
 
@@ -173,7 +173,7 @@ def _runner(backend: str, logits: Tensor) -> PermuteBackend:
 
 
 def _marginals(blocks: Tensor, rows: Tensor | None, cols: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both marginals in the work dtype, ``(B, R)`` and ``(B, C)``; raises if they are not positive or unequal."""
+    """Both marginals, ``(B, R)`` and ``(B, C)`` in the work dtype; raises unless positive and of one total."""
     batch, r, c = blocks.shape
     work = torch.promote_types(blocks.dtype, torch.float32)
     for name, given in (("row_marginals", rows), ("col_marginals", cols)):
@@ -184,8 +184,8 @@ def _marginals(blocks: Tensor, rows: Tensor | None, cols: Tensor | None) -> tupl
         if bool(((have - want).abs() > _TOTALS * want).any()):
             worst = int(((have - want).abs() / want).argmax())
             raise NMSolveError(
-                f"col_marginals: expected the total of row_marginals, {float(want[worst]):.6g} in block {worst}, "
-                f"got {float(have[worst]):.6g}"
+                "col_marginals: expected the total of row_marginals, "
+                f"{float(want[worst]):.6g} in block {worst}, got {float(have[worst]):.6g}"
             )
     if rows is None and cols is None:
         rows, cols = blocks.new_ones(1, r, dtype=work), blocks.new_full((1, c), r / c, dtype=work)

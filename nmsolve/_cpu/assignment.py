@@ -1,4 +1,4 @@
-"""Optimal assignment by Jonker and Volgenant's shortest augmenting paths, eight columns of a row per register.
+"""Optimal assignment by Jonker and Volgenant's shortest augmenting paths, eight columns to a register.
 
 For scores A (M x M) the permutation p with the largest ``sum_i A[i, p_i]`` is found with column prices v for
 which every row's own column is its best,
@@ -50,7 +50,7 @@ BIDS = 2
 
 
 @intrinsic
-def load_wide(typingctx: Any, array: Any, index: Any) -> Any:
+def _load_wide(typingctx: Any, array: Any, index: Any) -> Any:
     """``array[index : index + 8]`` as float64 lanes; the array is float32 or float64."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -66,7 +66,7 @@ def load_wide(typingctx: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic
-def count_ones(typingctx: Any, bits: Any) -> Any:
+def _count_ones(typingctx: Any, bits: Any) -> Any:
     """How many bits of an int64 are set."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -77,6 +77,11 @@ def count_ones(typingctx: Any, bits: Any) -> Any:
         return builder.call(function, args)
 
     return types.int64(types.int64), emit
+
+
+# Without the typing context that mypy would ask for.
+load_wide: Any = _load_wide
+count_ones: Any = _count_ones
 
 
 @njit

@@ -1,14 +1,14 @@
 r"""Sinkhorn's iteration and its reverse sweep, one block at a time.
 
-The plan is ``exp(K + f + g)`` with ``K = logits / temperature``. Its exponentials are taken once, at reference
-scalings, as a kernel ``E = exp(K + f_ref + g_ref)``; an iteration is then two products with E,
+The plan is ``exp(K + f + g)`` with ``K = logits / temperature``. Its exponentials are taken once, at
+reference scalings, as a kernel ``E = exp(K + f_ref + g_ref)``; an iteration is then two products with E,
 
     u = a / (E v),    v = b / (E^T u),        f = f_ref + log u,   g = g_ref + log v.
 
-When a factor leaves ``exp(+-LIMIT)``, the iteration is made in the log domain instead, from ``K + g``, and its
-result is the new reference (Schmitzer, SIAM J. Sci. Comput. 41, 2019). E is then scaled to sum to b along every
-column, and each row has an entry of at least about ``a_i min(b) / (C sum(a))``: nothing over- or underflows that
-matters, and what has underflowed stays negligible within the limit.
+When a factor leaves ``exp(+-LIMIT)``, the iteration is made in the log domain instead, from ``K + g``, and
+its result is the new reference (Schmitzer, SIAM J. Sci. Comput. 41, 2019). E is then scaled to sum to b
+along every column, and each row has an entry of at least about ``a_i min(b) / (C sum(a))``: nothing over- or
+underflows that matters, and what has underflowed stays negligible within the limit.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _log_step(level: Any, a: Any, b: Any, f: Any, g: Any, kernel: Any, sums: Any
 
 @njit(fastmath=_FAST)
 def _scale_step(kernel: Any, a: Any, b: Any, u: Any, v: Any, new_u: Any, new_v: Any) -> Any:
-    """``new_u = a / (E v)``, ``new_v = b / (E^T new_u)``: (largest error of a row sum before, range is safe)."""
+    """``new_u = a / (E v)``, ``new_v = b / (E^T new_u)``: (largest error of a row sum so far, is it safe)."""
     rows, cols = kernel.shape
     real = kernel.dtype.type
     error, low, high = real(0), real(1), real(1)
