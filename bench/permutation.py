@@ -95,18 +95,23 @@ def part_model(
     names = [site.tensor for c in couplings for site in c.consumers]
     scores: dict[str, Tensor] = {}
     start: dict[str, Tensor] = {}
+    searched = 0.0
     for order in args.orders:
         if ("model", "mlp", str(pattern), order) in done:
             continue
         if not scores:
             scores = wanda_scores(model, calibration, names)
+            begun = time.perf_counter()
             start = {c.name: ria_permutation(c.scores(scores), pattern.n, pattern.m) for c in couplings}
+            searched = time.perf_counter() - begun
         begun = time.perf_counter()
         steps = 0
         if order == "natural":
             orders = {c.name: torch.arange(c.size) for c in couplings}
-        elif order.startswith("ria"):
-            steps = 10 if order.endswith("passes") else 1
+        elif order == "ria":
+            orders, steps, begun = start, 1, begun - searched
+        elif order == "ria 10 passes":
+            steps = 10
             orders = {
                 c.name: ria_permutation(c.scores(scores), pattern.n, pattern.m, passes=steps)
                 for c in couplings
