@@ -34,6 +34,11 @@ COLOURS = {"exact": "#1b7837", "tsenor": "#762a83", "greedy": "#e08214"}
 MARKERS = {"2:4": "o", "4:8": "s", "8:16": "^", "16:32": "D"}
 
 
+def kept(scores: Tensor, mask: Tensor) -> float:
+    """The float64 sum of the scores that a mask keeps."""
+    return float(scores.double().flatten() @ mask.double().flatten())
+
+
 @dataclasses.dataclass
 class Tally:
     """Sums over the layers that one method solved."""
@@ -48,7 +53,7 @@ class Tally:
     def add(self, scores: Tensor, mask: Tensor, ordinary: float, bound: float, seconds: float) -> None:
         self.layers += 1
         self.weights += scores.numel()
-        self.kept += float(scores[mask].sum(dtype=torch.float64))
+        self.kept += kept(scores, mask)
         self.ordinary += ordinary
         self.bound += bound
         self.seconds += seconds
@@ -75,7 +80,7 @@ def solve(layers: list[tuple[str, Tensor]], n: int, m: int) -> tuple[list[dict],
         start = time.perf_counter()
         bound = nmsolve.transposable_mask(scores, n, m, return_solution=True).total_bound
         certify += time.perf_counter() - start
-        ordinary = float(scores[nmsolve.nm_mask(scores, n, m)].sum(dtype=torch.float64))
+        ordinary = kept(scores, nmsolve.nm_mask(scores, n, m))
         for method, tally in tallies.items():
             if method == "tsenor" and index % SAMPLE:
                 continue
@@ -151,12 +156,11 @@ def draw_error(rows: list[dict], file: Path) -> None:
             label=method,
         )
         for x, y, pattern in points:
-            axis.plot(x, y, MARKERS[pattern], color=COLOURS[method], markersize=7, clip_on=False, zorder=3)
-            axis.annotate(
-                pattern, (x, y), (6, 5), textcoords="offset points", fontsize=8, color=COLOURS[method]
-            )
+            axis.plot(x, y, MARKERS[pattern], color=COLOURS[method], markersize=8, clip_on=False, zorder=3)
+    for pattern, marker in MARKERS.items():
+        axis.plot([], [], marker, color="black", label=pattern)
     _plain_ticks(axis)
-    axis.legend(title="method", frameon=False)
+    axis.legend(frameon=False)
     axis.set_title("Transposable masks for the linear layers of SmolLM2-135M, CPU")
     figure.savefig(file, dpi=120)
     plt.close(figure)
