@@ -11,11 +11,11 @@ from nmsolve.errors import BackendError, NMSolveError
 from nmsolve.pattern import NMPattern
 
 if TYPE_CHECKING:
-    from nmsolve.assignment import AssignmentSolution, assignment
     from nmsolve.gather import permute_columns, rms_norm_permute
     from nmsolve.masks import check_mask, nm_mask, solve_blocks, transposable_mask, transposable_masks
+    from nmsolve.matching import AssignmentSolution, assignment
     from nmsolve.packed import load_masks, save_masks
-    from nmsolve.sinkhorn import sinkhorn
+    from nmsolve.plans import sinkhorn
     from nmsolve.solution import BlockSolution, dual_bound, kept_score
 
 __version__ = "0.1.0"
@@ -43,9 +43,9 @@ __all__ = [
 ]
 
 _MODULES = {
-    "nmsolve.assignment": ("AssignmentSolution", "assignment"),
+    "nmsolve.matching": ("AssignmentSolution", "assignment"),
     "nmsolve.gather": ("permute_columns", "rms_norm_permute"),
-    "nmsolve.sinkhorn": ("sinkhorn",),
+    "nmsolve.plans": ("sinkhorn",),
     "nmsolve.masks": ("check_mask", "nm_mask", "solve_blocks", "transposable_mask", "transposable_masks"),
     "nmsolve.packed": ("load_masks", "save_masks"),
     "nmsolve.solution": ("BlockSolution", "dual_bound", "kept_score"),

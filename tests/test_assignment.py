@@ -100,6 +100,14 @@ def test_certificate(backend):
         assert solution.max_gap < (1e-5 if backend == "triton" else 1e-12)
 
 
+def test_one_matrix(backend):
+    scores = torch.rand(5, 5, generator=torch.Generator().manual_seed(6))
+    solution = assignment(scores, backend=backend, return_solution=True)
+    assert solution.permutation.shape == solution.row_duals.shape == (5,)
+    assert solution.objective.shape == solution.gap.shape == ()
+    assert torch.equal(solution.permutation, assignment(scores, backend=backend))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes_strides_and_leading_dimensions(backend, dtype):
     scores = torch.randn(6, 2, 6, 3, generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -10,7 +10,7 @@ import torch
 
 import nmsolve
 from nmsolve import NMSolveError
-from nmsolve.assignment import assignment
+from nmsolve.matching import assignment
 from nmsolve.permute import (
     deal_columns,
     retained_score,

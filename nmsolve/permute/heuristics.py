@@ -23,9 +23,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nmsolve.assignment import assignment
 from nmsolve.errors import NMSolveError
 from nmsolve.masks import nm_mask
+from nmsolve.matching import assignment
 from nmsolve.pattern import NMPattern
 from nmsolve.validation import check_finite, check_scores, describe
 

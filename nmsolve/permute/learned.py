@@ -31,13 +31,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from nmsolve.assignment import assignment
 from nmsolve.errors import NMSolveError
 from nmsolve.masks import nm_mask, transposable_mask
+from nmsolve.matching import assignment
 from nmsolve.pattern import NMPattern
 from nmsolve.permute.couplings import Coupling, Site, find_couplings
 from nmsolve.permute.heuristics import check_permutation, ria_permutation
-from nmsolve.sinkhorn import sinkhorn
+from nmsolve.plans import sinkhorn
 from nmsolve.staging import Staging
 
 __all__ = [

@@ -38,9 +38,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nmsolve.assignment import assignment
 from nmsolve.errors import NMSolveError
 from nmsolve.masks import solve_blocks, transposable_mask
+from nmsolve.matching import assignment
 from nmsolve.pattern import NMPattern
 from nmsolve.permute.heuristics import deal_columns
 from nmsolve.solution import BlockSolution

@@ -173,7 +173,7 @@ def _runner(backend: str, logits: Tensor) -> PermuteBackend:
 
 
 def _marginals(blocks: Tensor, rows: Tensor | None, cols: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both marginals, ``(B, R)`` and ``(B, C)`` in the work dtype; raises unless positive and of one total."""
+    """Both marginals in the work dtype, ``(B, lines)``; raises unless positive and of one total."""
     batch, r, c = blocks.shape
     work = torch.promote_types(blocks.dtype, torch.float32)
     for name, given in (("row_marginals", rows), ("col_marginals", cols)):

@@ -140,7 +140,7 @@ def _solve(scores: Tensor, backend: str, want_solution: bool) -> tuple[Tensor, .
     if through_host:
         matrices = matrices.cpu()
     found = runner.assignment(matrices, want_solution)
-    return tuple(tensor.to(scores.device).view(*lead, *tensor.shape[1:]) for tensor in found)
+    return tuple(tensor.to(scores.device).view((*lead, *tensor.shape[1:])) for tensor in found)
 
 
 def _blank(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
