@@ -243,7 +243,7 @@ def pictures(results: Path) -> None:
 
     rows = [row for row in read_csv(results) if row["part"] == "layers"]
     scopes = list(dict.fromkeys((row["scope"], row["pattern"]) for row in rows))
-    figure, axis = plt.subplots(figsize=(9, 0.5 + 0.42 * len(scopes)))
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.4 * len(scopes)))
     colours = {"natural": "#b0b7c3", "rows and columns": "#2f6db3", "ordinary": "#333333"}
     for order, colour in colours.items():
         kept = {(r["scope"], r["pattern"]): float(r["retained"]) for r in rows if r["order"] == order}
@@ -254,7 +254,7 @@ def pictures(results: Path) -> None:
     axis.invert_yaxis()
     axis.set_xlabel("kept share of Wanda's score")
     axis.grid(axis="x", alpha=0.4)
-    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=3, frameon=False)
+    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "permutation_retained.png", dpi=110)
     print("wrote docs/permutation_plan.png and docs/permutation_retained.png")

@@ -117,10 +117,10 @@ def transposable_permutation(
 
     Examples
     --------
-    >>> scores = torch.tensor([[3.0, 3.0, 0.0, 0.0], [3.0, 3.0, 0.0, 0.0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    >>> scores = torch.tensor([[3.0, 3.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     >>> found = transposable_permutation(scores, 1, 2)
     >>> found.before.item(), found.after.item()
-    (6.0, 12.0)
+    (3.0, 6.0)
     """
     pattern = NMPattern(n, m)
     check_scores(scores)
