@@ -14,6 +14,7 @@ from torch import Tensor
 from nmsolve import reference_permute
 from nmsolve._cpu import sinkhorn as _sinkhorn
 from nmsolve._cpu.assignment import solve_assignments
+from nmsolve.validation import check_finite
 
 __all__ = ["assignment", "permute_columns", "rms_norm_permute", "sinkhorn_backward", "sinkhorn_forward"]
 
@@ -38,11 +39,11 @@ def assignment(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
     values = torch.empty(certified, 3, dtype=torch.float64)
     matrices, *outputs = _arrays(_widened(scores), permutations, row_duals, col_duals, values)
     share_out(lambda first, last: solve_assignments(matrices, first, last, *outputs), batch, m * m)
-    return (
-        (permutations, row_duals, col_duals, *(values[:, k].clone() for k in range(3)))
-        if want_solution
-        else (permutations,)
-    )
+    if bool((permutations[:, 0] < 0).any()):
+        check_finite(scores)  # says which are not
+    if not want_solution:
+        return (permutations,)
+    return permutations, row_duals, col_duals, *(values[:, k].clone() for k in range(3))
 
 
 def sinkhorn_forward(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nmsolve.dispatch import TRITON_MAX_M, check_backend
 from nmsolve.errors import BackendError, NMSolveError
-from nmsolve.permute_backends import PermuteBackend, companion, load, runs_triton
+from nmsolve.permute_backends import PermuteBackend, checks_finite, companion, load, runs_triton
 from nmsolve.validation import check_finite, check_scores, describe
 
 __all__ = ["AssignmentSolution", "assignment"]
@@ -131,11 +131,12 @@ def _runner(backend: str, scores: Tensor) -> tuple[PermuteBackend, bool]:
 
 
 def _solve(scores: Tensor, backend: str, want_solution: bool) -> tuple[Tensor, ...]:
-    check_finite(scores)
     *lead, m, _ = scores.shape
     if scores.numel() == 0:
         return _blank(scores, want_solution)
     runner, through_host = _runner(backend, scores)
+    if not (through_host or checks_finite(runner)):
+        check_finite(scores)
     matrices = scores.reshape(-1, m, m)
     if through_host:
         matrices = matrices.cpu()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nmsolve.dispatch import select
 
-__all__ = ["PermuteBackend", "companion", "runs_triton"]
+__all__ = ["PermuteBackend", "checks_finite", "companion", "load", "runs_triton"]
 
 
 class PermuteBackend(Protocol):
@@ -62,6 +62,11 @@ def companion(backend: str, device: torch.device) -> PermuteBackend:
 def load(module: str) -> PermuteBackend:
     """The companion of the backend module of that name."""
     return cast(PermuteBackend, importlib.import_module(f"{module}_permute"))
+
+
+def checks_finite(runner: PermuteBackend) -> bool:
+    """Whether the assignment of ``runner`` refuses scores that are not finite by itself."""
+    return getattr(runner, "__name__") == "nmsolve.cpu_permute"  # noqa: B009
 
 
 def runs_triton(runner: PermuteBackend) -> bool:

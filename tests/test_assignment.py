@@ -191,6 +191,15 @@ def test_refuses(scores, message):
         assignment(scores)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [(0, 0), (3, 8), (10, 10)])
+def test_refuses_what_is_not_finite_anywhere(backend, value, place):
+    scores = torch.rand(6, 11, 11)
+    scores[(4, *place)] = value
+    with pytest.raises(nmsolve.NMSolveError, match="scores: expected finite values, got 1"):
+        assignment(scores, backend=backend)
+
+
 def test_refuses_backends():
     with pytest.raises(nmsolve.NMSolveError, match="backend: expected"):
         assignment(torch.eye(2), backend="scipy")

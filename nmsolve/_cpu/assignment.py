@@ -121,6 +121,25 @@ def _free_column(scores: Any, row: int, width: int, prices: Any, loss: float, va
 
 
 @njit
+def _copy(matrix: Any, dense: Any, width: int) -> bool:
+    """Copy a matrix to the front of padded rows; whether it is finite."""
+    m = len(matrix)
+    # Numbers minus themselves are 0 unless they are NaN or infinite.
+    doubt = dense.dtype.type(0)
+    for i in range(m):
+        source, line = matrix[i], dense[i * width : i * width + m]
+        for j in range(m):
+            line[j] = source[j]
+        for j in range(0, m - LANES + 1, LANES):
+            score = load_wide(line, j)
+            if bits_of(score - score == score - score) != (1 << LANES) - 1:
+                return False
+        for j in range(m - m % LANES, m):
+            doubt += line[j] - line[j]
+    return doubt == 0
+
+
+@njit
 def _column_maxima(scores: Any, m: int, width: int, prices: Any, holder: Any) -> None:
     """``prices[j] = max_i A[i, j]``, and the first row that has it."""
     for j in range(0, width, LANES):
@@ -316,8 +335,9 @@ def solve_assignments(
 ) -> None:
     """Solve matrices ``first .. last`` of ``scores`` (B, M, M), float32 or float64 with any strides.
 
-    ``permutations`` (B, M) int64 receives the column of each row. Where they are not empty, ``row_duals`` and
-    ``col_duals`` (B, M) and ``values`` (B, 3: objective, bound, scale) float64 receive the certificate.
+    ``permutations`` (B, M) int64 receives the column of each row, or -1 first if a score is not finite. Where
+    they are not empty, ``row_duals`` and ``col_duals`` (B, M) and ``values`` (B, 3: objective, bound, scale)
+    float64 receive the certificate.
     """
     m = scores.shape[1]
     width = -(-m // LANES) * LANES
@@ -329,9 +349,9 @@ def solve_assignments(
     vacant = np.empty(width // LANES, np.int64)
     for b in range(first, last):
         matrix = scores[b]
-        for i in range(m):
-            for j in range(m):
-                dense[i * width + j] = matrix[i, j]
+        if not _copy(matrix, dense, width):
+            permutations[b, 0] = -1
+            continue
         _column_maxima(dense, m, width, prices, holder)
         count = _take_maxima(dense, m, width, prices, holder, row_of, col_of, vacant, free)
         count = _bid(dense, width, prices, row_of, col_of, vacant, free, count, BIDS * m)

@@ -1,0 +1,108 @@
+"""Sinkhorn with its gradient against autograd through a PyTorch loop: writes bench/results/sinkhorn.csv.
+
+Forward and backward of a batch, timed in turn, and the memory that is held between them: the tensors that
+autograd saves, beside the logits. The gradients are compared first, with the loop's in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import common
+import torch
+from torch import Tensor
+
+import nmsolve
+
+SHAPES = ((16, 256), (64, 64), (128, 16), (512, 1))
+TEMPERATURE, ITERATIONS = 0.1, 20
+
+
+def loop(logits: Tensor) -> Tensor:
+    """The textbook iteration in the log domain, left to autograd."""
+    z = logits / TEMPERATURE
+    for _ in range(ITERATIONS):
+        z = z - z.logsumexp(2, keepdim=True)
+        z = z - z.logsumexp(1, keepdim=True)
+    return z.exp()
+
+
+def held_bytes(function: Callable[[Tensor], Tensor], logits: Tensor) -> int:
+    """Bytes of the different storages that autograd saves, the logits' own left out."""
+    storages: dict[int, int] = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        plan = function(logits)
+    storages.pop(logits.untyped_storage().data_ptr(), None)
+    del plan
+    return sum(storages.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=common.RESULTS / "sinkhorn.csv")
+    arguments = parser.parse_args()
+    rows = []
+    for m, batch in SHAPES:
+        logits = torch.randn(batch, m, m, generator=torch.Generator().manual_seed(m))
+        weight = torch.randn(batch, m, m, generator=torch.Generator().manual_seed(m + 1))
+        contenders: dict[str, Callable[[Tensor], Tensor]] = {
+            name: lambda x, name=name: nmsolve.sinkhorn(x, TEMPERATURE, ITERATIONS, backend=name)  # type: ignore[misc]
+            for name in ("cpu", "torch")
+        }
+        contenders["autograd loop"] = loop
+
+        def both(function: Callable[[Tensor], Tensor], x: Tensor, pull: Tensor = weight) -> Tensor:
+            source = x.detach().requires_grad_(True)
+            (function(source) * pull).sum().backward()
+            assert source.grad is not None
+            return source.grad
+
+        exact = both(loop, logits.double())
+        errors = {
+            name: float((both(function, logits) - exact).abs().max() / exact.abs().max())
+            for name, function in contenders.items()
+        }
+        assert max(errors.values()) < 1e-4, errors
+        taken = common.interleaved(
+            {name: lambda f=function, x=logits: both(f, x) for name, function in contenders.items()},
+            arguments.repeats,
+        )
+        forward = common.interleaved(
+            {name: lambda f=function, x=logits: f(x) for name, function in contenders.items()},
+            arguments.repeats,
+        )
+        source = logits.clone().requires_grad_(True)
+        for name, function in contenders.items():
+            rows.append(
+                {
+                    "m": m,
+                    "batch": batch,
+                    "iterations": ITERATIONS,
+                    "temperature": TEMPERATURE,
+                    "method": name,
+                    "threads": torch.get_num_threads(),
+                    "forward_ms": 1e3 * forward[name].median,
+                    "both_ms": 1e3 * taken[name].median,
+                    "both_ms_least": 1e3 * taken[name].least,
+                    "both_ms_most": 1e3 * taken[name].most,
+                    "loop_over_this": taken["autograd loop"].median / taken[name].median,
+                    "held_bytes": held_bytes(function, source),
+                    "gradient_error": errors[name],
+                    "repeats": arguments.repeats,
+                }
+            )
+            print(m, name, f"{rows[-1]['both_ms']:.4g} ms, {rows[-1]['held_bytes']} bytes held")
+    common.write_csv(arguments.out, rows)
+
+
+if __name__ == "__main__":
+    main()
