@@ -14,7 +14,6 @@ from torch import Tensor
 from nmsolve import reference_permute
 from nmsolve._cpu import sinkhorn as _sinkhorn
 from nmsolve._cpu.assignment import solve_assignments
-from nmsolve.validation import check_finite
 
 __all__ = ["assignment", "permute_columns", "rms_norm_permute", "sinkhorn_backward", "sinkhorn_forward"]
 
@@ -31,7 +30,7 @@ _SHARE = 1 << 17
 
 
 def assignment(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
-    """As :func:`nmsolve.reference_permute.assignment`."""
+    """As :func:`nmsolve.reference_permute.assignment`; -1 comes first where a score is not finite."""
     batch, m = scores.shape[:2]
     permutations = torch.empty(batch, m, dtype=torch.int64)
     certified = batch if want_solution else 0
@@ -39,8 +38,6 @@ def assignment(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
     values = torch.empty(certified, 3, dtype=torch.float64)
     matrices, *outputs = _arrays(_widened(scores), permutations, row_duals, col_duals, values)
     share_out(lambda first, last: solve_assignments(matrices, first, last, *outputs), batch, m * m)
-    if bool((permutations[:, 0] < 0).any()):
-        check_finite(scores)  # says which are not
     if not want_solution:
         return (permutations,)
     return permutations, row_duals, col_duals, *(values[:, k].clone() for k in range(3))

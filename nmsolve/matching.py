@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nmsolve.dispatch import TRITON_MAX_M, check_backend
 from nmsolve.errors import BackendError, NMSolveError
-from nmsolve.permute_backends import PermuteBackend, checks_finite, companion, load, runs_triton
+from nmsolve.permute_backends import PermuteBackend, companion, finds_infinite, load, runs_triton
 from nmsolve.validation import check_finite, check_scores, describe
 
 __all__ = ["AssignmentSolution", "assignment"]
@@ -135,12 +135,14 @@ def _solve(scores: Tensor, backend: str, want_solution: bool) -> tuple[Tensor, .
     if scores.numel() == 0:
         return _blank(scores, want_solution)
     runner, through_host = _runner(backend, scores)
-    if not (through_host or checks_finite(runner)):
+    if not finds_infinite(runner):
         check_finite(scores)
     matrices = scores.reshape(-1, m, m)
     if through_host:
         matrices = matrices.cpu()
     found = runner.assignment(matrices, want_solution)
+    if finds_infinite(runner) and bool((found[0][:, 0] < 0).any()):
+        check_finite(scores)
     return tuple(tensor.to(scores.device).view((*lead, *tensor.shape[1:])) for tensor in found)
 
 

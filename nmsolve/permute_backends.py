@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nmsolve.dispatch import select
 
-__all__ = ["PermuteBackend", "checks_finite", "companion", "load", "runs_triton"]
+__all__ = ["PermuteBackend", "companion", "finds_infinite", "load", "runs_triton"]
 
 
 class PermuteBackend(Protocol):
@@ -64,8 +64,8 @@ def load(module: str) -> PermuteBackend:
     return cast(PermuteBackend, importlib.import_module(f"{module}_permute"))
 
 
-def checks_finite(runner: PermuteBackend) -> bool:
-    """Whether the assignment of ``runner`` refuses scores that are not finite by itself."""
+def finds_infinite(runner: PermuteBackend) -> bool:
+    """Whether the assignment of ``runner`` marks matrices that are not finite by -1 in front."""
     return getattr(runner, "__name__") == "nmsolve.cpu_permute"  # noqa: B009
 
 
