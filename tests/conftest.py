@@ -1,5 +1,8 @@
 """Tests see the installed package, not the folder they are started in; Triton runs in its interpreter.
 
+PyTorch gets one thread in each test process: the suite runs in several, and on small tensors threads that
+wait for each other take longer than the work. Tests of threading set their own number.
+
 ``python -m pytest`` puts the current folder on the path, where ``kernels/`` would be found under that bare
 name: transformers looks for a package of this name and would import it.
 """
@@ -13,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,6 +25,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 
 def pytest_configure(config: pytest.Config) -> None:
     """Without ``-m gpu`` kernels are interpreted, on CPU tensors: decided before triton is imported."""
+    torch.set_num_threads(1)
     if re.search(r"(?<!not )\bgpu\b", config.option.markexpr) is None:
         os.environ["TRITON_INTERPRET"] = "1"
         if importlib.util.find_spec("triton") is not None:

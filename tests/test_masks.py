@@ -141,7 +141,7 @@ def test_a_block_does_not_depend_on_its_neighbours(backend: str, method: str) ->
     assert torch.equal(together.row_duals, torch.cat([one.row_duals for one in alone]))
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
+        torch.set_num_threads(3)
         single = nmsolve.solve_blocks(blocks, 4, method=method, backend=backend)
     finally:
         torch.set_num_threads(threads)
