@@ -1,15 +1,17 @@
-r"""Approximate transposable N:M masks: entropic transport (optional), greedy rounding, completion; one launch.
+r"""Approximate transposable N:M masks: entropic transport (optional), greedy rounding, completion.
 
 The plan of arXiv 2505.23949 (TSENOR) is the limit of Dykstra's projections of exp(t A), t = tau / max|A|:
-scale the rows of S to sum N, then the columns, then clip, ``S <- min(S Q, 1)``, where Q keeps what was clipped.
+scale the rows of S to sum N, then the columns, then clip, ``S <- min(S Q, 1)``, where Q keeps what was
+clipped off.
 ``P = S Q`` is only ever scaled, so with row and column vectors x and y
 
     P = 2^(L + x_i + y_j),   L = t A / ln 2,   S = min(P, 1),
     r_i = N / sum_j S_ij,    c_j = N / sum_i r_i S_ij,    x += log2 r,   y += log2 c.
 
-Within REFRESH iterations x and y are held as factors of a fixed ``E = 2^(L + x + y)``: no exponential is taken.
+Within REFRESH iterations x and y are held as factors of a fixed ``E = 2^(L + x + y)``: no exponential is
+taken.
 
-Greedy takes entries by falling L + x + y (or A), ties by row-major index, while their lines hold fewer than N.
+Greedy takes entries by falling L + x + y (or A), ties by row-major index, while their lines have room.
 An entry that is the first of its row and of its column among those still available is taken by the sequential
 order too, so all such entries are taken at once (locally dominant entries; Khan et al., SISC 2016).
 
@@ -19,7 +21,6 @@ Completion fills short rows one unit at a time by the move of largest gain: keep
 
 import triton
 import triton.language as tl
-
 from nmsolve.kernels._tile import (
     col_index,
     extent,
