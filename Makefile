@@ -42,7 +42,7 @@ $(MODEL): | $(STAMP)
 	@touch $@
 
 test: $(STAMP)
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest -m gpu $(PYTEST_ARGS)
