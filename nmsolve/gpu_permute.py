@@ -60,7 +60,7 @@ class SinkhornTile(NamedTuple):
 
 
 def sinkhorn_tile(rows: int, cols: int) -> SinkhornTile:
-    """2 x 8 entries a lane up to 16 x 16, then 4 x 8, 8 x 8 in the largest; as many blocks as fill a warp.
+    """2 x 8 entries a lane in small blocks, then 4 x 8, 8 x 8 in the largest; as many blocks as fill a warp.
 
     Examples
     --------
@@ -70,12 +70,13 @@ def sinkhorn_tile(rows: int, cols: int) -> SinkhornTile:
     """
     rows, cols = triton.next_power_of_2(rows), triton.next_power_of_2(cols)
     entries = rows * cols
-    rows_in, cols_in = min(rows, 2 if entries <= 256 else 4 if entries <= 8192 else 8), min(cols, 8)
+    small = entries <= 256 or (entries <= 2048 and rows != cols)
+    rows_in, cols_in = min(rows, 2 if small else 4 if entries <= 8192 else 8), min(cols, 8)
     lanes = entries // (rows_in * cols_in)
     warps = max(1, lanes // 32)
     blocks = max(1, 32 // lanes)
     # Where the backward pass would spill, it reads the logits again and again.
-    reload = 1024 <= entries <= 2048 or entries > 8192
+    reload = entries > 8192
     return SinkhornTile(rows_in, cols_in, rows // rows_in, cols // cols_in, blocks, warps, reload)
 
 
