@@ -60,6 +60,7 @@ demo: $(MODEL)
 	$(BIN)/python bench/demo.py
 
 bench: $(MODEL)
+	$(BIN)/python bench/ascent.py
 	$(BIN)/python bench/quality.py
 	$(BIN)/python bench/speed_cpu.py
 	$(BIN)/python bench/memory_cpu.py

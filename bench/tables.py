@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/benchmarks.md from the result files.
+"""Writes the tables of README.md, docs/benchmarks.md and docs/solver.md from the result files.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``; nothing else is touched. With --check
 nothing is written, and the exit code is 1 if a document does not say what the results say.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 from common import RESULTS, ROOT, read_csv
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "solver.md")
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.S)
 
 Row = dict[str, str]
@@ -245,6 +245,23 @@ def first_call() -> str:
     return markdown(head, lines, "llrrr") + source("first_call.csv", rows[0])
 
 
+def ascent() -> str:
+    rows = read_csv(RESULTS / "ascent.csv")
+    lines = [
+        [
+            row["pattern"],
+            row["distribution"],
+            f"{float(row['mean']):.2f}",
+            row["largest"],
+            percent(float(row["blocks_done"]), 0),
+            f"{float(row['mean_fixed_schedule']):.2f}",
+        ]
+        for row in rows
+    ]
+    head = ["pattern", "scores", "mean", "most", "blocks that need none", "mean, fixed schedule"]
+    return markdown(head, lines, "llrrrr") + source("ascent.csv", rows[0])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "methods": methods,
     "demo": demo,
@@ -256,6 +273,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-approximate": quality_approximate,
     "memory": memory,
     "first-call": first_call,
+    "ascent": ascent,
 }
 
 
