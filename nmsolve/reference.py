@@ -67,8 +67,10 @@ def exact(
             kept = kept.mT
         _store(mask, at, kept, r, c)
         if want_solution:
-            u_all[lines][..., :r] = ldexp(u, shift).view(*u_all[lines].shape[:3], r)
-            v_all[lines][..., :c] = ldexp(v, shift).view(*v_all[lines].shape[:3], c)
+            v = ldexp(v, shift)
+            u = settle(blocks, kept, ldexp(u, shift), v, demand(r, c, pattern.n).row)
+            u_all[lines][..., :r] = u.view(*u_all[lines].shape[:3], r)
+            v_all[lines][..., :c] = v.view(*v_all[lines].shape[:3], c)
     if not want_solution:
         return BlockResult(mask)
     objective, _ = kept_score(scores, mask, pattern)
@@ -175,6 +177,24 @@ def solve(a: Tensor, n: int, start: tuple[Tensor, Tensor] | None) -> tuple[Tenso
     if a.shape[1] < a.shape[2]:
         v = v.clamp(min=0)
     return augment(a, n, u, v)
+
+
+def settle(a: Tensor, kept: Tensor, u: Tensor, v: Tensor, row_need: int) -> Tensor:
+    """Row duals without the surplus that rounding leaves free entries, where that makes the bound tighter.
+
+    With N far below M a row's free entries, each a rounding error above its price, cost the bound more than
+    raising the row's price by the largest of those errors.
+    """
+    score, price = a.double() - v.double().unsqueeze(1), u.double()
+    surplus = (score - price.unsqueeze(2)).clamp(min=0)
+    exact_price = price + surplus.masked_fill(kept, 0).amax(2)
+    raised = exact_price.to(u.dtype)
+    raised = torch.where(
+        raised.double() < exact_price, raised.nextafter(raised.new_tensor(torch.inf)), raised
+    )
+    dearer = row_need * (raised.double() - price)
+    less = surplus.sum(2) - (score - raised.double().unsqueeze(2)).clamp(min=0).sum(2)
+    return torch.where(dearer < less, raised, u)
 
 
 def dual_ascent(a: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -645,7 +645,8 @@ for options in (["--transposable"], ["--transposable", "--backend", "torch", "--
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     grown = [int(line) for line in done.stdout.split()]
     assert len(grown) == 2
-    assert all(0 < more < 3 * size for more in grown), grown
+    assert 0 < grown[0] < 3 * size, grown
+    assert grown[1] < 3 * size, grown
 
 
 # ---- help, version, info, progress -----------------------------------------------------------------------

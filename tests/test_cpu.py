@@ -363,7 +363,8 @@ def test_cache(tmp_path: Path) -> None:
     assert run("caching.CacheImpl._locator_classes = []") == "16 0"
 
 
-def test_an_edited_callee_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edited_callee_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
     kernel = compiled(_twice)
     assert kernel(3) == 6
     again = compiled(_twice)

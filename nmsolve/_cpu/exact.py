@@ -160,11 +160,6 @@ def _write_solution(
     inverse = tile.dtype.type(1) / scale
     factor = np.float64(inverse)
     sum_u, sum_v = 0.0, 0.0
-    for i in range(rows):
-        dual = u[i * lanes + lane] * inverse
-        poke(request.row_duals + (block * request.m + i) * tile.itemsize, dual)
-        u[i * lanes + lane] = dual
-        sum_u += np.float64(dual)
     for j in range(cols):
         dual = v[j * lanes + lane] * inverse
         poke(request.col_duals + (block * request.m + j) * tile.itemsize, dual)
@@ -172,12 +167,34 @@ def _write_solution(
         sum_v += np.float64(dual)
     objective, surplus = 0.0, 0.0
     for i in range(rows):
-        dual = np.float64(u[i * lanes + lane])
+        dual = u[i * lanes + lane] * inverse
+        price = np.float64(dual)
+        excess, paid = 0.0, 0.0
         for j in range(cols):
             score = np.float64(tile[(i * pitch + j) * lanes + lane]) * factor
-            surplus += max(0.0, score - dual - np.float64(v[j * lanes + lane]))
+            over = max(0.0, score - price - np.float64(v[j * lanes + lane]))
             word = np.int64(words[(i * per_row + j // WORD) * lanes + lane])
-            objective += score * np.float64((word >> (j % WORD)) & 1)
+            if (word >> (j % WORD)) & 1:
+                objective += score
+            else:
+                excess = max(excess, over)
+            paid += over
+        if excess > 0.0:
+            # Rounding left free entries above their price; with N far below M they would cost more than
+            # raising the row's price does.
+            raised = tile.dtype.type(price + excess)
+            if np.float64(raised) < price + excess:
+                raised = np.nextafter(raised, tile.dtype.type(np.inf))
+            less = 0.0
+            for j in range(cols):
+                score = np.float64(tile[(i * pitch + j) * lanes + lane]) * factor
+                less += max(0.0, score - np.float64(raised) - np.float64(v[j * lanes + lane]))
+            if row_target * (np.float64(raised) - price) + less < paid:
+                dual, price, paid = raised, np.float64(raised), less
+        poke(request.row_duals + (block * request.m + i) * tile.itemsize, dual)
+        u[i * lanes + lane] = dual
+        sum_u += price
+        surplus += paid
     poke(request.objective + block * 8, objective)
     poke(request.bound + block * 8, row_target * sum_u + col_target * sum_v + surplus)
 
