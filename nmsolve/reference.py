@@ -176,6 +176,9 @@ def solve(a: Tensor, n: int, start: tuple[Tensor, Tensor] | None) -> tuple[Tenso
     u, v = dual_ascent(a, n) if start is None else start
     if a.shape[1] < a.shape[2]:
         v = v.clamp(min=0)
+    else:  # shifting all prices prices every entry alike; the smaller they are, the finer in floats
+        lowest = v.amin(1, keepdim=True)
+        u, v = u + lowest, v - lowest
     return augment(a, n, u, v)
 
 
@@ -330,8 +333,10 @@ def _augment_once(
     )
     nearest, node = ends.min(1)
     nearest = torch.where(nearest < inf, nearest, 0.0)  # a block that the tight entries already balanced
-    u -= (nearest.unsqueeze(1) - dist_row).clamp(min=0)
-    v += (nearest.unsqueeze(1) - dist_col).clamp(min=0)
+    # The update of docs/solver.md with all prices shifted by the distance: lines near a source move little,
+    # so that one far line, such as a row of outliers, does not push all prices to where floats are coarse.
+    u += torch.minimum(dist_row, nearest.unsqueeze(1))
+    v -= torch.minimum(dist_col, nearest.unsqueeze(1))
 
     block = torch.arange(batch, device=a.device)
     at_col = node >= rows

@@ -3,8 +3,9 @@
 The start is ``S = [A - u - v > 0]``. Sources are rows that hold too few entries and columns that hold too
 many, sinks the other way round; an arc leads from a row to a column through a free entry at cost
 ``max(0, -(A - u - v))`` and back through a kept one at cost ``max(0, A - u - v)``. After the shortest path to
-the nearest sink, at distance D, ``u -= max(0, D - distance)`` and ``v += max(0, D - distance)`` keep the
-complementary slackness of S, and flipping the path's entries removes one unit of imbalance.
+the nearest sink, at distance D, ``u += min(D, distance)`` and ``v -= min(D, distance)`` keep the
+complementary slackness of S, and flipping the path's entries removes one unit of imbalance. (docs/solver.md
+has the same update with all prices shifted by D; here lines near a source move little and keep their digits.)
 
 The search corrects labels in rounds instead of settling one node at a time: a round relaxes every entry of
 the rows whose distance has just fallen, then of the columns, and drops what lies beyond the nearest sink
@@ -29,6 +30,7 @@ from nmsolve._cpu.lanes import (
     lane_mask,
     load,
     maximum,
+    minimum,
     part_lanes,
     select,
     smallest,
@@ -225,14 +227,14 @@ def augment(
         for place in range(0, row_room, lanes):
             label = load(row_label, place)
             dual = load(row_dual, place)
-            store(row_dual, place, dual - maximum(reach - label, zero))
+            store(row_dual, place, dual + minimum(reach, label))
             ends = bits_of((label == reach) & (load(row_over, place) > balanced))
             if row < 0 and ends != 0:
                 row = place + trailing_zeros(ends)
         for place in range(0, col_room, lanes):
             label = load(col_label, place)
             dual = load(col_dual, place)
-            store(col_dual, place, dual + maximum(reach - label, zero))
+            store(col_dual, place, dual - minimum(reach, label))
             ends = bits_of((label == reach) & (load(col_over, place) < balanced))
             if row < 0 and col < 0 and ends != 0:
                 col = place + trailing_zeros(ends)

@@ -87,6 +87,21 @@ def _extreme_duals(tile: Any, pitch: int, rows: int, cols: int, keep_all: bool, 
 
 
 @njit
+def _anchor(lines: int, u: Any, v: Any) -> None:
+    """Shift the prices of square blocks so that the lowest column's is 0.
+
+    ``u + t``, ``v - t`` prices every entry alike; the smaller the prices, the finer they are in floats.
+    """
+    lanes = 64 // u.itemsize
+    lowest = load(v, 0)
+    for j in range(1, lines):
+        lowest = minimum(lowest, load(v, j * lanes))
+    for i in range(lines):
+        store(u, i * lanes, load(u, i * lanes) + lowest)
+        store(v, i * lanes, load(v, i * lanes) - lowest)
+
+
+@njit
 def _round(
     tile: Any,
     pitch: int,
@@ -266,6 +281,8 @@ def solve_exact(region: Region, request: Request, first: int, last: int, reals: 
             for i in range(rows * per_row):
                 store(words, i * lanes, fill)
         else:
+            if rows == cols:
+                _anchor(rows, u, v)
             wrong = _round(
                 tile, pitch, rows, cols, row_target, col_target, u, v, words, row_excess, col_excess
             )
