@@ -65,6 +65,8 @@ bench: $(MODEL)
 	$(BIN)/python bench/speed_cpu.py
 	$(BIN)/python bench/memory_cpu.py
 	$(BIN)/python bench/first_call.py
+	$(BIN)/python bench/assignment.py
+	$(BIN)/python bench/sinkhorn.py
 	$(BIN)/python bench/demo.py --results
 	$(BIN)/python bench/tables.py
 
