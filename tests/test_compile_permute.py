@@ -1,4 +1,4 @@
-"""The Sinkhorn and gather kernels compile for GPUs that are not here, without spilling registers."""
+"""The Sinkhorn and gather kernels compile for GPUs that are not here; square tiles do not spill."""
 
 from __future__ import annotations
 
