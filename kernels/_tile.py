@@ -74,13 +74,14 @@ def col_index(COLS_IN: tl.constexpr, COLS_OUT: tl.constexpr):
 
 
 @triton.jit
-def locate(zero, first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS: tl.constexpr):
+def locate(shift, first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS: tl.constexpr):
     """The blocks of this program: (int64 batch index, block row, block column, and whether it exists).
 
-    The launch covers a rectangle of ``block_rows x block_cols`` blocks in each of ``batch`` matrices.
-    ``zero`` is 0: one that the compiler cannot foresee lets it forget the answer and ask again later.
+    The programs cover a rectangle of ``block_rows x block_cols`` blocks in each of ``batch`` matrices.
+    ``shift`` is added to the number of each block: minus the blocks of the programs before the rectangle's
+    first, or 0. One that the compiler cannot foresee lets it forget the answer and ask again later.
     """
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None] + zero
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None] + shift
     across = block_cols.to(tl.int64)
     down = block_rows.to(tl.int64)
     line = block // across

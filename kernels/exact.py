@@ -372,6 +372,173 @@ def store_duals(row_ptr, col_ptr, lines, duals, mask, tall, SLACK: tl.constexpr)
         tl.store(col_ptr + lines, duals, mask=mask & tall)
 
 
+@triton.jit
+def solve_blocks(
+    scores_ptr,
+    warm_row_ptr,
+    warm_col_ptr,
+    n,
+    m,
+    matrix,
+    region,
+    shift,
+    unit,
+    ROWS_IN: tl.constexpr,
+    COLS_IN: tl.constexpr,
+    ROWS_OUT: tl.constexpr,
+    COLS_OUT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    SLACK: tl.constexpr,
+    WARM: tl.constexpr,
+    SWEEPS: tl.constexpr,
+    FRACTION_START: tl.constexpr,
+    FRACTION_END: tl.constexpr,
+    FRACTION_FLOOR: tl.constexpr,
+    GROWTH_MIN: tl.constexpr,
+    GROWTH_MAX: tl.constexpr,
+    STEP_LIMIT: tl.constexpr,
+    DAMPING: tl.constexpr,
+    WINSOR: tl.constexpr,
+    TAU_START: tl.constexpr,
+    DEVIATION_FLOOR: tl.constexpr,
+):
+    """Duals, arcs, what undoes the scaling, and the imbalance left (0), of the blocks of this program.
+
+    ``matrix`` and ``region`` are the kernel's arguments ``rows`` to ``stride_col`` and ``first_block_row`` to
+    ``grid_cols``; for ``shift`` see :func:`locate`.
+    """
+    M: tl.constexpr = ROWS_IN * ROWS_OUT
+    rows, cols, batch, stride_batch, stride_row, stride_col = matrix
+    first_block_row, first_block_col, block_rows, block_cols, grid_rows, grid_cols = region
+    place = locate(shift, first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS)
+    index, block_row, block_col, live = place
+    i, j = row_index(ROWS_IN, ROWS_OUT), col_index(COLS_IN, COLS_OUT)
+    rows_here, cols_here, tall = extent(place, rows, cols, m, SLACK)
+    slack = rows_here < cols_here
+    real_row = (i < rows_here) & live
+    real_col = (j < cols_here) & live
+    inside = live
+    if PADDED:
+        inside = real_row & real_col
+    offsets = strided(place, i, j, tall, m, stride_batch, stride_row, stride_col, SLACK)
+    scores, unscale = load_scaled(scores_ptr + offsets, inside, PADDED)
+
+    row_each = tl.minimum(n, cols_here)
+    col_each = tl.where(slack, n, tl.minimum(n, rows_here))
+    row_target = tl.where(real_row, row_each, 0) if PADDED else row_each
+    col_target = tl.where(real_col, col_each, 0) if PADDED else col_each
+    slack_target = tl.where(slack & live, col_each * cols_here - row_each * rows_here, 0)
+
+    if WARM:
+        block = (index * grid_rows + block_row) * grid_cols + block_col
+        # Loaded for the whole tile, all equal along a line: a vector would bring a layout of its own along.
+        everywhere = tl.zeros_like(scores).to(tl.int32)
+        row_lines = block * m + (i + everywhere) * unit
+        col_lines = block * m + (j + everywhere) * unit
+        u = max_rows(load_duals(warm_row_ptr, warm_col_ptr, row_lines, real_row, tall, SLACK)) / unscale
+        v = max_cols(load_duals(warm_col_ptr, warm_row_ptr, col_lines, real_col, tall, SLACK)) / unscale
+        u = tl.minimum(tl.maximum(u, -WARM_LIMIT), WARM_LIMIT).to(tl.float32)
+        v = tl.minimum(tl.maximum(v, -WARM_LIMIT), WARM_LIMIT).to(tl.float32)
+        if SLACK:
+            v = tl.where(slack, tl.maximum(v, 0.0), v)
+    else:
+        u, v = dual_ascent(
+            scores, inside, row_target.to(tl.float32), col_target.to(tl.float32), rows_here.to(tl.float32),
+            cols_here.to(tl.float32), slack, PADDED, SLACK, SWEEPS, FRACTION_START, FRACTION_END,
+            FRACTION_FLOOR, GROWTH_MIN, GROWTH_MAX, STEP_LIMIT, DAMPING, WINSOR, TAU_START, DEVIATION_FLOOR,
+        )  # fmt: skip
+    u, v, arcs, spent = augment(
+        scores, u, v, row_target, col_target, live, inside, real_col, slack, slack_target, M, PADDED, SLACK
+    )
+    return u, v, arcs, unscale, spent
+
+
+@triton.jit
+def store_blocks(
+    scores_ptr,
+    mask_ptr,
+    row_duals_ptr,
+    col_duals_ptr,
+    objective_ptr,
+    bound_ptr,
+    u,
+    v,
+    arcs,
+    unscale,
+    spent,
+    n,
+    m,
+    matrix,
+    region,
+    shift,
+    unit,
+    ROWS_IN: tl.constexpr,
+    COLS_IN: tl.constexpr,
+    ROWS_OUT: tl.constexpr,
+    COLS_OUT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    SLACK: tl.constexpr,
+    PACKED: tl.constexpr,
+    SOLUTION: tl.constexpr,
+):
+    """Store the mask that :func:`solve_blocks` found, and where SOLUTION the duals, objective and bound."""
+    rows, cols, batch, stride_batch, stride_row, stride_col = matrix
+    first_block_row, first_block_col, block_rows, block_cols, grid_rows, grid_cols = region
+    # Where everything lies is worked out anew (spent is 0, which the compiler does not know), so that no
+    # address occupies a register during the search.
+    place = locate(spent + shift, first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS)
+    index, block_row, block_col, live = place
+    i, j = row_index(ROWS_IN, ROWS_OUT) + spent, col_index(COLS_IN, COLS_OUT) + spent
+    rows_here, cols_here, tall = extent(place, rows, cols, m, SLACK)
+    real_row = (i < rows_here) & live
+    real_col = (j < cols_here) & live
+    inside = live
+    if PADDED:
+        inside = real_row & real_col
+    kept = is_free(arcs) == 0
+    store_mask(mask_ptr, kept, place, i, j, inside, tall, rows, cols, m, unit, PACKED, SLACK)
+
+    if SOLUTION:
+        # Duals as the caller gets them.
+        u = u.to(unscale.dtype) * unscale
+        v = v.to(unscale.dtype) * unscale
+        if PADDED:
+            u = tl.where(real_row, u, 0.0)
+            v = tl.where(real_col, v, 0.0)
+        block = (index * grid_rows + block_row) * grid_cols + block_col
+        store_duals(row_duals_ptr, col_duals_ptr, block * m + i * unit, u, live & (i < m), tall, SLACK)
+        store_duals(col_duals_ptr, row_duals_ptr, block * m + j * unit, v, live & (j < m), tall, SLACK)
+
+        # Objective and bound follow from those and the original scores, in float64. To spare registers the
+        # mask is packed to a bit per row and the scores are read again, a row of each lane at a time.
+        row_in = tl.arange(0, ROWS_IN)[:, None, None, None, None]
+        bits = tl.sum(tl.where(kept, 1, 0) << row_in, 0, keep_dims=True)
+        u = u.to(tl.float64)
+        v = v.to(tl.float64)
+        slack = rows_here < cols_here
+        row_each = tl.minimum(n, cols_here)
+        col_each = tl.where(slack, n, tl.minimum(n, rows_here))
+        bound = sum_cols(u) * row_each + sum_rows(v) * col_each
+        objective = tl.zeros_like(bound)
+        for r in range(ROWS_IN):
+            row = ROWS_IN * tl.arange(0, ROWS_OUT)[None, None, None, :, None] + r
+            here = live
+            if PADDED:
+                here = (row < rows_here) & real_col
+            again = strided(place, row, j, tall, m, stride_batch, stride_row, stride_col, SLACK)
+            original = widen(tl.load(scores_ptr + again, mask=here, other=0.0)).to(tl.float64)
+            row_u = tl.sum(tl.where(row_in == r, u, 0.0), 0, keep_dims=True)
+            surplus = tl.maximum((original - row_u) - v, 0.0)
+            if PADDED:
+                surplus = tl.where(here, surplus, 0.0)
+            objective += sum_rows(sum_cols(tl.where(((bits >> r) & 1) > 0, original, 0.0)))
+            bound += sum_rows(sum_cols(surplus))
+        tl.store(objective_ptr + block, objective, mask=live)
+        tl.store(bound_ptr + block, bound, mask=live)
+
+
 @triton.jit(
     do_not_specialize=[
         "n", "m", "rows", "cols", "batch", "stride_batch", "stride_row", "stride_col", "first_block_row",
@@ -425,96 +592,15 @@ def exact_kernel(
     DEVIATION_FLOOR: tl.constexpr,
 ):
     """One program: ``BLOCKS`` blocks from scores to mask. ``grid = (ceil(blocks / BLOCKS),)``."""
-    M: tl.constexpr = ROWS_IN * ROWS_OUT
-    place = locate(0, first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS)
-    matrix, block_row, block_col, live = place
-    i, j = row_index(ROWS_IN, ROWS_OUT), col_index(COLS_IN, COLS_OUT)
-    rows_here, cols_here, tall = extent(place, rows, cols, m, SLACK)
-    slack = rows_here < cols_here
-    real_row = (i < rows_here) & live
-    real_col = (j < cols_here) & live
-    inside = live
-    if PADDED:
-        inside = real_row & real_col
-    offsets = strided(place, i, j, tall, m, stride_batch, stride_row, stride_col, SLACK)
-    scores, unscale = load_scaled(scores_ptr + offsets, inside, PADDED)
-
-    row_each = tl.minimum(n, cols_here)
-    col_each = tl.where(slack, n, tl.minimum(n, rows_here))
-    row_target = tl.where(real_row, row_each, 0) if PADDED else row_each
-    col_target = tl.where(real_col, col_each, 0) if PADDED else col_each
-    slack_target = tl.where(slack & live, col_each * cols_here - row_each * rows_here, 0)
-
-    if WARM:
-        block = (matrix * grid_rows + block_row) * grid_cols + block_col
-        # Loaded for the whole tile, all equal along a line: a vector would bring a layout of its own along.
-        everywhere = tl.zeros_like(scores).to(tl.int32)
-        row_lines = block * m + (i + everywhere) * unit
-        col_lines = block * m + (j + everywhere) * unit
-        u = max_rows(load_duals(warm_row_ptr, warm_col_ptr, row_lines, real_row, tall, SLACK)) / unscale
-        v = max_cols(load_duals(warm_col_ptr, warm_row_ptr, col_lines, real_col, tall, SLACK)) / unscale
-        u = tl.minimum(tl.maximum(u, -WARM_LIMIT), WARM_LIMIT).to(tl.float32)
-        v = tl.minimum(tl.maximum(v, -WARM_LIMIT), WARM_LIMIT).to(tl.float32)
-        if SLACK:
-            v = tl.where(slack, tl.maximum(v, 0.0), v)
-    else:
-        u, v = dual_ascent(
-            scores, inside, row_target.to(tl.float32), col_target.to(tl.float32), rows_here.to(tl.float32),
-            cols_here.to(tl.float32), slack, PADDED, SLACK, SWEEPS, FRACTION_START, FRACTION_END,
-            FRACTION_FLOOR, GROWTH_MIN, GROWTH_MAX, STEP_LIMIT, DAMPING, WINSOR, TAU_START, DEVIATION_FLOOR,
-        )  # fmt: skip
-    u, v, arcs, spent = augment(
-        scores, u, v, row_target, col_target, live, inside, real_col, slack, slack_target, M, PADDED, SLACK
-    )
-
-    # Where everything lies is worked out anew (spent is 0, which the compiler does not know), so that no
-    # address occupies a register during the search.
-    place = locate(spent, first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS)
-    matrix, block_row, block_col, live = place
-    i, j = row_index(ROWS_IN, ROWS_OUT) + spent, col_index(COLS_IN, COLS_OUT) + spent
-    rows_here, cols_here, tall = extent(place, rows, cols, m, SLACK)
-    real_row = (i < rows_here) & live
-    real_col = (j < cols_here) & live
-    inside = live
-    if PADDED:
-        inside = real_row & real_col
-    kept = is_free(arcs) == 0
-    store_mask(mask_ptr, kept, place, i, j, inside, tall, rows, cols, m, unit, PACKED, SLACK)
-
-    if SOLUTION:
-        # Duals as the caller gets them.
-        u = u.to(unscale.dtype) * unscale
-        v = v.to(unscale.dtype) * unscale
-        if PADDED:
-            u = tl.where(real_row, u, 0.0)
-            v = tl.where(real_col, v, 0.0)
-        block = (matrix * grid_rows + block_row) * grid_cols + block_col
-        store_duals(row_duals_ptr, col_duals_ptr, block * m + i * unit, u, live & (i < m), tall, SLACK)
-        store_duals(col_duals_ptr, row_duals_ptr, block * m + j * unit, v, live & (j < m), tall, SLACK)
-
-        # Objective and bound follow from those and the original scores, in float64. To spare registers the
-        # mask is packed to a bit per row and the scores are read again, a row of each lane at a time.
-        row_in = tl.arange(0, ROWS_IN)[:, None, None, None, None]
-        bits = tl.sum(tl.where(kept, 1, 0) << row_in, 0, keep_dims=True)
-        u = u.to(tl.float64)
-        v = v.to(tl.float64)
-        slack = rows_here < cols_here
-        row_each = tl.minimum(n, cols_here)
-        col_each = tl.where(slack, n, tl.minimum(n, rows_here))
-        bound = sum_cols(u) * row_each + sum_rows(v) * col_each
-        objective = tl.zeros_like(bound)
-        for r in range(ROWS_IN):
-            row = ROWS_IN * tl.arange(0, ROWS_OUT)[None, None, None, :, None] + r
-            here = live
-            if PADDED:
-                here = (row < rows_here) & real_col
-            again = strided(place, row, j, tall, m, stride_batch, stride_row, stride_col, SLACK)
-            original = widen(tl.load(scores_ptr + again, mask=here, other=0.0)).to(tl.float64)
-            row_u = tl.sum(tl.where(row_in == r, u, 0.0), 0, keep_dims=True)
-            surplus = tl.maximum((original - row_u) - v, 0.0)
-            if PADDED:
-                surplus = tl.where(here, surplus, 0.0)
-            objective += sum_rows(sum_cols(tl.where(((bits >> r) & 1) > 0, original, 0.0)))
-            bound += sum_rows(sum_cols(surplus))
-        tl.store(objective_ptr + block, objective, mask=live)
-        tl.store(bound_ptr + block, bound, mask=live)
+    matrix = rows, cols, batch, stride_batch, stride_row, stride_col
+    region = first_block_row, first_block_col, block_rows, block_cols, grid_rows, grid_cols
+    u, v, arcs, unscale, spent = solve_blocks(
+        scores_ptr, warm_row_ptr, warm_col_ptr, n, m, matrix, region, 0, unit, ROWS_IN, COLS_IN, ROWS_OUT,
+        COLS_OUT, BLOCKS, PADDED, SLACK, WARM, SWEEPS, FRACTION_START, FRACTION_END, FRACTION_FLOOR,
+        GROWTH_MIN, GROWTH_MAX, STEP_LIMIT, DAMPING, WINSOR, TAU_START, DEVIATION_FLOOR,
+    )  # fmt: skip
+    store_blocks(
+        scores_ptr, mask_ptr, row_duals_ptr, col_duals_ptr, objective_ptr, bound_ptr, u, v, arcs, unscale,
+        spent, n, m, matrix, region, 0, unit, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK,
+        PACKED, SOLUTION,
+    )  # fmt: skip
