@@ -45,8 +45,12 @@ def integer_costs(blocks: np.ndarray) -> np.ndarray:
     return np.rint((scaled.max((1, 2), keepdims=True) - scaled) * 2.0**BITS).astype(np.int64)
 
 
-def optimal_masks(blocks: np.ndarray, n: int) -> np.ndarray:
-    """Optimal masks of float64 ``(B, m, m)`` scores, one graph a block."""
-    solver = MinCostFlow(n, blocks.shape[1])
-    masks = [solver.solve(costs) for costs in integer_costs(blocks)]
-    return np.stack(masks) if masks else np.zeros(blocks.shape, bool)
+def optimal_masks(blocks: np.ndarray, n: int, together: int = 1) -> np.ndarray:
+    """Optimal masks of float64 ``(B, m, m)`` scores, ``together`` blocks a graph."""
+    costs, m = integer_costs(blocks), blocks.shape[1]
+    solver = MinCostFlow(n, m, together)
+    whole = len(blocks) // together * together
+    masks = [solver.solve(costs[k : k + together]) for k in range(0, whole, together)]
+    if whole < len(blocks):
+        masks.append(MinCostFlow(n, m, len(blocks) - whole).solve(costs[whole:]))
+    return np.concatenate(masks) if masks else np.zeros(blocks.shape, bool)

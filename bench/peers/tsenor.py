@@ -1,8 +1,9 @@
 """TSENOR in PyTorch, step by step as the paper gives it.
 
-Meng, Makni, Mazumder: TSENOR: Highly-Efficient Algorithm for Finding Transposable N:M Sparse Masks
-(arXiv 2505.23949). Algorithm 1 (Dykstra's projections for entropic optimal transport, in the log domain) and
-algorithm 2 (greedy selection, then local search). Lines may stay short when the local search's steps run out.
+Meng, Makni, Mazumder: TSENOR: Highly-Efficient Algorithm for Finding Transposable N:M Sparse Masks (arXiv
+2505.23949). Algorithm 1 (Dykstra's projections for entropic optimal transport, in the log domain) and
+algorithm 2 (greedy selection, then local search). Lines may stay short when the local search's steps run
+out.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ ITERATIONS = 300
 STEPS = 10
 
 
-def tsenor(blocks: Tensor, n: int) -> Tensor:
-    """bool masks of ``(B, m, m)`` scores."""
-    return local_search(blocks, two_approximation(dykstra(blocks, n), n), n)
+def tsenor(blocks: Tensor, n: int, search: bool = True) -> Tensor:
+    """bool masks of ``(B, m, m)`` scores, with the local search or as the greedy selection leaves them."""
+    greedy = two_approximation(dykstra(blocks, n), n)
+    return local_search(blocks, greedy, n) if search else greedy
 
 
 def dykstra(blocks: Tensor, n: int) -> Tensor:

@@ -1,10 +1,10 @@
 """The greedy 2-approximation for transposable masks, as it was published.
 
 Hubara, Chmiel, Island, Banner, Naor, Soudry: Accelerated Sparse Neural Training: A Provable and Efficient
-Method to Find N:M Transposable Masks (NeurIPS 2021), algorithm 1. The entries of a block are sorted once and
-then looked at one after another: an entry is taken while its row and its column hold fewer than n. Their
-PyTorch code does that for all blocks at once, so it takes m*m steps; it also sums the mask's rows and columns
-anew in each step. This version keeps running counts instead, which is faster.
+Method to Find N:M Transposable Masks (NeurIPS 2021), algorithm 1. The entries of a block are sorted once
+and then looked at one after another: an entry is taken while its row and its column hold fewer than n.
+Their PyTorch code does that for all blocks at once, so it takes m*m steps; it also sums the mask's rows and
+columns anew in each step. This version keeps running counts instead, which is faster.
 
 Nothing fills the lines that end up short: not every row and column of the result holds n.
 """
