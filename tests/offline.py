@@ -20,6 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import regions
+import sass
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 # One process compiles a few jobs: starting one costs as much as a job.
@@ -57,13 +60,34 @@ def _compile_chunk(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def jobs_of(
-    kernel: str, m: int, target: str, dtype: str = "float32", **options: bool
+    kernel: str, m: int, target: str, dtype: str = "float32", **options: Any
 ) -> Iterator[dict[str, Any]]:
-    """The job of one shipped configuration: ``kernel`` is exact, dykstra or nm.
+    """The job of one shipped configuration: ``kernel`` is a key of :data:`KERNELS`.
 
-    Options: ``edge`` (partial blocks), ``padded``, ``packed``, ``warm``, ``solution``, ``transport``.
+    Options: ``edge`` (partial blocks), ``padded``, ``packed``, ``warm``, ``solution``, ``transport``;
+    ``tile`` (rows_in, cols_in, blocks, warps) in place of the launch table's; for Sinkhorn ``cols`` (default
+    m), ``keep``, ``tolerance``; for the gather ``norm``.
     """
     yield {"kernel": kernel, "m": m, "target": target, "dtype": dtype, "options": options}
+
+
+KERNELS = {
+    "exact": ("exact.py", "exact_kernel"),
+    "grouped": ("grouped.py", "grouped_kernel"),
+    "dykstra": ("dykstra.py", "dykstra_kernel"),
+    "nm": ("nm.py", "nm_kernel"),
+    "sinkhorn_forward": ("sinkhorn.py", "sinkhorn_forward_kernel"),
+    "sinkhorn_backward": ("sinkhorn.py", "sinkhorn_backward_kernel"),
+    "gather": ("gather.py", "permute_columns_kernel"),
+}
+"""File and function of each kernel."""
+
+
+def sources_of(kernel: str) -> regions.Sources:
+    """The regions of the sources that a kernel is made from."""
+    folder = Path(__file__).resolve().parents[1] / "kernels"
+    file, entry = KERNELS[kernel]
+    return regions.Sources([folder / file, folder / "_tile.py"], entry)
 
 
 # --- inside the child ---------------------------------------------------------------------------------------
@@ -86,25 +110,32 @@ class _Driver:
 
 
 def _arguments(job: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
-    """(kernel, positional arguments, meta) as nmsolve.gpu passes them; dtypes stand for pointers."""
+    """(kernel, positional arguments, meta) as nmsolve's launchers pass them; dtypes stand for pointers."""
     import torch
-    from nmsolve.kernels import _launch, dykstra, exact, nm
+
+    scores = getattr(torch, job["dtype"])
+    if job["kernel"] in ("exact", "grouped", "dykstra", "nm"):
+        return _block_arguments(job, scores)
+    return _permute_arguments(job, scores)
+
+
+def _block_arguments(job: dict[str, Any], scores: Any) -> tuple[Any, list[Any], dict[str, Any]]:
+    import torch
+    from nmsolve.kernels import _launch, dykstra, exact, grouped, nm
 
     from nmsolve import gpu
 
     m, options = job["m"], job["options"]
-    scores = getattr(torch, job["dtype"])
     matrix = (8192, 8192, 1, 8192 * 8192, 8192, 1)
     if job["kernel"] == "nm":
         size, groups = _launch.group_tile(m, scores.itemsize * 8)
-        return nm.nm_kernel, [scores, torch.uint8, 2, m, *matrix], {
-            "SIZE": size,
-            "GROUPS": groups,
-            "num_warps": 1,
-        }  # fmt: skip
+        meta = {"SIZE": size, "GROUPS": groups, "num_warps": 1}
+        return nm.nm_kernel, [scores, torch.uint8, 2, m, *matrix], meta
     edge = options.get("edge", False)
     table = "dykstra" if job["kernel"] == "dykstra" else "exact_edge" if edge else "exact"
     tile = _launch.tile(table, m)
+    if "tile" in options:
+        tile = _launch.Tile(tile.size, *options["tile"])
     packed = options.get("packed", not edge and m % 4 == 0)
     meta = gpu.tile_arguments(tile, amd=job["target"].startswith("gfx")) | {
         "PADDED": edge or tile.size != m,
@@ -115,12 +146,47 @@ def _arguments(job: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
     if job["kernel"] == "dykstra":
         meta["TRANSPORT"] = options.get("transport", True)
         return dykstra.dykstra_kernel, [scores, mask, 2, m, *matrix, 0, 0, 512, 512, 1, 300, 150.0], meta
+    if job["kernel"] == "grouped":
+        meta |= {"ELEMENT": gpu._ELEMENTS[scores], "SOLUTION": options.get("solution", False)}
+        return grouped.grouped_kernel, [torch.int64, 40, 2, m, 1], meta | gpu.SCHEDULE
     duals = torch.float64 if job["dtype"] == "float64" else torch.float32
     meta |= {"WARM": options.get("warm", False), "SOLUTION": options.get("solution", False)}
     outputs = [duals, duals, torch.float64, torch.float64] if meta["SOLUTION"] else [None] * 4
     warm = [duals, duals] if meta["WARM"] else [None] * 2
     positional = [scores, mask, *outputs, *warm, 2, m, *matrix, 0, 0, 512, 512, 512, 512, 1]
     return exact.exact_kernel, positional, meta | gpu.SCHEDULE
+
+
+def _permute_arguments(job: dict[str, Any], dtype: Any) -> tuple[Any, list[Any], dict[str, Any]]:
+    import torch
+    from nmsolve.kernels import gather, sinkhorn
+
+    from nmsolve import gpu_permute
+
+    options = job["options"]
+    if job["kernel"] == "gather":
+        norm = options.get("norm", False)
+        per_row, per_col, warps = gpu_permute.NORM_TILE if norm else gpu_permute.GATHER_TILE
+        positional = [dtype, torch.int64, dtype, dtype, 8192, 8192, 8192, 1, 1e-6]
+        meta = {"NORM": norm, "ROWS": per_row, "COLS": per_col, "num_warps": warps}
+        return gather.permute_columns_kernel, positional, meta
+    rows, real = job["m"], torch.float32
+    cols = options.get("cols", rows)
+    strides = (rows * cols, cols, 1)
+    tile = gpu_permute.sinkhorn_tile(rows, cols)
+    if "tile" in options:
+        tile = gpu_permute.SinkhornTile(*options["tile"])
+    if job["kernel"] == "sinkhorn_forward":
+        keep, tolerance = options.get("keep", False), options.get("tolerance", False)
+        sizes = [1000, rows, cols, *strides, rows, cols, 14.4, 20, 0.1, 1]
+        return (
+            sinkhorn.sinkhorn_forward_kernel,
+            [dtype, *[real] * 5, torch.int32, *sizes],
+            {"KEEP": keep, "TOLERANCE": tolerance, **tile.meta()},
+        )
+    sizes = [1000, rows, cols, *strides, *strides, cols, 14.4, 10.0, 20, 1]
+    positional = [real, dtype, real, real, real, torch.int32, dtype, *sizes]
+    return sinkhorn.sinkhorn_backward_kernel, positional, tile.meta()
 
 
 def _compile(job: dict[str, Any]) -> dict[str, Any]:
@@ -133,82 +199,68 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
     target = GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
     driver.set_active(_Driver(target))
     kernel.device_caches.clear()  # it does not know targets
-    return resources(kernel.warmup(*map(MockTensor.wrap_dtype, positional), grid=(1,), **meta))
+    compiled = kernel.warmup(*map(MockTensor.wrap_dtype, positional), grid=(1,), **meta)
+    return resources(compiled, sources_of(job["kernel"])) | {"meta": meta}
 
 
-def resources(compiled: Any) -> dict[str, Any]:
-    """Registers, bytes of stack and shared memory, loads and stores of spilled registers, loops.
+def resources(compiled: Any, sources: regions.Sources) -> dict[str, Any]:
+    """Registers, bytes of stack and shared memory, loads and stores of spilled registers, loops, phases.
 
     ``spills`` counts local-memory instructions (NVIDIA) or spilled registers (AMD). A stack without them is
-    what calls of the 64-bit division subroutine ask for. ``loops`` are the opcodes of every loop by address.
+    what calls of the 64-bit division subroutine ask for. ``loops`` are the opcodes of every loop, ``phases``
+    the instructions by region of the source (or why there are none), see :func:`regions.phases`.
     """
     if "hsaco" in compiled.asm:
         text = compiled.asm["amdgcn"]
         found = {
             name: int(re.search(rf"\.{name}:\s*(\d+)", text)[1])  # type: ignore[index]
-            for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
-        }
-        shared = int(re.search(r"\.group_segment_fixed_size:\s*(\d+)", text)[1])  # type: ignore[index]
+            for name in (
+                "vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size",
+                "group_segment_fixed_size",
+            )
+        }  # fmt: skip
         return {
             "registers": found["vgpr_count"],
-            "spills": found["vgpr_spill_count"],
+            "spills": found["vgpr_spill_count"] + found["sgpr_spill_count"],
             "stack": found["private_segment_fixed_size"],
-            "shared": shared,
+            "shared": max(found["group_segment_fixed_size"], compiled.metadata.shared),
         }
-    usage = _cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _nvidia_tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = sass.parse(_nvidia_tool("nvdisasm", "-g", "-c", file.name))
     sizes = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    code = disassemble(compiled.asm["cubin"])
-    opcodes = Counter(opcode.split(".")[0] for _, _, opcode, _ in code)
+    blocks = sass.basic_blocks(code)
+    loops = [
+        Counter(line.name for b in loop.body for line in code[blocks[b].first : blocks[b].last])
+        for loop in sass.natural_loops(blocks)
+    ]
+    try:
+        phases: dict[str, Any] | str = regions.phases(code, sources)
+    except ValueError as error:
+        phases = str(error)
+    opcodes = Counter(line.name for line in code)
     return {
         "registers": sizes["REG"],
         "spills": opcodes["LDL"] + opcodes["STL"],
         "stack": sizes["STACK"],
-        "shared": sizes["SHARED"],
+        "shared": max(sizes["SHARED"], compiled.metadata.shared),
         "local": sizes["LOCAL"],
         "instructions": len(code),
-        "loops": [dict(loop) for loop in loops(code)],
+        "loops": [dict(loop) for loop in loops],
+        "phases": phases,
     }
 
 
-def _cuobjdump(cubin: bytes, *flags: str) -> str:
+def _nvidia_tool(name: str, *arguments: str) -> str:
+    """Output of a program of the triton wheel."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run(
-            [tools / "cuobjdump", *flags, file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"},
-        ).stdout
-
-
-_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*?);", re.MULTILINE)
-
-Instruction = tuple[int, str, str, str]
-"""(address, predicate, opcode, operands)."""
-
-
-def disassemble(cubin: bytes) -> list[Instruction]:
-    found = _LINE.findall(_cuobjdump(cubin, "-sass"))
-    return [(int(address, 16), predicate.strip(), opcode, rest) for address, predicate, opcode, rest in found]
-
-
-def loops(code: list[Instruction]) -> Iterator[Counter[str]]:
-    """Opcode counts of every natural loop, innermost ones without their out-of-line slow paths.
-
-    A loop is a backward branch's target with everything between; branches of diverged warps (BRA.DIV) and
-    those that lead back from behind the kernel's EXIT (their slow paths) start none.
-    """
-    index = {address: k for k, (address, *_) in enumerate(code)}
-    end = next(k for k, line in enumerate(code) if line[2] == "EXIT" and not line[1])
-    for k, (address, _, opcode, rest) in enumerate(code[:end]):
-        target = re.search(r"0x([0-9a-f]+)", rest)
-        if opcode.split(".")[0] == "BRA" and ".DIV" not in opcode and target and int(target[1], 16) < address:
-            yield Counter(line[2].split(".")[0] for line in code[index[int(target[1], 16)] : k + 1])
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    command = [tools / name, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
 
 def main() -> None:
@@ -220,7 +272,7 @@ def main() -> None:
             while causes[-1].__cause__ is not None:
                 causes.append(causes[-1].__cause__)
             result = {"error": " <- ".join(f"{type(cause).__name__}: {cause}" for cause in causes)[-3000:]}
-        print(json.dumps(job | result), flush=True)
+        print(json.dumps(job | result, default=str), flush=True)
 
 
 if __name__ == "__main__":

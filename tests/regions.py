@@ -1,0 +1,230 @@
+"""Loops and branches of the kernels' sources, and the machine code that belongs to each.
+
+A *region* is a function, or the body of a loop or of an ``if`` in it, named by its path:
+``augment.while1.if1`` is the first ``if`` of the first ``while`` of ``augment``. :func:`counting` counts how
+often the interpreter enters each; :func:`phases` tells which instructions are executed once per entry.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import contextlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sass
+
+LOOPS = (ast.For, ast.While)
+_ENTER = "__enter_region"
+
+
+class Region(NamedTuple):
+    """Lines ``first`` to ``last`` of a file; ``calls`` are the functions called there, not further inside."""
+
+    name: str
+    parent: str | None
+    first: int
+    last: int
+    loop: bool
+    calls: tuple[str, ...]
+
+
+def _bodies(statement: ast.stmt) -> Iterator[tuple[str, list[ast.stmt]]]:
+    """The bodies that a statement executes as often as it is decided at run time."""
+    if isinstance(statement, LOOPS):
+        yield type(statement).__name__.lower(), statement.body
+    elif isinstance(statement, ast.If):
+        yield "if", statement.body
+        if statement.orelse:
+            yield "else", statement.orelse
+
+
+def _walk(function: str, body: list[ast.stmt]) -> Iterator[tuple[str, str | None, list[ast.stmt], bool]]:
+    """(name, parent, body, whether a loop) of a function and all regions in it."""
+    yield function, None, body, False
+    todo = [(function, body)]
+    while todo:
+        parent, statements = todo.pop(0)
+        seen: Counter[str] = Counter()
+        for statement in statements:
+            for kind, inner in _bodies(statement):
+                seen[kind] += 1
+                name = f"{parent}.{kind}{seen[kind]}"
+                yield name, parent, inner, isinstance(statement, LOOPS)
+                todo.append((name, inner))
+
+
+def _calls(body: list[ast.stmt]) -> tuple[str, ...]:
+    """Names called in a body but not in its loops and branches (their conditions count)."""
+    todo: list[ast.AST] = list(body)
+    names = []
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            names.append(node.func.id)
+        if isinstance(node, ast.stmt):
+            inner = {id(line) for _, lines in _bodies(node) for line in lines}
+            todo += [child for child in ast.iter_child_nodes(node) if id(child) not in inner]
+        else:
+            todo += ast.iter_child_nodes(node)
+    return tuple(names)
+
+
+def read(source: str) -> list[Region]:
+    """All regions of a file."""
+    found = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            for name, parent, body, loop in _walk(node.name, node.body):
+                last = max(getattr(line, "end_lineno", 0) or 0 for line in body)
+                found.append(Region(name, parent, body[0].lineno, last, loop, _calls(body)))
+    return found
+
+
+class Sources:
+    """The regions of some kernel files, and from where the functions in them are called."""
+
+    def __init__(self, files: Iterable[Path], entry: str) -> None:
+        self.entry = entry
+        self.regions: dict[str, Region] = {}
+        self._of_file: dict[str, list[Region]] = {}
+        for file in files:
+            regions = read(file.read_text(encoding="utf-8"))
+            self._of_file[file.name] = regions
+            self.regions.update({region.name: region for region in regions})
+        callers: dict[str, list[str]] = defaultdict(list)
+        for region in self.regions.values():
+            for function in region.calls:
+                if function in self.regions:
+                    callers[function].append(region.name)
+        # A function called from several places belongs to what encloses them all.
+        self._callers = dict(callers)
+
+    def at(self, file: str, line: int) -> str | None:
+        """The innermost region that holds a line."""
+        inside = [r for r in self._of_file.get(Path(file).name, ()) if r.first <= line <= r.last]
+        return min(inside, key=lambda r: r.last - r.first).name if inside else None
+
+    def chain(self, name: str) -> tuple[str, ...] | None:
+        """The region and all around it up to the kernel, through the one place that calls each function.
+
+        None for a function that is called from more than one place, as most helpers are.
+        """
+        path = []
+        here: str | None = name
+        while here is not None:
+            path.append(here)
+            region = self.regions[here]
+            if region.parent is not None:
+                here = region.parent
+            elif here == self.entry:
+                return tuple(path)
+            else:
+                places = set(self._callers.get(here, ()))
+                if len(places) != 1:
+                    return None
+                (here,) = places
+        return None
+
+
+def phases(code: list[sass.Instruction], sources: Sources) -> dict[str, dict[str, Any]]:
+    """Instructions by region: those executed once for every entry of the region.
+
+    A loop of the machine code belongs to the loop of the source that most of its instructions come from; the
+    compiler may have moved some of them in or out. Inside it a block of instructions may belong to an ``if``.
+    Raises ValueError where the two do not nest alike or a loop is there twice (unrolled with a remainder).
+    """
+    blocks = sass.basic_blocks(code)
+    loops = sass.natural_loops(blocks)
+    hot = sass.reachable(blocks)
+    innermost: dict[int, int] = {}
+    for k, loop in enumerate(loops):
+        innermost.update(dict.fromkeys(loop.body, k))
+
+    def votes(members: Iterable[int]) -> Counter[tuple[str, ...]]:
+        found: Counter[tuple[str, ...]] = Counter()
+        for b in members:
+            for line in code[blocks[b].first : blocks[b].last]:
+                region = sources.at(*line.source)
+                chain = sources.chain(region) if region else None
+                if chain:
+                    found[chain] += 1
+        return found
+
+    def loop_of(chain: tuple[str, ...]) -> str:
+        return next((name for name in chain if sources.regions[name].loop), sources.entry)
+
+    region_of: dict[int | None, str] = {None: sources.entry}
+    for k, loop in enumerate(loops):
+        own = [b for b in loop.body if innermost[b] == k]
+        tally: Counter[str] = Counter()
+        for chain, n in votes(own).items():
+            tally[loop_of(chain)] += n
+        around = region_of[loop.parent]
+        candidates = [
+            (n, name) for name, n in tally.items() if name != around and around in (sources.chain(name) or ())
+        ]
+        if not candidates:
+            raise ValueError(
+                f"the loop at {code[blocks[loop.head].first].address:#x} is none of the source's inside "
+                f"{around}: its lines are of {dict(tally)}"
+            )
+        name = max(candidates)[1]
+        if name in region_of.values():
+            raise ValueError(f"{name} is there twice: unrolled with a remainder?")
+        region_of[k] = name
+
+    lines: dict[str, list[sass.Instruction]] = defaultdict(list)
+    for b in sorted(hot):
+        loop_region = region_of[innermost.get(b)]
+        tally = Counter()
+        for chain, n in votes([b]).items():
+            if loop_region in chain:
+                inside = chain[: chain.index(loop_region)]
+                branch = next((c for c in inside if _branch(sources.regions[c])), loop_region)
+                tally[branch] += n
+            else:
+                tally[loop_region] += n
+        name = max(tally, key=lambda key: (tally[key], key)) if tally else loop_region
+        if any(line.name == "CALL" for line in code[blocks[b].first : blocks[b].last]):
+            continue  # the slow way of a 64-bit division
+        lines[name] += code[blocks[b].first : blocks[b].last]
+    return {name: sass.count(found) for name, found in lines.items()}
+
+
+def _branch(region: Region) -> bool:
+    return region.parent is not None and not region.loop
+
+
+@contextlib.contextmanager
+def counting(sources: Sources) -> Iterator[Counter[str]]:
+    """Count entries of all regions while the interpreter runs; its functions are instrumented for good."""
+    from triton.runtime import interpreter
+
+    entered: Counter[str] = Counter()
+    original = interpreter.FunctionRewriter._transform_ast
+
+    def transform(self: Any, source: str) -> Any:
+        tree = original(self, source)
+        function = tree.body[0]
+        if function.name in sources.regions:
+            for name, _, body, _ in list(_walk(function.name, function.body)):
+                enter = ast.Expr(ast.Call(ast.Name(_ENTER, ast.Load()), [ast.Constant(name)], []))
+                body.insert(0, ast.fix_missing_locations(ast.copy_location(enter, body[0])))
+        return tree
+
+    def enter(name: str) -> None:
+        entered[name] += 1
+
+    setattr(builtins, _ENTER, enter)
+    interpreter.FunctionRewriter._transform_ast = transform
+    interpreter.InterpretedFunction.rewritten_fn.clear()
+    try:
+        yield entered
+    finally:
+        interpreter.FunctionRewriter._transform_ast = original
+        interpreter.InterpretedFunction.rewritten_fn.clear()
+        delattr(builtins, _ENTER)

@@ -1,0 +1,208 @@
+"""Machine code of NVIDIA GPUs: instructions with their source lines, basic blocks, loops.
+
+Only paths that a warp takes whose lanes stay together count: targets of ``BRA.DIV`` (what the compiler keeps
+ready for diverged warps) and called subroutines (64-bit division) belong to no basic block that is *hot*.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import NamedTuple
+
+_FILE = re.compile(r'//## File "([^"]+)", line (\d+)')
+_LABEL = re.compile(r"^(\.\S+):")
+_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);")
+_TARGET = re.compile(r"(?:`\((\.\S+?)\)|\b0x([0-9a-f]+))\s*$")
+
+
+class Instruction(NamedTuple):
+    address: int
+    predicate: str
+    opcode: str
+    operands: str
+    target: int | None
+    """Address that a branch leads to."""
+    source: tuple[str, int]
+    """(file, line) that the compiler names."""
+
+    @property
+    def name(self) -> str:
+        """The opcode without its modifiers."""
+        return self.opcode.partition(".")[0]
+
+
+def parse(listing: str) -> list[Instruction]:
+    """Instructions of the first function in the output of ``nvdisasm -g -c``."""
+    labels: dict[str, int] = {}
+    waiting: list[str] = []
+    found: list[tuple[int, str, str, str, tuple[str, int]]] = []
+    source = ("", 0)
+    for line in listing.splitlines():
+        if match := _FILE.search(line):
+            source = (match[1], int(match[2]))
+        elif match := _LABEL.match(line):
+            waiting.append(match[1])
+        elif match := _LINE.match(line):
+            address = int(match[1], 16)
+            if found and address <= found[-1][0]:
+                break
+            labels.update(dict.fromkeys(waiting, address))
+            waiting.clear()
+            found.append((address, (match[2] or "").strip(), match[3], match[4], source))
+    code = []
+    for address, predicate, opcode, operands, source in found:
+        target = None
+        if opcode.partition(".")[0] in ("BRA", "BSSY") and (match := _TARGET.search(operands)):
+            target = labels.get(match[1]) if match[1] else int(match[2], 16)
+        code.append(Instruction(address, predicate, opcode, operands, target, source))
+    return code
+
+
+class Block(NamedTuple):
+    """Instructions ``code[first:last]`` that are executed together, and the blocks that may follow."""
+
+    first: int
+    last: int
+    successors: tuple[int, ...]
+
+
+def basic_blocks(code: list[Instruction]) -> list[Block]:
+    """Basic blocks in the order of their addresses; branches of diverged warps lead nowhere."""
+    index = {line.address: k for k, line in enumerate(code)}
+    starts = {0}
+    for k, line in enumerate(code):
+        if line.name in ("BRA", "EXIT", "RET"):
+            starts.add(k + 1)
+        if line.name == "BRA" and line.target in index:
+            starts.add(index[line.target])
+    firsts = sorted(start for start in starts if start < len(code))
+    number = {first: b for b, first in enumerate(firsts)}
+    blocks = []
+    for b, first in enumerate(firsts):
+        last = firsts[b + 1] if b + 1 < len(firsts) else len(code)
+        end = code[last - 1]
+        conditional = bool(end.predicate) or "," in end.operands
+        follow = []
+        if end.name == "BRA" and not _of_diverged_warps(end):
+            follow.append(number[index[end.target]])  # type: ignore[index]
+        if (end.name not in ("BRA", "EXIT", "RET") or conditional or _of_diverged_warps(end)) and last < len(
+            code
+        ):
+            follow.append(b + 1)
+        blocks.append(Block(first, last, tuple(dict.fromkeys(follow))))
+    return blocks
+
+
+def _of_diverged_warps(line: Instruction) -> bool:
+    return ".DIV" in line.opcode or ".CONV" in line.opcode
+
+
+def reachable(blocks: list[Block], start: int = 0, without: int | None = None) -> set[int]:
+    """Blocks that can be reached from one, without passing another."""
+    todo, seen = ([start] if start != without else []), set()
+    while todo:
+        b = todo.pop()
+        if b not in seen:
+            seen.add(b)
+            todo += [after for after in blocks[b].successors if after != without]
+    return seen
+
+
+class Loop(NamedTuple):
+    """A natural loop: its first block, all its blocks, and the index of the loop around it."""
+
+    head: int
+    body: frozenset[int]
+    parent: int | None
+
+
+def natural_loops(blocks: list[Block]) -> list[Loop]:
+    """Loops, outer ones before inner ones. Those with the same head are one.
+
+    An edge from n to h starts one where every path to n passes h; its body is all that reaches n without
+    passing h.
+    """
+    hot = reachable(blocks)
+    before: dict[int, list[int]] = {b: [] for b in hot}
+    for b in hot:
+        for after in blocks[b].successors:
+            before[after].append(b)
+    bodies: dict[int, set[int]] = {}
+    for head in sorted(hot):
+        back = [b for b in before[head] if b >= head]
+        if not back:
+            continue
+        dominated = hot - reachable(blocks, without=head)
+        back = [b for b in back if b in dominated]
+        body, todo = {head}, back
+        while todo:
+            b = todo.pop()
+            if b not in body:
+                body.add(b)
+                todo += before[b]
+        if back or len(body) > 1 or head in blocks[head].successors:
+            bodies[head] = body
+    order = sorted(bodies, key=lambda head: (-len(bodies[head]), head))
+    loops: list[Loop] = []
+    for head in order:
+        around = [k for k, loop in enumerate(loops) if head in loop.body]
+        loops.append(Loop(head, frozenset(bodies[head]), around[-1] if around else None))
+    return loops
+
+
+# --- what executes an instruction ---------------------------------------------------------------------------
+
+_KINDS = {
+    "shuffle": ("SHFL", "REDUX"),
+    "special": ("MUFU",),
+    "shared": ("LDS", "STS", "LDSM", "STSM", "ATOMS"),
+    "barrier": ("BAR",),
+    "global": ("LDG", "STG", "LD", "ST", "RED", "ATOMG"),
+    "local": ("LDL", "STL"),
+    "convert": ("F2F", "F2I", "I2F", "I2FP", "F2FP", "FRND"),
+    "float": ("FADD", "FMUL", "FFMA", "FMNMX", "FMNMX3", "FSEL", "FSETP", "FSET", "FCHK", "FADD2", "FMUL2",
+              "FFMA2", "FSWZADD"),
+    "double": ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX"),
+    "control": ("BRA", "BSSY", "BSYNC", "EXIT", "WARPSYNC", "CALL", "RET", "NOP", "YIELD", "NANOSLEEP",
+                "BMOV", "BREAK", "ELECT", "JMP", "BRX", "DEPBAR", "ERRBAR", "MEMBAR", "CCTL", "ACQBULK"),
+}  # fmt: skip
+KINDS = (*_KINDS, "integer")
+_KIND = {name: kind for kind, names in _KINDS.items() for name in names}
+
+
+def kind(line: Instruction) -> str:
+    """One of :data:`KINDS`; whatever is none of the others is counted as integer."""
+    return _KIND.get(line.name, "integer")
+
+
+_PIPES = {
+    "fma": ("FADD", "FMUL", "FFMA", "FSWZADD"),
+    "fma_packed": ("FADD2", "FMUL2", "FFMA2"),
+    "fma_heavy": ("IMAD", "IDP", "IDP4A"),
+    "minmax": ("FMNMX", "FMNMX3"),
+    "special": ("MUFU", "F2I", "I2F", "F2F", "FRND", "POPC", "FLO", "BREV"),
+    "shuffle": ("SHFL",),
+    "memory": (
+        "LDG", "STG", "LD", "ST", "LDS", "STS", "LDSM", "STSM", "LDL", "STL", "ATOMS", "ATOMG", "RED", "LDC",
+    ),
+    "double": ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX"),
+    "none": (*_KINDS["control"], "BAR", "S2R", "S2UR", "CS2R", "REDUX"),
+}  # fmt: skip
+PIPES = (*_PIPES, "uniform", "alu")
+_PIPE = {name: pipe for pipe, names in _PIPES.items() for name in names}
+
+
+def pipe(line: Instruction) -> str:
+    """The unit that executes an instruction, one of :data:`PIPES`; by default the integer and logic unit."""
+    name = line.name
+    if name in _PIPE:
+        return _PIPE[name]
+    if name in ("R2UR", "VOTEU") or (name.startswith("U") and name != "UNKNOWN"):
+        return "uniform"
+    return "alu"
+
+
+def count(lines: list[Instruction]) -> dict[str, Counter[str]]:
+    """Instructions by kind and by pipe."""
+    return {"kinds": Counter(map(kind, lines)), "pipes": Counter(map(pipe, lines))}
