@@ -109,18 +109,21 @@ def sinkhorn_backward(
     level = logits.to(work) / temperature
     total = torch.zeros_like(level)
     df, dg = torch.zeros_like(level[:, :, 0]), torch.zeros_like(level[:, 0])
-    for t in range(int(made.max()) - 1, -1, -1):
-        live = (made > t).view(-1, 1, 1)
+    ends = set(made.tolist())
+    for t in range(max(ends, default=0) - 1, -1, -1):
         s = (level + row_scalings[:, t].unsqueeze(2)).softmax(1)
-        last = (made == t + 1).view(-1, 1, 1)
-        q = torch.where(last, gradient.to(work) * col_marginals.unsqueeze(1) * s, 0)
-        total, df, dg = total + q, df + q.sum(2), dg + q.sum(1)
-        part = s * dg.unsqueeze(1)
+        if t + 1 in ends:
+            last = (made == t + 1).view(-1, 1, 1)
+            q = torch.where(last, gradient.to(work) * col_marginals.unsqueeze(1) * s, 0)
+            total, df, dg = total + q, df + q.sum(2), dg + q.sum(1)
+        # Of a block that stopped before iteration t nothing has been added yet: df and dg are 0.
+        part = s.mul_(dg.unsqueeze(1))
         df = df - part.sum(2)
         r = (level + col_scalings[:, t - 1].unsqueeze(1) if t else level).softmax(2)
-        back = r * df.unsqueeze(2)
-        total = total - torch.where(live, part + back, 0)
-        dg, df = torch.where(live[:, 0], -back.sum(1), 0), torch.zeros_like(df)
+        back = r.mul_(df.unsqueeze(2))
+        total -= part
+        total -= back
+        dg, df = -back.sum(1), torch.zeros_like(df)
     return (total / temperature).to(logits.dtype)
 
 
