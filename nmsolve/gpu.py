@@ -1,17 +1,20 @@
 """The Triton backend: allocation, grids and launches. The only importer of nmsolve.kernels.
 
 Scores are ``(batch, rows, cols)`` with any strides; a kernel reads them where they lie. Full blocks go in one
-launch, the partial blocks at the right and bottom edge in one more each.
+launch, the partial blocks at the right and bottom edge in one more each; those of many matrices together in
+:func:`exact_group`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from nmsolve import schedule
@@ -19,11 +22,12 @@ from nmsolve.blocks import BlockGrid, grid_of
 from nmsolve.kernels import _launch
 from nmsolve.kernels.dykstra import dykstra_kernel
 from nmsolve.kernels.exact import exact_kernel
+from nmsolve.kernels.grouped import grouped_kernel
 from nmsolve.kernels.nm import nm_kernel
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import BlockResult
 
-__all__ = ["exact", "greedy", "ordinary", "tsenor", "why_not"]
+__all__ = ["exact", "exact_group", "greedy", "ordinary", "tsenor", "why_not"]
 
 SCHEDULE = {
     name: getattr(schedule, name)
@@ -69,26 +73,21 @@ def exact(
     ``warm`` are row and column duals ``(batch, GR, GC, M)`` to start from instead of the ascent's.
     """
     grid = grid_of(scores, pattern)
-    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    work = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    blocks = (len(scores), grid.block_rows, grid.block_cols)
-    u = v = objective = bound = None
-    if want_solution:
-        u, v = (torch.empty((*blocks, pattern.m), dtype=work, device=scores.device) for _ in range(2))
-        objective, bound = (torch.empty(blocks, dtype=torch.float64, device=scores.device) for _ in range(2))
+    result = _empty_result(scores, pattern, want_solution)
     warm_u = warm_v = None
     if warm is not None:
-        warm_u, warm_v = (duals.to(work).contiguous() for duals in warm)
-    outputs = (u, v, objective, bound, warm_u, warm_v)
+        warm_u, warm_v = (duals.to(_dual_dtype(scores)).contiguous() for duals in warm)
     for region in _regions(grid, pattern.m, scores):
-        tile = _launch.tile("exact_edge" if region.edge else "exact", pattern.m)
+        tile = _exact_tile(region.edge, pattern.m)
         _run(
             exact_kernel,
             region,
             tile,
             scores,
-            _mask_pointer(mask, region),
-            *outputs,
+            _mask_pointer(result.mask, region),
+            *result[1:],
+            warm_u,
+            warm_v,
             pattern.n,
             pattern.m,
             *_matrix_arguments(scores),
@@ -103,7 +102,50 @@ def exact(
             SOLUTION=want_solution,
             **SCHEDULE,
         )
-    return BlockResult(mask, u, v, objective, bound)
+    return result
+
+
+def exact_group(
+    scores: list[Tensor],
+    pattern: NMPattern,
+    *,
+    warm: None = None,
+    want_solution: bool = False,
+) -> list[BlockResult]:
+    """What :func:`exact` returns for each matrix, in one launch of full blocks and one of partial ones.
+
+    Full blocks take two launches where 4 divides the width of some matrices and not of others. The launches
+    read where the matrices lie from a table, which is copied to the GPU without waiting for it. A CUDA graph
+    would copy it again at every replay, from memory that is no longer its own: while one is captured, every
+    matrix has launches of its own, whose arguments are all in the graph.
+    """
+    with _device_of(scores[0]):
+        if scores[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return [exact(matrix, pattern, want_solution=want_solution) for matrix in scores]
+    results = [_empty_result(matrix, pattern, want_solution) for matrix in scores]
+    groups: dict[tuple[bool, bool], list[_Member]] = defaultdict(list)
+    for matrix, result in zip(scores, results, strict=True):
+        for region in _regions(grid_of(matrix, pattern), pattern.m, matrix):
+            groups[region.edge, region.packed].append(_Member(region, matrix, result))
+    for (edge, packed), members in groups.items():
+        tile = _exact_tile(edge, pattern.m)
+        table, programs = _table(members, tile, pattern)
+        with _device_of(scores[0]):
+            grouped_kernel[(programs,)](
+                table,
+                len(members),
+                pattern.n,
+                pattern.m,
+                1,
+                ELEMENT=_ELEMENTS[scores[0].dtype],
+                **tile_arguments(tile),
+                PADDED=edge or tile.size != pattern.m,
+                SLACK=edge,
+                PACKED=packed,
+                SOLUTION=want_solution,
+                **SCHEDULE,
+            )
+    return results
 
 
 def greedy(scores: Tensor, pattern: NMPattern) -> Tensor:
@@ -166,6 +208,14 @@ def ordinary(scores: Tensor, pattern: NMPattern) -> Tensor:
     return mask
 
 
+_ELEMENTS = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
 class _Region(NamedTuple):
     """A rectangle of blocks in each matrix that one launch covers."""
 
@@ -186,6 +236,59 @@ def _regions(grid: BlockGrid, m: int, scores: Tensor) -> Iterator[_Region]:
         if blocks:
             packed = not edge and m % 4 == 0 and grid.cols % 4 == 0
             yield _Region((first_row, first_col, rows, cols), blocks, edge, packed)
+
+
+class _Member(NamedTuple):
+    """A region of a group launch, with its matrix and where the result goes."""
+
+    region: _Region
+    scores: Tensor
+    result: BlockResult
+
+
+def _table(members: Sequence[_Member], tile: _launch.Tile, pattern: NMPattern) -> tuple[Tensor, int]:
+    """The table of a group launch, see :mod:`nmsolve.kernels.grouped`, and its number of programs."""
+    rows = []
+    programs = 0
+    for region, scores, result in members:
+        grid = grid_of(scores, pattern)
+        addresses = [0 if output is None else output.data_ptr() for output in result]
+        rows.append(
+            [
+                programs,
+                scores.data_ptr(),
+                *addresses,
+                *_matrix_arguments(scores),
+                *region.rectangle,
+                grid.block_rows,
+                grid.block_cols,
+            ]
+        )
+        programs += triton.cdiv(region.blocks, tile.blocks)
+    device = members[0].scores.device
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True), programs
+
+
+def _dual_dtype(scores: Tensor) -> torch.dtype:
+    return torch.float64 if scores.dtype == torch.float64 else torch.float32
+
+
+def _empty_result(scores: Tensor, pattern: NMPattern, want_solution: bool) -> BlockResult:
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    if not want_solution:
+        return BlockResult(mask)
+    grid = grid_of(scores, pattern)
+    blocks = (len(scores), grid.block_rows, grid.block_cols)
+    u, v = (
+        torch.empty((*blocks, pattern.m), dtype=_dual_dtype(scores), device=scores.device) for _ in range(2)
+    )
+    objective, bound = (torch.empty(blocks, dtype=torch.float64, device=scores.device) for _ in range(2))
+    return BlockResult(mask, u, v, objective, bound)
+
+
+def _exact_tile(edge: bool, m: int) -> _launch.Tile:
+    return _launch.tile("exact_edge" if edge else "exact", m)
 
 
 def tile_arguments(tile: _launch.Tile, *, amd: bool = torch.version.hip is not None) -> dict[str, int]:

@@ -7,6 +7,8 @@ is imported) in four ways:
 - reductions with a custom combine function run on whole arrays, not element by element;
 - ``tl.device_assert`` is checked;
 - a load or store outside the launch's tensors, or a store to where another program has stored, is an error.
+
+The tensors of a group launch are those that its table is made from.
 """
 
 from __future__ import annotations
@@ -88,6 +90,7 @@ def _guard_memory() -> None:
     prepare, load, store = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store
     ranges: list[tuple[int, int]] = []
     written: dict[tuple[int, ...], np.ndarray] = {}
+    group = _last_group()
 
     def add_range(argument: Any) -> None:
         if hasattr(argument, "data_ptr"):
@@ -104,6 +107,9 @@ def _guard_memory() -> None:
         ranges.clear()
         written.clear()
         add_range([*prepared[0], *prepared[1].values()])
+        for argument in args:
+            if group and argument is group[-1][0]:
+                add_range(group[-1][1])
         return prepared
 
     def addresses(pointers: Any, mask: Any, what: str) -> np.ndarray:
@@ -134,3 +140,19 @@ def _guard_memory() -> None:
     executor._init_args_hst = checked_prepare
     builder.create_masked_load = checked_load
     builder.create_masked_store = checked_store
+
+
+def _last_group() -> list[tuple[Any, Any]]:
+    """A list that holds the table that nmsolve.gpu made last, and the tensors that it points to."""
+    from nmsolve import gpu
+
+    make = gpu._table
+    last: list[tuple[Any, Any]] = []
+
+    def make_and_tell(members: Any, *args: Any) -> Any:
+        table, programs = make(members, *args)
+        last[:] = [(table, [tensor for member in members for tensor in (member.scores, *member.result)])]
+        return table, programs
+
+    gpu._table = make_and_tell
+    return last

@@ -1,0 +1,43 @@
+"""The grouped kernel compiles for GPUs that are not here, and keeps nothing in memory but its matrices."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import offline
+import pytest
+
+pytest.importorskip("triton")
+
+
+def check(jobs: list[dict[str, Any]]) -> None:
+    faults = []
+    for result in offline.compile_all(jobs):
+        name = " ".join(str(result[key]) for key in ("m", "target", "dtype", "options"))
+        if "error" in result:
+            faults.append(f"{name}: {result['error']}")
+        elif result["stack"] if "local" not in result else result["spills"] + result["local"]:  # AMD, NVIDIA
+            faults.append(f"{name}: spills with {result['registers']} registers")
+    assert not faults, "\n".join(faults)
+
+
+def test_some_configurations() -> None:
+    jobs = [*offline.jobs_of("grouped", 16, "sm_90", "bfloat16")]
+    jobs += offline.jobs_of("grouped", 64, "sm_90", solution=True)
+    jobs += offline.jobs_of("grouped", 32, "sm_90", "float64", edge=True, solution=True)
+    jobs += offline.jobs_of("grouped", 32, "sm_80")
+    jobs += offline.jobs_of("grouped", 64, "sm_100", edge=True, solution=True)
+    jobs += offline.jobs_of("grouped", 16, "gfx942", edge=True, solution=True)
+    check(jobs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", offline.TARGETS)
+def test_every_configuration(target: str) -> None:
+    jobs: list[dict[str, Any]] = []
+    for m, edge, solution in product((4, 8, 16, 32, 64), (False, True), (False, True)):
+        for dtype in ("float32", "bfloat16", "float16", "float64"):
+            jobs += offline.jobs_of("grouped", m, target, dtype, edge=edge, solution=solution)
+        jobs += offline.jobs_of("grouped", m - 1, target, edge=edge, solution=solution, packed=False)
+    check(jobs)
