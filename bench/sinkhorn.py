@@ -1,4 +1,4 @@
-"""Sinkhorn with its gradient against autograd through a PyTorch loop: writes bench/results/sinkhorn.csv.
+"""Sinkhorn with its gradient against POT and a plain PyTorch loop: writes bench/results/sinkhorn.csv.
 
 Forward and backward of a batch, timed in turn, and the memory that is held between them: the tensors that
 autograd saves, beside the logits. The gradients are compared first, with the loop's in float64.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import common
 import torch
+from peers.pot_sinkhorn import pot_batch, pot_one_by_one
 from torch import Tensor
 
 import nmsolve
@@ -55,10 +56,14 @@ def main() -> None:
         logits = torch.randn(batch, m, m, generator=torch.Generator().manual_seed(m))
         weight = torch.randn(batch, m, m, generator=torch.Generator().manual_seed(m + 1))
         contenders: dict[str, Callable[[Tensor], Tensor]] = {
-            name: lambda x, name=name: nmsolve.sinkhorn(x, TEMPERATURE, ITERATIONS, backend=name)  # type: ignore[misc]
+            f"nmsolve, {name}": lambda x, name=name: nmsolve.sinkhorn(
+                x, TEMPERATURE, ITERATIONS, backend=name
+            )  # type: ignore[misc]
             for name in ("cpu", "torch")
         }
-        contenders["autograd loop"] = loop
+        contenders["PyTorch loop"] = loop
+        contenders["POT, batch"] = lambda x: pot_batch(x, TEMPERATURE, ITERATIONS)
+        contenders["POT, one by one"] = lambda x: pot_one_by_one(x, TEMPERATURE, ITERATIONS)
 
         def both(function: Callable[[Tensor], Tensor], x: Tensor, pull: Tensor = weight) -> Tensor:
             source = x.detach().requires_grad_(True)
@@ -94,14 +99,14 @@ def main() -> None:
                     "both_ms": 1e3 * taken[name].median,
                     "both_ms_least": 1e3 * taken[name].least,
                     "both_ms_most": 1e3 * taken[name].most,
-                    "loop_over_this": taken["autograd loop"].median / taken[name].median,
+                    "loop_over_this": taken["PyTorch loop"].median / taken[name].median,
                     "held_bytes": held_bytes(function, source),
                     "gradient_error": errors[name],
                     "repeats": arguments.repeats,
                 }
             )
             print(m, name, f"{rows[-1]['both_ms']:.4g} ms, {rows[-1]['held_bytes']} bytes held")
-    common.write_csv(arguments.out, rows)
+    common.write_csv(arguments.out, rows, "POT")
 
 
 if __name__ == "__main__":
