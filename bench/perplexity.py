@@ -31,6 +31,7 @@ from statistics import fmean
 
 import torch
 from common import PATTERNS, RESULTS, ROOT, append_csv, read_csv
+from peers import wanda as published
 from smollm2_model import load_model, load_tokenizer, texts, tokens
 from torch import Tensor, nn
 
@@ -49,8 +50,11 @@ from nmsolve.prune.alps import alps_system
 from nmsolve.prune.sparsegpt import sparsegpt_factor
 
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
+PUBLISHED = "wanda, published rule"  # peers/wanda.py, with ordinary masks alone
 MASKS = ("ordinary", "exact", "tsenor")
 KEY = ("method", "pattern", "mask", "sequential", "calibration_tokens", "test_tokens", "matmul")
+
+NOTHING_PRUNED = {"retained": 1.0, "gap": 0.0, "error": 0.0, "seconds": 0.0, "mask_seconds": 0.0}
 
 # Layers of a block that see the same input.
 GROUPS = (
@@ -63,7 +67,7 @@ GROUPS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, PUBLISHED), default=(*METHODS, PUBLISHED))
     patterns = [f"{n}:{m}" for n, m in PATTERNS]
     parser.add_argument("--patterns", nargs="+", metavar="N:M", default=patterns)
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=MASKS)
@@ -83,7 +87,11 @@ def main() -> None:
 
     done = {tuple(row[k] for k in KEY) for row in read_csv(args.out)} if args.out.exists() else set()
     todo = [("dense", "dense", "dense")]
-    todo += itertools.product(args.methods, args.patterns, args.masks)
+    todo += [
+        (method, pattern, mask)
+        for method, pattern, mask in itertools.product(args.methods, args.patterns, args.masks)
+        if method != PUBLISHED or (mask == "ordinary" and args.sequential == "off")
+    ]
     settings = (args.sequential, str(args.calibration_tokens), str(args.test_tokens), args.matmul)
     dense_settings = ("off", "0", str(args.test_tokens), args.matmul)
     keys = [(*row, *(dense_settings if row[0] == "dense" else settings)) for row in todo]
@@ -92,7 +100,8 @@ def main() -> None:
         return
     tokenizer = load_tokenizer()
     calibration, test = (tokens(tokenizer, text) for text in texts())
-    bench = Bench(load_model(), calibration, test, args.window, args.matmul)
+    windows = args.test_tokens // args.window
+    bench = Bench(load_model(), calibration, test, args.window, windows, args.matmul)
     for key in keys:
         row, layers = bench.measure(dict(zip(KEY, key, strict=True)))
         append_csv(args.out, row, "transformers")
@@ -119,6 +128,7 @@ class OneShot:
         start = time.perf_counter()
         self.leaders: dict[str, str] = {}
         self.hessians: dict[str, Tensor] = {}
+        self.energies: dict[str, float] = {}
         self.prepared: dict[tuple[str, str], tuple[object, float]] = {}
         hooks = []
         for name, module in model.named_modules():
@@ -153,14 +163,15 @@ class OneShot:
         else:
             pruned = weight * rule.choose(scores(method, weight, hessian))
         seconds = waited + time.perf_counter() - start
-        lost = weight - pruned
-        error = ((lost @ hessian) * lost).sum() / ((weight @ hessian) * weight).sum()
+        if name not in self.energies:
+            self.energies[name] = energy(weight, hessian)
+        error = energy(weight - pruned, hessian) / self.energies[name]
         weight.copy_(pruned)
         tally = rule.tally
         return {
             "retained": tally.retained,
             "gap": max(tally.gap, 0.0),
-            "error": float(error),
+            "error": error,
             "seconds": seconds,
             "mask_seconds": tally.seconds,
         }
@@ -173,8 +184,8 @@ class OneShot:
         leader = self.leaders[name]
         if (method, leader) not in self.prepared:
             start = time.perf_counter()
-            self.prepared[method, leader] = prepare(self.hessians[leader]), 0.0
-            self.prepared[method, leader] = self.prepared[method, leader][0], time.perf_counter() - start
+            system = prepare(self.hessians[leader])
+            self.prepared[method, leader] = system, time.perf_counter() - start
         system, seconds = self.prepared[method, leader]
         return system, seconds if name == leader else 0.0
 
@@ -188,6 +199,11 @@ def measuring(hessian: Tensor) -> Callable[[nn.Module, tuple[Tensor]], None]:
             hessian.addmm_(inputs.T, inputs)
 
     return hook
+
+
+def energy(weight: Tensor, hessian: Tensor) -> float:
+    """``||W X||^2`` over the inputs X of the Hessian."""
+    return float(((weight @ hessian) * weight).sum())
 
 
 def mask_rule(pattern: str, mask: str) -> MaskRule:
@@ -205,43 +221,45 @@ class Bench:
     """The dense model and the texts, and rows of the table measured with them."""
 
     def __init__(
-        self, dense: nn.Module, calibration: Tensor, test: Tensor, window: int, precision: str
+        self,
+        dense: nn.Module,
+        calibration: Tensor,
+        test: Tensor,
+        window: int,
+        windows: int,
+        precision: str,
     ) -> None:
         self.dense, self.calibration, self.test = dense, calibration, test
-        self.window, self.precision = window, precision
+        self.window, self.windows, self.precision = window, windows, precision
         self.one_shot: OneShot | None = None
 
     def measure(self, key: dict[str, str]) -> tuple[dict[str, object], dict[str, object]]:
         """One row of the table, and one of the table of layers."""
-        model, found, layers = self.dense, {}, []
-        if key["method"] != "dense":
-            model = copy.deepcopy(self.dense)
-            layers, seconds = (
-                self._one_shot(model, key) if key["sequential"] == "off" else self._sequential(model, key)
-            )
-            found = {
-                "retained": fmean(layer["retained"] for layer in layers),
-                "gap": max(layer["gap"] for layer in layers),
-                "error": fmean(layer["error"] for layer in layers),
-                "seconds": seconds,
-                "mask_seconds": math.fsum(layer["mask_seconds"] for layer in layers),
-            }
-        with matmul(self.precision):
-            windows = int(key["test_tokens"]) // self.window
-            value = perplexity(
-                model, self.test, window=self.window, windows=windows, progress=False
-            ).perplexity
+        if key["method"] == "dense":
+            return {**key, "perplexity": self._perplexity(self.dense), **NOTHING_PRUNED}, {}
+        if key["method"] == PUBLISHED:
+            return self._published(key), {}
+        model = copy.deepcopy(self.dense)
+        prune = self._one_shot if key["sequential"] == "off" else self._sequential
+        layers, seconds = prune(model, key)
         row = {
             **key,
-            "perplexity": value,
-            "retained": 1.0,
-            "gap": 0.0,
-            "error": 0.0,
-            "seconds": 0.0,
-            "mask_seconds": 0.0,
+            "perplexity": self._perplexity(model),
+            "retained": fmean(layer["retained"] for layer in layers),
+            "gap": max(layer["gap"] for layer in layers),
+            "error": fmean(layer["error"] for layer in layers),
+            "seconds": seconds,
+            "mask_seconds": math.fsum(layer["mask_seconds"] for layer in layers),
         }
-        kept = {**key, "retained": " ".join(f"{layer['retained']:.7f}" for layer in layers)}
-        return {**row, **found}, kept if key["method"] in ("magnitude", "wanda", "ria") else {}
+        if key["method"] not in ("magnitude", "wanda", "ria"):
+            return row, {}
+        return row, {**key, "retained": " ".join(f"{layer['retained']:.7f}" for layer in layers)}
+
+    def _perplexity(self, model: nn.Module) -> float:
+        with matmul(self.precision):
+            return perplexity(
+                model, self.test, window=self.window, windows=self.windows, progress=False
+            ).perplexity
 
     def _one_shot(self, model: nn.Module, key: dict[str, str]) -> tuple[list[dict[str, float]], float]:
         if self.one_shot is None:
@@ -269,6 +287,17 @@ class Bench:
         seconds = time.perf_counter() - start
         layers = [asdict(layer) | {"error": layer.relative_error} for layer in result.report.layers]
         return layers, seconds
+
+    def _published(self, key: dict[str, str]) -> dict[str, object]:
+        """The row of Wanda as its paper gives it, measured without nmsolve."""
+        model = copy.deepcopy(self.dense)
+        start = time.perf_counter()
+        with matmul(self.precision):
+            norms = published.input_norms(model, make_batches(self.calibration, **self._draw(key)))
+            published.prune(model, norms, *map(int, key["pattern"].split(":")))
+            seconds = time.perf_counter() - start
+            value = published.perplexity(model, self.test, self.window, self.windows)
+        return {**key, "perplexity": value, **dict.fromkeys(NOTHING_PRUNED, ""), "seconds": seconds}
 
     def _draw(self, key: dict[str, str]) -> dict[str, int]:
         samples = int(key["calibration_tokens"]) // self.window

@@ -1,8 +1,8 @@
-"""Wanda's published rule in plain PyTorch, and perplexity as transformers computes it (peer of nmsolve.prune).
+"""Wanda's published rule in plain PyTorch, and perplexity from transformers' own loss.
 
-Written from the paper (arXiv 2306.11695, section 3): the score of a weight is ``|W_ij| * ||X_j||_2``, compared
-within each output row; for N:M, of every M consecutive inputs the M - N lowest scores are zeroed. One-shot:
-the norms are those of the dense model's inputs. Nothing here uses nmsolve.
+Written from the paper (arXiv 2306.11695, section 3): the score of a weight is ``|W_ij| * ||X_j||_2``,
+compared within each output row; for N:M, of every M consecutive inputs the M - N lowest scores are zeroed.
+One-shot: the norms are those of the dense model's inputs. Nothing here uses nmsolve.
 """
 
 from __future__ import annotations
