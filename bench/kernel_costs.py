@@ -64,15 +64,8 @@ KERNELS = {
     "rms_norm_permute": Kernel("gather", (0,), {"norm": True}, "rms_norm_permute"),
 }
 
-_TILES = [
-    (*lane, blocks, warps)
-    for lane in ((4, 4), (8, 4), (8, 8))
-    for blocks in (1, 2, 4, 8, 16, 32)
-    for warps in (1, 2, 4)
-]
-CANDIDATES = {"exact": _TILES, "dykstra": _TILES}
-"""(rows_in, cols_in, blocks, warps) to compare with the launch table's; those that do not fill their warps'
-lanes exactly are left out."""
+ENTRIES_OF_A_LANE = ((4, 4), (4, 8), (8, 4), (8, 8))
+"""(rows_in, cols_in) of the tiles that the launch table's are compared with."""
 
 NAMES = {
     "exact_kernel": "load, start, store",
@@ -133,17 +126,37 @@ def cases(
                     if target.startswith("gfx") and dtype != "float32":
                         continue
                     yield Case(kernel, m, dtype, target, True, None)
-                    if candidates:
-                        for tile in candidate_tiles(KERNELS[kernel].compiled, m):
+                    for tile in candidate_tiles(KERNELS[kernel].compiled, m) if candidates else ():
+                        if tile != shipped_tile(kernel, m):
                             yield Case(kernel, m, dtype, target, False, tile)
 
 
-def candidate_tiles(compiled: str, m: int) -> Iterator[tuple[int, int, int, int]]:
-    """Candidates whose lanes fill their warps exactly."""
-    for rows_in, cols_in, blocks, warps in CANDIDATES.get(compiled, ()):
-        lanes = (m // rows_in) * (m // cols_in) * blocks if rows_in <= m and cols_in <= m else 0
-        if lanes == 32 * warps and blocks * m >= 32:
-            yield rows_in, cols_in, blocks, warps
+def shipped() -> list[Case]:
+    """The configurations of the table: bfloat16 for all kernels on one target, for the chief ones on all."""
+    chief = ("exact", "tsenor", "greedy", "nm", "permute_columns", "rms_norm_permute")
+    return [
+        case
+        for case in cases(KERNELS, None, ("float32", "bfloat16"), offline.TARGETS, False)
+        if case.dtype == "float32" or case.target == "sm_90" or case.kernel in chief
+    ]
+
+
+def candidate_tiles(compiled: str, m: int) -> list[tuple[int, int, int, int]]:
+    """(rows_in, cols_in, blocks, warps) with all the blocks that a warp holds, or all the warps of a block."""
+    tiles = []
+    for rows_in, cols_in in ENTRIES_OF_A_LANE if compiled in ("exact", "dykstra") else ():
+        if max(rows_in, cols_in) <= m:
+            lanes = (m // rows_in) * (m // cols_in)
+            tiles.append((rows_in, cols_in, max(1, 32 // lanes), max(1, lanes // 32)))
+    return tiles
+
+
+def shipped_tile(kernel: str, m: int) -> tuple[int, ...]:
+    """The launch table's entry for a row of the table that has one."""
+    from nmsolve.kernels import _launch
+
+    name = "exact_edge" if "edge" in kernel else KERNELS[kernel].compiled
+    return tuple(_launch.tile(name, m)[1:])
 
 
 # --- how often a program enters each region -----------------------------------------------------------------
@@ -242,13 +255,13 @@ def _run_programs(name: str, m: int, blocks: int | None, distribution: str, prog
 PROGRAMS_COUNTED = {"tsenor": 24, "nm": 2, "sinkhorn": 4, "sinkhorn, backward": 2}
 
 
-def count_all(wanted: Iterable[tuple[str, int, int | None]], processes: int = 2) -> list[dict[str, Any]]:
+def count_all(wanted: Iterable[tuple[str, int, int | None]], processes: int) -> list[dict[str, Any]]:
     """Counts for (name, m, blocks per program or None as shipped), on every distribution."""
     tasks = []
     for name, m, blocks in dict.fromkeys(wanted):
         programs = PROGRAMS_COUNTED.get(name, 48)
         scored = name.startswith(("exact", "assignment", "tsenor", "greedy"))
-        for distribution in ("normal", "student_t") if scored else ("normal",):
+        for distribution in ("normal", "student_t") if scored and blocks is None else ("normal",):
             tasks.append((name, m, blocks, distribution, programs))
     tasks.sort(key=lambda task: -task[1])
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
@@ -387,6 +400,16 @@ def phase_of(region: str, entered: Mapping[str, float], sources: regions.Sources
     raise AssertionError
 
 
+def compile_cases(chosen: list[Case], processes: int) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Every case with its result; what is the same is compiled once."""
+    jobs = {repr(case.job()): case.job() for case in chosen}
+    users: dict[str, list[Case]] = defaultdict(list)
+    for case in chosen:
+        users[repr(case.job())].append(case)
+    for key, result in zip(jobs, offline.compile_all(jobs.values(), processes=processes), strict=True):
+        yield from ((case, result) for case in users[key])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -399,27 +422,28 @@ def main() -> int:
     parser.add_argument("--count", action="store_true", help="count anew, not only from kernel_trips.csv")
     parser.add_argument("--phases", action="store_true", help="print the phases as well")
     parser.add_argument("--distribution", default="normal", choices=("normal", "student_t"))
+    parser.add_argument("--processes", type=int, default=2, help="that compile and count side by side (2)")
     arguments = parser.parse_args()
-    whole = len(sys.argv) == 1
-    chosen = list(
-        cases(
-            arguments.kernels or KERNELS,
-            arguments.sizes,
-            arguments.dtypes or ("float32", "bfloat16"),
-            arguments.targets or offline.TARGETS,
-            arguments.candidates or whole,
-        )
-    )
-    if whole:  # other tiles for one target and dtype only
-        chosen = [
-            case for case in chosen if case.shipped or (case.target, case.dtype) == ("sm_90", "float32")
-        ]
+    selection = (arguments.kernels, arguments.sizes, arguments.dtypes, arguments.targets)
+    whole = not (any(selection) or arguments.candidates or arguments.count)
+    if whole:
+        compared = cases(("exact", "tsenor"), None, ("float32",), ("sm_90",), True)
+        chosen = shipped() + [case for case in compared if not case.shipped]
+    else:
+        dtypes = arguments.dtypes or ("float32", "bfloat16")
+        targets = arguments.targets or offline.TARGETS
+        kernels = arguments.kernels or KERNELS
+        chosen = [*cases(kernels, arguments.sizes, dtypes, targets, arguments.candidates)]
 
     counted: list[Mapping[str, Any]] = []
     if arguments.count or whole or arguments.candidates:
         counted = [
             *count_all(
-                (KERNELS[case.kernel].trips, case.m, case.tile[2] if case.tile else None) for case in chosen
+                (
+                    (KERNELS[case.kernel].trips, case.m, case.tile[2] if case.tile else None)
+                    for case in chosen
+                ),
+                arguments.processes,
             )
         ]
     if whole:
@@ -429,7 +453,7 @@ def main() -> int:
     trips = trips_of(counted, arguments.distribution)
 
     rows, phases, faults = [], [], 0
-    for case, result in zip(chosen, offline.compile_all([case.job() for case in chosen]), strict=True):
+    for case, result in compile_cases(chosen, arguments.processes):
         if "error" in result:
             print(f"{case}: {result['error']}", file=sys.stderr)
             faults += case.shipped
@@ -438,7 +462,7 @@ def main() -> int:
         rows.append(done.row)
         phases += done.phases
         print(line(done.row), flush=True)
-        if arguments.phases:
+        if arguments.phases and done.phases:
             show = [["phase", "entries", "instructions", "share", *sass.KINDS]]
             show += [
                 [p["phase"], f"{p['entries_per_program']:.2f}", str(p["instructions_per_entry"]),

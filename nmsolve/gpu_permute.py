@@ -46,9 +46,9 @@ class SinkhornTile(NamedTuple):
     warps: int
     reload: bool
 
-    def meta(self) -> dict[str, int]:
-        """The kernels' constexpr arguments."""
-        return {
+    def meta(self, *, amd: bool = torch.version.hip is not None) -> dict[str, int]:
+        """The kernels' constexpr arguments; ``maxnreg`` as in :func:`nmsolve.gpu.tile_arguments`."""
+        return ({} if amd else {"maxnreg": 255}) | {
             "ROWS_IN": self.rows_in,
             "COLS_IN": self.cols_in,
             "ROWS_OUT": self.rows_out,

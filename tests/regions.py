@@ -33,7 +33,12 @@ class Region(NamedTuple):
 
 
 def _bodies(statement: ast.stmt) -> Iterator[tuple[str, list[ast.stmt]]]:
-    """The bodies that a statement executes as often as it is decided at run time."""
+    """The bodies that a statement executes as often as is decided at run time.
+
+    Not those of ``static_range``, of which the machine code holds a copy for each turn.
+    """
+    if isinstance(statement, ast.For) and "static_range" in ast.unparse(statement.iter):
+        return
     if isinstance(statement, LOOPS):
         yield type(statement).__name__.lower(), statement.body
     elif isinstance(statement, ast.If):
@@ -42,9 +47,11 @@ def _bodies(statement: ast.stmt) -> Iterator[tuple[str, list[ast.stmt]]]:
             yield "else", statement.orelse
 
 
-def _walk(function: str, body: list[ast.stmt]) -> Iterator[tuple[str, str | None, list[ast.stmt], bool]]:
-    """(name, parent, body, whether a loop) of a function and all regions in it."""
-    yield function, None, body, False
+def _walk(
+    function: str, body: list[ast.stmt]
+) -> Iterator[tuple[str, str | None, list[ast.stmt], ast.stmt | None]]:
+    """(name, parent, body, the loop if it is one) of a function and all regions in it."""
+    yield function, None, body, None
     todo = [(function, body)]
     while todo:
         parent, statements = todo.pop(0)
@@ -53,7 +60,7 @@ def _walk(function: str, body: list[ast.stmt]) -> Iterator[tuple[str, str | None
             for kind, inner in _bodies(statement):
                 seen[kind] += 1
                 name = f"{parent}.{kind}{seen[kind]}"
-                yield name, parent, inner, isinstance(statement, LOOPS)
+                yield name, parent, inner, statement if isinstance(statement, LOOPS) else None
                 todo.append((name, inner))
 
 
@@ -80,7 +87,8 @@ def read(source: str) -> list[Region]:
         if isinstance(node, ast.FunctionDef):
             for name, parent, body, loop in _walk(node.name, node.body):
                 last = max(getattr(line, "end_lineno", 0) or 0 for line in body)
-                found.append(Region(name, parent, body[0].lineno, last, loop, _calls(body)))
+                first = (loop or body[0]).lineno
+                found.append(Region(name, parent, first, last, loop is not None, _calls(body)))
     return found
 
 
