@@ -25,7 +25,6 @@ from torch import Tensor
 
 from nmsolve.prune.rule import MaskRule
 from nmsolve.prune.sparsegpt import DAMPING, Pruned
-from nmsolve.solution import BlockSolution
 
 __all__ = ["AlpsSystem", "alps", "alps_system"]
 
@@ -123,7 +122,6 @@ def _admm(
     allowed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The last B, and the support of the last D."""
-    duals: BlockSolution | None = None
 
     def scores(z: Tensor) -> Tensor:
         squares = z.square()
@@ -138,15 +136,13 @@ def _admm(
     rho, moved = RHO, False
     inverse = _inverse(system, rho)
     z = dense
-    chosen, duals = rule.step(scores(z), duals)
-    mask = start = last = support(chosen)
+    mask = start = last = support(rule.step(scores(z)))
     kept = max(1, int(mask.sum()))
     d, v = dense * mask, torch.zeros_like(dense)
     for k in range(1, iterations + 1):
         b = (target - v).add_(d, alpha=rho) @ inverse
         z = torch.add(b, v, alpha=1 / rho)
-        chosen, duals = rule.step(scores(z), duals)
-        mask = support(chosen)
+        mask = support(rule.step(scores(z)))
         d = z * mask
         v = (z - d).mul_(rho)
         if k % _UPDATE_EVERY:

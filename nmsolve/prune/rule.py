@@ -11,7 +11,6 @@ from torch import Tensor
 from nmsolve.errors import NMSolveError
 from nmsolve.masks import nm_mask, transposable_mask
 from nmsolve.pattern import NMPattern
-from nmsolve.solution import BlockSolution
 from nmsolve.validation import METHODS
 
 __all__ = ["MaskRule", "Tally"]
@@ -101,26 +100,16 @@ class MaskRule:
         self._count(start)
         return mask
 
-    def step(self, scores: Tensor, previous: BlockSolution | None) -> tuple[Tensor, BlockSolution | None]:
-        """The mask of scores that changed little since ``previous``, and what to start the next one from.
-
-        For iterations that throw their masks away: the tally counts the time alone. The exact solver starts
-        from the duals of the last iteration.
-        """
+    def step(self, scores: Tensor) -> Tensor:
+        """The mask of scores of one iteration, which throws it away: the tally counts the time alone."""
         start = time.perf_counter()
         n, m = self.pattern.n, self.pattern.m
-        solution = None
-        if not self.transposable:
-            mask = nm_mask(scores, n, m, backend=self.backend)
-        elif self.method == "exact":
-            solution = transposable_mask(
-                scores, n, m, backend=self.backend, return_solution=True, warm_start=previous
-            )
-            mask = solution.mask
-        else:
+        if self.transposable:
             mask = transposable_mask(scores, n, m, method=self.method, backend=self.backend)
+        else:
+            mask = nm_mask(scores, n, m, backend=self.backend)
         self._count(start)
-        return mask, solution
+        return mask
 
     def _count(self, start: float) -> None:
         self.tally.seconds += time.perf_counter() - start
