@@ -1,19 +1,22 @@
-"""Writes the tables of README.md, docs/benchmarks.md and docs/solver.md from the result files.
+"""Writes the tables of README.md and docs/ from the result files.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``; nothing else is touched. With --check
-nothing is written, and the exit code is 1 if a document does not say what the results say.
+nothing is written, and the exit code is 1 if a document does not say what the results say. A module
+``tables_AREA.py`` beside this one adds the tables of its own dictionary ``TABLES``.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from common import RESULTS, ROOT, read_csv
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "solver.md")
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.S)
 
 Row = dict[str, str]
@@ -262,7 +265,183 @@ def ascent() -> str:
     return markdown(head, lines, "llrrrr") + source("ascent.csv", rows[0])
 
 
+# --- peers --------------------------------------------------------------------------------------------------
+
+LARGEST = "8192"  # side of the matrix whose times the pictures and the tables show
+
+
+def _peer_cells(cell: Callable[[Row], str], size: str) -> tuple[list[Row], list[str], list[list[str]]]:
+    """Rows of peers.csv of one size, the patterns, and one line of cells for each peer."""
+    rows = [{**row, "pattern": f"{row['n']}:{row['m']}"} for row in read_csv(RESULTS / "peers.csv")]
+    rows = [row for row in rows if row["size"] == size]
+    patterns = in_order(rows, "pattern")
+    lines = []
+    for name in in_order(rows, "peer"):
+        found = {row["pattern"]: row for row in rows if row["peer"] == name}
+        cells = [cell(found[pattern]) if pattern in found else "" for pattern in patterns]
+        lines.append([f"**{name}**" if name == "nmsolve exact (cpu)" else name, *cells])
+    return rows, patterns, lines
+
+
+def peers_time() -> str:
+    """Seconds for the largest matrix; "~" where they are extrapolated from a sample."""
+
+    def cell(row: Row) -> str:
+        return ("~" if row["extrapolated"] == "1" else "") + significant(float(row["seconds"]))
+
+    rows, patterns, lines = _peer_cells(cell, LARGEST)
+    return markdown(["seconds", *patterns], lines, "l" + "r" * len(patterns)) + source("peers.csv", rows[0])
+
+
+def peers_error() -> str:
+    """Mean loss and, in brackets, the lines that are short."""
+
+    def cell(row: Row) -> str:
+        mean, short = float(row["mean_relative_error"]), float(row["lines_short"])
+        lost = "0" if abs(mean) < 1e-7 else loss(mean) if mean > 0 else f"-{loss(-mean)}"
+        return lost + (f" ({loss(short)})" if short else "")
+
+    rows, patterns, lines = _peer_cells(cell, LARGEST)
+    return markdown(["mean loss", *patterns], lines, "l" + "r" * len(patterns)) + source("peers.csv", rows[0])
+
+
+def peers_sizes() -> str:
+    """Seconds at each size for 8:16, and the sample they come from."""
+    rows = [row for row in read_csv(RESULTS / "peers.csv") if (row["n"], row["m"]) == ("8", "16")]
+    sizes = in_order(rows, "size")
+    lines = []
+    for name in in_order(rows, "peer"):
+        found = {row["size"]: row for row in rows if row["peer"] == name}
+        cells = [
+            ("~" if found[size]["extrapolated"] == "1" else "") + significant(float(found[size]["seconds"]))
+            for size in sizes
+        ]
+        largest = found[sizes[-1]]
+        lines.append([name, *cells, f"{int(largest['sampled_blocks']):,}", largest["threads"]])
+    head = ["8:16, seconds", *(f"{size}²" for size in sizes), f"blocks solved at {sizes[-1]}²", "threads"]
+    return markdown(head, lines, "l" + "r" * (len(sizes) + 2)) + source("peers.csv", rows[0])
+
+
+# --- how the time grows -------------------------------------------------------------------------------------
+
+
+def _scaling(name: str) -> list[Row]:
+    rows = [row for row in read_csv(RESULTS / "scaling.csv") if row["sweep"] == name]
+    return [{**row, "pattern": f"{row['n']}:{row['m']}"} for row in rows]
+
+
+def _by_pattern(name: str, head: str, label: Callable[[Row], str]) -> str:
+    """Nanoseconds per weight: one line for each label, one column for each pattern."""
+    rows = _scaling(name)
+    patterns = in_order(rows, "pattern")
+    lines = []
+    for text in dict.fromkeys(label(row) for row in rows):
+        found = {row["pattern"]: row for row in rows if label(row) == text}
+        lines.append([text, *(significant(float(found[p]["ns_per_weight"])) for p in patterns)])
+    return markdown([head, *patterns], lines, "l" + "r" * len(patterns)) + source("scaling.csv", rows[0])
+
+
+def scaling_m() -> str:
+    rows = _scaling("m")
+    lines = []
+    for m in in_order(rows, "m"):
+        found = {row["backend"]: row for row in rows if row["m"] == m}
+        cpu, torch = found["cpu"], found["torch"]
+        lines.append(
+            [
+                cpu["pattern"],
+                significant(float(cpu["us_per_block"])),
+                significant(float(cpu["ns_per_weight"])),
+                significant(float(torch["us_per_block"])),
+                significant(float(torch["ns_per_weight"])),
+            ]
+        )
+    head = ["pattern", "cpu, µs a block", "cpu, ns a weight", "torch, µs a block", "torch, ns a weight"]
+    return markdown(head, lines, "lrrrr") + source("scaling.csv", rows[0])
+
+
+# --- permutations -------------------------------------------------------------------------------------------
+
+
+def assignment() -> str:
+    rows = read_csv(RESULTS / "assignment.csv")
+    lines = [
+        [
+            f"{row['batch']} x {row['m']}²",
+            row["scores"],
+            significant(float(row["us_per_matrix"])),
+            significant(float(row["scipy_us_per_matrix"])),
+            significant(float(row["torch_linear_assignment_us_per_matrix"])),
+            f"{significant(float(row['times_faster']))}x",
+        ]
+        for row in rows
+    ]
+    head = [
+        "matrices",
+        "scores",
+        "nmsolve, µs",
+        "SciPy, µs",
+        "torch-linear-assignment, µs",
+        "SciPy / nmsolve",
+    ]
+    return markdown(head, lines, "llrrrr") + source("assignment.csv", rows[0])
+
+
+def sinkhorn() -> str:
+    rows = read_csv(RESULTS / "sinkhorn.csv")
+    lines = [
+        [
+            f"{row['batch']} x {row['m']}²",
+            row["method"],
+            significant(float(row["forward_ms"])),
+            significant(float(row["both_ms"])),
+            f"{significant(float(row['held_bytes']) / 2**20)} MiB",
+            rounding(row["gradient_error"]),
+        ]
+        for row in rows
+    ]
+    head = ["logits", "method", "forward, ms", "and backward, ms", "held between", "error of the gradient"]
+    return markdown(head, lines, "llrrrr") + source("sinkhorn.csv", rows[0])
+
+
+def micro() -> str:
+    """Microseconds of every operation: one line for each set of parameters, one column for each backend."""
+    rows = read_csv(RESULTS / "micro.csv")
+    backends = [name for name in ("triton", "cpu", "torch") if any(_backend(row) == name for row in rows)]
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        rest = " ".join(part for part in row["parameters"].split() if not part.startswith("backend="))
+        cell = f"{significant(float(row['us_median']))} ({significant(float(row['ns_per_weight']))})"
+        lines.setdefault((row["operation"], rest), {})[_backend(row)] = cell
+    cells = [
+        [operation, rest, *(found.get(name, "") for name in ("", *backends))]
+        for (operation, rest), found in lines.items()
+    ]
+    head = ["operation", "parameters", "µs (ns a weight)", *backends]
+    return markdown(head, cells, "llr" + "r" * len(backends)) + source("micro.csv", rows[0])
+
+
+def _backend(row: Row) -> str:
+    (name,) = [p.partition("=")[2] for p in row["parameters"].split() if p.startswith("backend=")] or [""]
+    return name
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "peers-time": peers_time,
+    "peers-error": peers_error,
+    "peers-sizes": peers_sizes,
+    "scaling-weights": lambda: _by_pattern("weights", "ns a weight", lambda row: f"{row['rows']}²"),
+    "scaling-m": scaling_m,
+    "scaling-ties": lambda: _by_pattern("ties", "different values", lambda row: row["x"]),
+    "scaling-student-t": lambda: _by_pattern("student_t", "degrees of freedom", lambda row: row["x"]),
+    "scaling-lognormal": lambda: _by_pattern("lognormal", "sigma", lambda row: row["x"]),
+    "scaling-dtype": lambda: _by_pattern("dtype", "dtype", lambda row: row["x"]),
+    "scaling-real": lambda: _by_pattern(
+        "real", "layers", lambda row: f"{row['x']}, {row['rows']} x {row['cols']}, {row['distribution']}"
+    ),
+    "assignment": assignment,
+    "sinkhorn": sinkhorn,
+    "micro": micro,
     "methods": methods,
     "demo": demo,
     "speed": speed,
@@ -277,14 +456,23 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+def all_tables() -> dict[str, Callable[[], str]]:
+    """These tables and those of the modules ``tables_AREA.py``, which may use this one."""
+    found = dict(TABLES)
+    for file in sorted(Path(__file__).parent.glob("tables_*.py")):
+        found |= importlib.import_module(file.stem).TABLES
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="only say whether the documents are up to date")
     arguments = parser.parse_args()
+    tables = all_tables()
     stale = []
     for document in DOCUMENTS:
         before = document.read_text(encoding="utf-8")
-        after = MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", before)
+        after = MARKED.sub(lambda found: f"{found[1]}{tables[found[2]]()}\n{found[3]}", before)
         if after != before:
             stale.append(document.relative_to(ROOT))
             if not arguments.check:

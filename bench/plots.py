@@ -1,0 +1,186 @@
+"""The pictures of docs/benchmarks.md, from bench/results/peers.csv and bench/results/scaling.csv.
+
+docs/benchmarks_peers.png: time against error. docs/benchmarks_growth.png: how exact's time grows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common import RESULTS, ROOT, read_csv
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+Row = dict[str, str]
+
+FLOOR = 1e-7  # errors below the resolution of the scores, float32, are drawn here
+SIZE = "8192"
+
+# Okabe and Ito's colours, apart for every kind of colour vision; the shape alone identifies a method.
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+STYLES = {
+    "nmsolve exact (cpu)": (RED, "*"),
+    "nmsolve exact (torch)": (RED, "P"),
+    "nmsolve greedy (cpu)": (ORANGE, "v"),
+    "nmsolve tsenor (cpu)": (PINK, "D"),
+    "row-then-column": (ORANGE, "<"),
+    "2-approximation": (ORANGE, "^"),
+    "torch.sparse tile": (ORANGE, ">"),
+    "best of 1000 random": (SKY, "X"),
+    "all 90 patterns": (BLUE, "h"),
+    "TSENOR": (PINK, "s"),
+    "TSENOR without local search": (PINK, "o"),
+    "min-cost flow (OR-tools)": (GREEN, "p"),
+    "network simplex (networkx)": (GREEN, "d"),
+    "linear program (HiGHS)": (BLUE, "|"),
+    "PDLP (OR-tools)": (BLUE, "x"),
+    "SciPy assignment": (BLACK, "1"),
+    "torch-linear-assignment": (BLACK, "2"),
+}
+UNFILLED = ("|", "x", "1", "2")
+PATTERN_STYLES = {"2:4": (SKY, "o"), "4:8": (BLUE, "s"), "8:16": (RED, "^"), "16:32": (BLACK, "D")}
+
+
+def marker(axis: Axes, row: Row) -> None:
+    """One method; hollow if it leaves lines short."""
+    colour, shape = STYLES[row["peer"]]
+    short = float(row["lines_short"]) > 0 and shape not in UNFILLED
+    axis.plot(
+        float(row["seconds"]),
+        max(FLOOR, float(row["mean_relative_error"])),
+        marker=shape,
+        markersize=15 if shape == "*" else 9,
+        color=colour,
+        markerfacecolor="white" if short else colour,
+        markeredgewidth=1.6,
+        linestyle="none",
+        clip_on=False,
+        zorder=4 if shape == "*" else 3,
+    )
+
+
+def peers(rows: list[Row], file: Path) -> None:
+    rows = [row for row in rows if row["size"] == SIZE]
+    patterns = list(dict.fromkeys(f"{row['n']}:{row['m']}" for row in rows))
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    axes = list(figure.subplots(2, 3, sharex=True, sharey=True).flat)
+    for axis, pattern in zip(axes, patterns, strict=False):
+        here = [row for row in rows if f"{row['n']}:{row['m']}" == pattern]
+        exact = next(row for row in here if row["peer"] == "nmsolve exact (cpu)")
+        axis.set(xscale="log", yscale="log", title=pattern, ylim=(FLOOR, 1))
+        axis.axvline(float(exact["seconds"]), color=RED, linewidth=0.8, linestyle=":")
+        axis.grid(alpha=0.3)
+        for row in here:
+            marker(axis, row)
+        axis.set_xlabel(f"seconds, {SIZE} x {SIZE} weights")
+        axis.xaxis.set_tick_params(labelbottom=True)
+    ticks = [FLOOR, *(10.0**k for k in range(-6, 1))]
+    for axis in axes[len(patterns) :]:
+        axis.axis("off")
+    for axis in axes[::3]:
+        axis.set_ylabel("mean loss against the optimum")
+        axis.set_yticks(ticks, ["none", *(f"{100 * t:g} %" for t in ticks[1:])])
+    handles = [
+        Line2D([], [], color=c, marker=s, markersize=8, linestyle="none", label=name)
+        for name, (c, s) in STYLES.items()
+    ]
+    axes[-1].legend(
+        handles=handles, loc="center", fontsize=8, frameon=False, title="hollow: leaves lines short"
+    )
+    save(figure, file)
+
+
+def curves(axis: Axes, rows: list[Row], value: str = "ns_per_weight") -> None:
+    """One line for each pattern."""
+    for pattern in dict.fromkeys(f"{row['n']}:{row['m']}" for row in rows):
+        here = [row for row in rows if f"{row['n']}:{row['m']}" == pattern]
+        colour, shape = PATTERN_STYLES[pattern]
+        axis.plot(
+            [float(row["x"]) for row in here],
+            [float(row[value]) for row in here],
+            color=colour,
+            marker=shape,
+            markersize=5,
+            label=pattern,
+        )
+
+
+def growth(rows: list[Row], file: Path) -> None:
+    def sweep(name: str) -> list[Row]:
+        return [row for row in rows if row["sweep"] == name]
+
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    (size, blocks, counts), (ties, student, lognormal) = figure.subplots(2, 3)
+
+    sizes = [{**row, "x": str(int(row["rows"]) * int(row["cols"]))} for row in sweep("weights")]
+    curves(size, sizes, "seconds")
+    size.set(xscale="log", yscale="log", xlabel="weights", ylabel="seconds", title="number of weights")
+
+    for backend, (colour, shape) in {"cpu": (RED, "^"), "torch": (BLACK, "D")}.items():
+        here = [row for row in sweep("m") if row["backend"] == backend]
+        blocks.plot(
+            [int(row["m"]) for row in here],
+            [float(row["ns_per_weight"]) for row in here],
+            color=colour,
+            marker=shape,
+            markersize=5,
+            label=f"{backend} backend",
+        )
+    blocks.set(xscale="log", yscale="log", xlabel="M", ylabel="ns per weight", title="block size, N = M/2")
+    blocks.set_xticks([4, 8, 16, 32, 64, 128], ["4", "8", "16", "32", "64", "128"], minor=False)
+    blocks.set_xticks([], minor=True)
+
+    for m, (colour, shape) in {"16": (RED, "^"), "32": (BLACK, "D")}.items():
+        here = [row for row in sweep("n") if row["m"] == m]
+        counts.plot(
+            [int(row["n"]) / int(m) for row in here],
+            [float(row["ns_per_weight"]) for row in here],
+            color=colour,
+            marker=shape,
+            markersize=5,
+            label=f"M = {m}",
+        )
+    counts.set(xlabel="N / M", ylabel="ns per weight", title="kept entries")
+
+    curves(ties, sweep("ties"))
+    ties.set(xscale="log", xlabel="different values among the scores", title="ties")
+    curves(student, sweep("student_t"))
+    student.set(xscale="log", xlabel="degrees of freedom", title="heavy tails: Student t")
+    curves(lognormal, sweep("lognormal"))
+    lognormal.set(xlabel="sigma", title="heavy tails: lognormal")
+
+    harder = (ties, student, lognormal)
+    highest = max(max(line.get_ydata()) for axis in harder for line in axis.lines)
+    lowest = min(min(line.get_ydata()) for axis in harder for line in axis.lines)
+    for axis in harder:
+        axis.set(yscale="log", ylabel="ns per weight", ylim=(lowest / 1.5, highest * 1.5))
+    counts.set_ylim(0, 1.4 * max(max(line.get_ydata()) for line in counts.lines))
+    for axis in figure.axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, frameon=False)
+    save(figure, file)
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write the picture under a temporary name first; the same results give the same bytes."""
+    partial = file.with_suffix(".partial")
+    figure.savefig(partial, dpi=90, format="png", metadata={"Software": None})
+    partial.replace(file)
+    print(f"wrote {file.name} ({file.stat().st_size / 1000:.0f} kB)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the pictures")
+    arguments = parser.parse_args()
+    peers(read_csv(arguments.results / "peers.csv"), arguments.out / "benchmarks_peers.png")
+    growth(read_csv(arguments.results / "scaling.csv"), arguments.out / "benchmarks_growth.png")
+
+
+if __name__ == "__main__":
+    main()
