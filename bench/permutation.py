@@ -2,12 +2,17 @@
 
 Part "model": the linears of all MLPs are pruned to ordinary N:M by Wanda's score in their natural order, in
 RIA's, and in learned orders (down_proj's order folds into up_proj and gate_proj, which share one order of
-their inputs). Part "layers": transposable masks of single linears with and without the best row and column
-order found, beside ordinary N:M. Part "pictures": docs/permutation_*.png from the results and one plan.
+their inputs). Learning starts from three passes of RIA's search, may not keep less score than one pass does,
+and takes the order with the lowest loss on the last batches of the calibration text. Part "layers":
+transposable masks of single linears with and without the best row and column order found, beside ordinary
+N:M. Part "pictures": docs/permutation_*.png from the results and one plan.
 
-Rows are appended to results/permutation.csv; what is there already is not run again. ``retained`` is the kept
-share of the score, ``closed`` the share of the gap between transposable and ordinary N:M that the orders
-close, ``steps`` and ``tokens`` what the orders were learned with (or the passes of a search).
+Rows are appended to results/permutation.csv, and every check of learning to results/permutation_learning.csv;
+what is there already is not run again. ``retained`` is the kept share of the score, ``closed`` the share of
+the gap between transposable and ordinary N:M that the orders close, ``steps`` those of learning or the passes
+of a search, ``tokens`` the calibration tokens (the held-out ones among them), ``batch`` those of one step,
+``seconds`` the time for the order, with that of the start for learned ones. ``products`` says how float32
+matrix products are computed: "bf16" rounds their factors to bfloat16, which the CPU's matrix unit takes.
 """
 
 from __future__ import annotations
@@ -25,17 +30,17 @@ import nmsolve
 from nmsolve.permute import (
     Coupling,
     LearnableChannelPermutation,
+    calibration_scores,
     find_couplings,
     learn_permutation,
     retained_score,
     ria_permutation,
     transposable_permutation,
-    wanda_scores,
 )
 from nmsolve.prune import perplexity
 
 KEY = ("part", "scope", "pattern", "order")
-ORDERS = ("natural", "ria", "ria 10 passes", "permllm", "cost-matrix")
+ORDERS = ("natural", "ria", "ria 3 passes", "permllm", "cost-matrix")
 LAYERS = (
     "model.layers.0.mlp.down_proj",
     "model.layers.10.self_attn.q_proj",
@@ -52,19 +57,23 @@ def main() -> None:
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=ORDERS)
     parser.add_argument("--layers", nargs="+", default=LAYERS)
     parser.add_argument("--passes", type=int, default=3, help="of the row and column search")
-    parser.add_argument("--steps", type=int, default=60, help="of learning")
+    parser.add_argument("--steps", type=int, default=14, help="of learning")
     parser.add_argument("--window", type=int, default=512, help="tokens in a sequence")
-    parser.add_argument("--calibration-windows", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=2, help="windows in a batch")
+    parser.add_argument("--batches", type=int, default=16, help="of calibration; the last two are held out")
+    parser.add_argument("--products", choices=("ieee", "bf16"), default="bf16", help="of float32 matrices")
     parser.add_argument("--test-windows", type=int, default=16)
     parser.add_argument("--out", type=Path, default=RESULTS / "permutation.csv")
     args = parser.parse_args()
 
+    torch.backends.mkldnn.matmul.fp32_precision = args.products
     parts = args.parts or ("model", "layers", "pictures")
     done = {tuple(row[k] for k in KEY) for row in read_csv(args.out)} if args.out.exists() else set()
     if set(parts) & {"model", "layers"}:
         tokenizer = load_tokenizer()
         calibration, test = (tokens(tokenizer, text) for text in texts())
-        used = calibration[: args.calibration_windows * args.window].view(-1, 1, args.window)
+        size = args.batch * args.window
+        used = calibration[: args.batches * size].view(args.batches, args.batch, args.window)
         model = load_model().eval()
         for pattern in args.patterns:
             if "model" in parts:
@@ -76,7 +85,7 @@ def main() -> None:
 
 
 def record(args: argparse.Namespace, row: dict[str, object]) -> None:
-    append_csv(args.out, row, "transformers")
+    append_csv(args.out, {**row, "products": args.products}, "transformers")
     print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
 
 
@@ -91,33 +100,33 @@ def part_model(
     args: argparse.Namespace,
     done: set[tuple[str, ...]],
 ) -> None:
+    todo = [order for order in args.orders if ("model", "mlp", str(pattern), order) not in done]
+    if not todo:
+        return
     couplings = [c for c in find_couplings(model) if ".mlp." in c.name]
     names = [site.tensor for c in couplings for site in c.consumers]
-    scores: dict[str, Tensor] = {}
-    start: dict[str, Tensor] = {}
-    searched = 0.0
-    for order in args.orders:
-        if ("model", "mlp", str(pattern), order) in done:
-            continue
-        if not scores:
-            scores = wanda_scores(model, calibration, names)
+    scores = calibration_scores(model, calibration, names)
+    total = sum(float(scores[name].double().sum()) for name in names)
+    searched: dict[int, tuple[dict[str, Tensor], float]] = {}
+
+    def ria(passes: int) -> tuple[dict[str, Tensor], float]:
+        if passes not in searched:
             begun = time.perf_counter()
-            start = {c.name: ria_permutation(c.scores(scores), pattern.n, pattern.m) for c in couplings}
-            searched = time.perf_counter() - begun
-        begun = time.perf_counter()
-        steps = 0
+            n, m = pattern.n, pattern.m
+            orders = {c.name: ria_permutation(c.scores(scores), n, m, passes=passes) for c in couplings}
+            searched[passes] = orders, time.perf_counter() - begun
+        return searched[passes]
+
+    for order in todo:
+        batch = 0
         if order == "natural":
-            orders = {c.name: torch.arange(c.size) for c in couplings}
-        elif order == "ria":
-            orders, steps, begun = start, 1, begun - searched
-        elif order == "ria 10 passes":
-            steps = 10
-            orders = {
-                c.name: ria_permutation(c.scores(scores), pattern.n, pattern.m, passes=steps)
-                for c in couplings
-            }
+            orders, seconds, steps = {c.name: torch.arange(c.size) for c in couplings}, 0.0, 0
+        elif order.startswith("ria"):
+            steps = 1 if order == "ria" else 3
+            orders, seconds = ria(steps)
         else:
-            steps = args.steps
+            start, seconds = ria(3)
+            begun = time.perf_counter()
             found = learn_permutation(
                 model,
                 calibration,
@@ -127,17 +136,21 @@ def part_model(
                 couplings=couplings,
                 scores=scores,
                 start=start,
-                steps=steps,
-                check_every=max(1, steps // 6),
+                floor=ria(1)[0],
+                steps=args.steps,
+                held_out=2 / len(calibration),
+                check_every=max(1, args.steps // 4),
+                patience=args.steps,
                 progress=True,
             )
-            orders = found.permutations
-            print("\n".join(map(str, found.history)), flush=True)
-        seconds = time.perf_counter() - begun
+            seconds += time.perf_counter() - begun
+            orders, steps, batch = found.permutations, args.steps, args.batch * args.window
+            for check in found.history:
+                curve = {"pattern": str(pattern), "order": order, **check, "taken": found.best_step}
+                append_csv(args.out.with_name(f"{args.out.stem}_learning.csv"), curve, "transformers")
         kept = sum(
             float(retained_score(c.scores(scores), pattern.n, pattern.m, orders[c.name])) for c in couplings
         )
-        total = sum(float(scores[name].double().sum()) for name in names)
         record(
             args,
             {
@@ -149,7 +162,9 @@ def part_model(
                 "perplexity": pruned_perplexity(model, couplings, scores, orders, pattern, test, args),
                 "closed": "",
                 "steps": steps,
-                "tokens": len(calibration) * args.window,
+                "tokens": len(calibration) * args.batch * args.window,
+                "batch": batch,
+                "test_tokens": args.test_windows * args.window,
                 "seconds": seconds,
             },
         )
@@ -195,7 +210,7 @@ def part_layers(
     names = [name for name in args.layers if ("layers", name, str(pattern), "rows and columns") not in done]
     if not names:
         return
-    scores = wanda_scores(model, calibration, [f"{name}.weight" for name in names])
+    scores = calibration_scores(model, calibration, [f"{name}.weight" for name in names])
     for name in names:
         score = scores[f"{name}.weight"]
         total = float(score.double().sum())
@@ -205,7 +220,8 @@ def part_layers(
         seconds = time.perf_counter() - begun
         before, after = float(found.before), float(found.after)
         common = {"part": "layers", "scope": name, "pattern": str(pattern)}
-        ends = {"perplexity": "", "closed": "", "steps": 0, "tokens": len(calibration) * args.window}
+        tokens = len(calibration) * args.batch * args.window
+        ends = {"perplexity": "", "closed": "", "steps": 0, "tokens": tokens, "batch": 0, "test_tokens": 0}
         record(args, {**common, "order": "ordinary", "retained": ordinary / total, **ends, "seconds": 0.0})
         record(args, {**common, "order": "natural", "retained": before / total, **ends, "seconds": 0.0})
         ends |= {"closed": (after - before) / (ordinary - before), "steps": args.passes}

@@ -13,6 +13,7 @@ from nmsolve.permute.apply import (
     load_permuted,
     save_permutations,
 )
+from nmsolve.permute.calibration import calibration_scores
 from nmsolve.permute.couplings import Coupling, find_couplings
 from nmsolve.permute.heuristics import (
     deal_columns,
@@ -21,12 +22,8 @@ from nmsolve.permute.heuristics import (
     stripe_search,
     swap_search,
 )
-from nmsolve.permute.learned import (
-    LearnableChannelPermutation,
-    LearnedPermutations,
-    learn_permutation,
-    wanda_scores,
-)
+from nmsolve.permute.learned import LearnedPermutations, learn_permutation
+from nmsolve.permute.module import LearnableChannelPermutation
 from nmsolve.permute.transposable import TransposablePermutation, transposable_permutation
 
 __all__ = [
@@ -37,6 +34,7 @@ __all__ = [
     "PermutedLinear",
     "TransposablePermutation",
     "apply_permutations",
+    "calibration_scores",
     "deal_columns",
     "find_couplings",
     "learn_permutation",
@@ -48,5 +46,4 @@ __all__ = [
     "stripe_search",
     "swap_search",
     "transposable_permutation",
-    "wanda_scores",
 ]
