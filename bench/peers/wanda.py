@@ -8,7 +8,7 @@ One-shot: the norms are those of the dense model's inputs. Nothing here uses nms
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,11 @@ def input_norms(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor
     """``||X_j||_2`` ``(in,)`` for every linear layer, over all tokens of the batches."""
     squares = {name: torch.zeros(layer.in_features) for name, layer in block_linears(model).items()}
 
-    def gather(name: str):
-        return lambda layer, args: squares[name].add_(args[0].square().sum((0, 1)))
+    def gather(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        def hook(layer: nn.Module, args: tuple[Tensor]) -> None:
+            squares[name] += args[0].square().sum((0, 1))
+
+        return hook
 
     hooks = [x.register_forward_pre_hook(gather(name)) for name, x in block_linears(model).items()]
     for batch in batches:
