@@ -53,6 +53,7 @@ KERNELS = {
     "exact, solution": Kernel("exact", SIZES, {"solution": True}, "exact"),
     "exact, edge": Kernel("exact", SIZES, {"edge": True}, "exact, edge"),
     "exact, edge, solution": Kernel("exact", SIZES, {"edge": True, "solution": True}, "exact, edge"),
+    "exact, many matrices": Kernel("grouped", SIZES, {}, "exact, many matrices"),
     "assignment": Kernel("exact", SIZES, {}, "assignment"),
     "tsenor": Kernel("dykstra", SIZES, {}, "tsenor"),
     "greedy": Kernel("dykstra", SIZES, {"transport": False}, "greedy"),
@@ -69,6 +70,8 @@ ENTRIES_OF_A_LANE = ((4, 4), (4, 8), (8, 4), (8, 8))
 
 NAMES = {
     "exact_kernel": "load, start, store",
+    "grouped_kernel": "load, start, store",
+    "region_of.while1": "region looked up",
     "dual_ascent.for1": "ascent sweep",
     "augment.while1": "augmentation",
     "augment.while1.if1": "ties in bulk",
@@ -142,7 +145,7 @@ def shipped() -> list[Case]:
 
 
 def candidate_tiles(compiled: str, m: int) -> list[tuple[int, int, int, int]]:
-    """(rows_in, cols_in, blocks, warps) with all the blocks that a warp holds, or all the warps of a block."""
+    """(rows_in, cols_in, blocks, warps) with all the blocks a warp holds, or all the warps of a block."""
     tiles = []
     for rows_in, cols_in in ENTRIES_OF_A_LANE if compiled in ("exact", "dykstra") else ():
         if max(rows_in, cols_in) <= m:
@@ -232,7 +235,7 @@ def _run_programs(name: str, m: int, blocks: int | None, distribution: str, prog
         if name == "sinkhorn, backward":
             gpu_permute.sinkhorn_backward(torch.randn_like(logits), logits, ones, *out[1:], 0.1)
         return blocks, programs
-    table_name = {"exact": "exact", "assignment": "exact", "exact, edge": "exact_edge"}.get(name, "dykstra")
+    table_name = {"exact, edge": "exact_edge", "tsenor": "dykstra", "greedy": "dykstra"}.get(name, "exact")
     shipped = _launch.tile(table_name, m)
     tile = shipped if blocks is None else shipped._replace(blocks=blocks)
     pattern = NMPattern(_n(name, m), m)
@@ -245,6 +248,8 @@ def _run_programs(name: str, m: int, blocks: int | None, distribution: str, prog
             gpu.tsenor(x, pattern, **TSENOR)
         elif name == "greedy":
             gpu.greedy(x, pattern)
+        elif name == "exact, many matrices":
+            gpu.exact_group(list(x.split(m * tile.blocks * 3, 2)), pattern, want_solution=True)
         else:
             gpu.exact(x, pattern, want_solution=True)
     finally:

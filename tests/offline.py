@@ -72,22 +72,22 @@ def jobs_of(
 
 
 KERNELS = {
-    "exact": ("exact.py", "exact_kernel"),
-    "grouped": ("grouped.py", "grouped_kernel"),
-    "dykstra": ("dykstra.py", "dykstra_kernel"),
-    "nm": ("nm.py", "nm_kernel"),
-    "sinkhorn_forward": ("sinkhorn.py", "sinkhorn_forward_kernel"),
-    "sinkhorn_backward": ("sinkhorn.py", "sinkhorn_backward_kernel"),
-    "gather": ("gather.py", "permute_columns_kernel"),
+    "exact": (("exact.py",), "exact_kernel"),
+    "grouped": (("grouped.py", "exact.py"), "grouped_kernel"),
+    "dykstra": (("dykstra.py",), "dykstra_kernel"),
+    "nm": (("nm.py",), "nm_kernel"),
+    "sinkhorn_forward": (("sinkhorn.py",), "sinkhorn_forward_kernel"),
+    "sinkhorn_backward": (("sinkhorn.py",), "sinkhorn_backward_kernel"),
+    "gather": (("gather.py",), "permute_columns_kernel"),
 }
-"""File and function of each kernel."""
+"""Files and function of each kernel."""
 
 
 def sources_of(kernel: str) -> regions.Sources:
     """The regions of the sources that a kernel is made from."""
     folder = Path(__file__).resolve().parents[1] / "kernels"
-    file, entry = KERNELS[kernel]
-    return regions.Sources([folder / file, folder / "_tile.py"], entry)
+    files, entry = KERNELS[kernel]
+    return regions.Sources([folder / file for file in (*files, "_tile.py")], entry)
 
 
 # --- inside the child ---------------------------------------------------------------------------------------
@@ -200,7 +200,8 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
     driver.set_active(_Driver(target))
     kernel.device_caches.clear()  # it does not know targets
     compiled = kernel.warmup(*map(MockTensor.wrap_dtype, positional), grid=(1,), **meta)
-    return resources(compiled, sources_of(job["kernel"])) | {"meta": meta}
+    numbers = {name: value for name, value in meta.items() if isinstance(value, int | float)}
+    return resources(compiled, sources_of(job["kernel"])) | {"meta": numbers}
 
 
 def resources(compiled: Any, sources: regions.Sources) -> dict[str, Any]:

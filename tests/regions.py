@@ -103,13 +103,17 @@ class Sources:
             regions = read(file.read_text(encoding="utf-8"))
             self._of_file[file.name] = regions
             self.regions.update({region.name: region for region in regions})
-        callers: dict[str, list[str]] = defaultdict(list)
-        for region in self.regions.values():
-            for function in region.calls:
-                if function in self.regions:
-                    callers[function].append(region.name)
-        # A function called from several places belongs to what encloses them all.
-        self._callers = dict(callers)
+        self._callers: dict[str, set[str]] = defaultdict(set)
+        todo, seen = [entry], {entry}
+        while todo:
+            function = todo.pop()
+            for region in self.regions.values():
+                if region.name.partition(".")[0] == function:
+                    for callee in set(region.calls) & set(self.regions):
+                        self._callers[callee].add(region.name)
+                        if callee not in seen:
+                            seen.add(callee)
+                            todo.append(callee)
 
     def at(self, file: str, line: int) -> str | None:
         """The innermost region that holds a line."""
@@ -131,7 +135,7 @@ class Sources:
             elif here == self.entry:
                 return tuple(path)
             else:
-                places = set(self._callers.get(here, ()))
+                places = self._callers.get(here, set())
                 if len(places) != 1:
                     return None
                 (here,) = places

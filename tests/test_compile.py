@@ -1,7 +1,9 @@
 """The shipped kernel configurations compile for GPUs that are not here, and their machine code is sound.
 
-What is asked of the machine code: nothing spilled to memory, and no barrier inside a loop where a block lies
-in one warp (M <= 32). ``-m slow`` compiles every configuration for every target.
+What is asked of the machine code: nothing spilled to memory, and no barrier inside a loop where a block of
+the mask kernels lies in one warp (M <= 32). What bench/results/kernel_costs.csv lists is compiled by
+test_kernel_costs.py; these are the other sizes, dtypes and options. ``-m slow`` compiles them all for every
+target.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import pytest
 pytest.importorskip("triton")
 
 SIZES = (4, 8, 16, 32, 64)
+SINKHORN_SHAPES = [(4, 4), (8, 8), (16, 16), (32, 32), (64, 64), (128, 128), (1, 3), (33, 20), (20, 33)]
+SINKHORN_SHAPES += [(8, 128), (128, 8), (16, 64), (64, 16), (128, 64), (64, 128)]
 
 
 def shipped(target: str) -> list[dict[str, Any]]:
@@ -32,14 +36,22 @@ def shipped(target: str) -> list[dict[str, Any]]:
         jobs += offline.jobs_of("exact", m, target, packed=False)
         jobs += offline.jobs_of("exact", m - 1, target, "float16", solution=True)
         jobs += offline.jobs_of("dykstra", m - 1, target, "bfloat16")
+    for rows, cols in SINKHORN_SHAPES:
+        for keep, tolerance in product((False, True), repeat=2):
+            jobs += offline.jobs_of(
+                "sinkhorn_forward", rows, target, cols=cols, keep=keep, tolerance=tolerance
+            )
+        jobs += offline.jobs_of("sinkhorn_backward", rows, target, cols=cols)
+    for norm in (False, True):
+        jobs += offline.jobs_of("gather", 0, target, "bfloat16", norm=norm)
     return jobs
 
 
 def selected(target: str) -> list[dict[str, Any]]:
-    """What a default run compiles: most of it for one target, each kernel for the others."""
+    """What a default run compiles: much of it for one target, each kernel for the others."""
     jobs: list[dict[str, Any]] = []
     if target == "sm_90":
-        for m in SIZES:
+        for m in (4, 64):
             jobs += offline.jobs_of("exact", m, target)
             jobs += offline.jobs_of("exact", m, target, edge=True, solution=True)
             jobs += offline.jobs_of("dykstra", m, target)
@@ -47,19 +59,22 @@ def selected(target: str) -> list[dict[str, Any]]:
         jobs += offline.jobs_of("exact", 64, target, "float64", solution=True)
         jobs += offline.jobs_of("exact", 12, target, "float16", packed=False)
         jobs += offline.jobs_of("dykstra", 24, target, "float64", edge=True, transport=False)
-        jobs += offline.jobs_of("nm", 4, target, "bfloat16")
         jobs += offline.jobs_of("nm", 64, target, "float64")
+        jobs += offline.jobs_of("sinkhorn_forward", 128, target, cols=8)
+        jobs += offline.jobs_of("sinkhorn_forward", 128, target, keep=True, tolerance=True)
+        jobs += offline.jobs_of("sinkhorn_backward", 128, target)
     elif target.startswith("sm_"):
-        for m in (8, 16, 32, 64):
-            jobs += offline.jobs_of("exact", m, target)
-        jobs += offline.jobs_of("exact", 16, target, edge=True, solution=True)
+        jobs += offline.jobs_of("exact", 16, target)
+        jobs += offline.jobs_of("exact", 32, target, edge=True, solution=True)
         jobs += offline.jobs_of("dykstra", 32, target)
         jobs += offline.jobs_of("nm", 16, target)
+        jobs += offline.jobs_of("sinkhorn_backward", 20, target, cols=33)
     else:
         jobs += offline.jobs_of("exact", 16, target)
         jobs += offline.jobs_of("exact", 4, target, edge=True, solution=True, warm=True)
         jobs += offline.jobs_of("dykstra", 8, target)
         jobs += offline.jobs_of("nm", 4, target)
+        jobs += offline.jobs_of("sinkhorn_backward", 64, target)
     return jobs
 
 
@@ -74,7 +89,8 @@ def check(jobs: list[dict[str, Any]]) -> None:
         if result["spills"] or result.get("local"):
             faults.append(f"{name}: {result['spills']} spills with {result['registers']} registers")
         barriers = [loop["BAR"] for loop in result.get("loops", []) if loop.get("BAR")]
-        if barriers and result["m"] <= 32:
+        masks = result["kernel"] in ("exact", "dykstra", "nm")
+        if barriers and masks and result["m"] <= 32:
             faults.append(f"{name}: barriers in loops {barriers}")
     assert not faults, "\n".join(faults)
 
