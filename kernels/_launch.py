@@ -1,5 +1,6 @@
 """Launch table: how a kernel's tile is laid out for each block size. No run-time tuning."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -32,17 +33,32 @@ _TILES = {
     ),
     "dykstra": (
         Tile(4, 4, 4, 32, 1),
-        Tile(8, 8, 4, 16, 1),
-        Tile(16, 8, 4, 4, 1),
-        Tile(32, 8, 4, 1, 1),
-        Tile(64, 8, 4, 1, 4),
+        Tile(8, 8, 8, 32, 1),
+        Tile(16, 8, 8, 8, 1),
+        Tile(32, 8, 8, 2, 1),
+        Tile(64, 8, 8, 1, 2),
     ),
 }
 
 
+_REPLACED: dict[tuple[str, int], Tile] = {}
+
+
+def replace(entries: Mapping[tuple[str, int], tuple[int, int, int, int, int]]) -> None:
+    """Use these entries, by kernel and size, in place of the table's; earlier ones no longer count."""
+    _REPLACED.clear()
+    _REPLACED.update({key: Tile(*entry) for key, entry in entries.items()})
+
+
+def tabled(kernel: str, m: int) -> Tile:
+    """The table's own entry for blocks of size ``m`` (at most 64)."""
+    return next(entry for entry in _TILES[kernel] if entry.size >= m)
+
+
 def tile(kernel: str, m: int) -> Tile:
     """The tile that ``kernel`` uses for blocks of size ``m`` (at most 64)."""
-    return next(entry for entry in _TILES[kernel] if entry.size >= m)
+    entry = tabled(kernel, m)
+    return _REPLACED.get((kernel, entry.size), entry)
 
 
 def group_tile(m: int, bits: int) -> tuple[int, int]:

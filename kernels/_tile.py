@@ -14,8 +14,23 @@ holds score -inf and is never kept. A block with more rows than columns is loade
 ``SLACK`` specialisation runs, so that R <= C there.
 """
 
+import os
+
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def quotient(x, y):
+    """x / y for positive float32 numbers to about 2 units in the last place: a reciprocal and a product."""
+    if INTERPRETED:  # which has no device library
+        return x / y
+    else:
+        return libdevice.fast_dividef(x, y)
+
 
 # --- reductions ---------------------------------------------------------------------------------------------
 
@@ -161,19 +176,21 @@ def store_mask(
 ):
     """Store 0 or 1 for each entry to the contiguous ``(batch, rows, cols)`` mask.
 
-    ``PACKED`` says that 4 divides ``m`` and ``cols`` (and that a lane holds 4 columns side by side): they go
-    in one 32-bit word. ``unit`` is 1, given at run time: knowing that entries are adjacent, the compiler
+    ``PACKED`` says that 4 divides ``m`` and ``cols`` (and that a lane holds 4 or 8 columns side by side): each
+    4 go in one 32-bit word. ``unit`` is 1, given at run time: knowing that entries are adjacent, the compiler
     would deal the whole tile out to the lanes as suits this one store, and tear rows and columns apart.
     """
     value = tl.where(kept, 1, 0)
     if PACKED:
-        shift = 8 * tl.arange(0, 4)[None, :, None, None, None]
-        words = tl.sum(value << shift, 1, keep_dims=True)
-        word = tl.arange(0, kept.shape[4])[None, None, None, None, :]
+        col_in = tl.arange(0, kept.shape[1])[None, :, None, None, None]
+        word = (kept.shape[1] // 4) * tl.arange(0, kept.shape[4])[None, None, None, None, :]
         pitch = cols // 4
         out = strided(place, i, word, tall, m, rows * pitch.to(tl.int64), pitch, unit, False)
         out -= place[2] * (m - m // 4) * unit
-        tl.store(mask_ptr + out, words, mask=tl.max(tl.where(inside, 1, 0), 1, keep_dims=True) > 0)
+        real = tl.max(tl.where(inside, 1, 0), 1, keep_dims=True) > 0
+        for k in tl.static_range(kept.shape[1] // 4):
+            words = tl.sum(tl.where(col_in // 4 == k, value << (8 * (col_in % 4)), 0), 1, keep_dims=True)
+            tl.store(mask_ptr + out + k * unit, words, mask=real)
     else:
         out = strided(place, i, j, tall, m, rows * cols.to(tl.int64), cols, unit, SLACK)
         tl.store(mask_ptr + out, value.to(tl.uint8), mask=inside)

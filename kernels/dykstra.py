@@ -30,6 +30,7 @@ from nmsolve.kernels._tile import (
     max_rows,
     min_cols,
     min_rows,
+    quotient,
     row_index,
     store_mask,
     strided,
@@ -39,7 +40,8 @@ from nmsolve.kernels._tile import (
 
 INF = tl.constexpr(float("inf"))
 NONE = tl.constexpr(1 << 20)  # larger than any index
-REFRESH = tl.constexpr(8)
+DROP = tl.constexpr(2.0**100)  # larger than any difference of orders
+REFRESH = tl.constexpr(20)
 FACTOR_MAX = tl.constexpr(2.0**60)  # bounds on what the factors become before they are refreshed
 FACTOR_MIN = tl.constexpr(2.0**-60)
 SUM_MIN = tl.constexpr(2.0**-120)  # a line whose sum underflows catches up in the next iterations
@@ -47,78 +49,178 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def dykstra(scores, inside, real_row, row_target, col_target, slack, iterations, tau):
+def dykstra(
+    scores, inside, real_row, row_target, col_target, slack, iterations, tau, PADDED: tl.constexpr, SLACK: tl.constexpr
+):
     """log2 of the plan's unclipped entries: it orders those that the plan holds at 1 as well."""
-    peak = max_rows(max_cols(tl.where(inside, tl.abs(scores), 0.0)))
-    level = scores * (tau * LOG2_E / tl.where(peak > 0, peak, 1.0))
-    x = tl.where(real_row, 0.0 - max_rows(level), 0.0)
-    y = tl.zeros_like(max_cols(level))
+    peak = max_rows(max_cols(tl.where(inside, tl.abs(scores), 0.0) if PADDED else tl.abs(scores)))
+    rate = tau * LOG2_E / tl.where(peak > 0, peak, 1.0)
+    x = 0.0 - max_rows(scores) * rate
+    if PADDED:
+        x = tl.where(real_row, x, 0.0)
+    y = tl.zeros_like(max_cols(scores))
     for start in range(0, iterations, REFRESH):
-        kernel = tl.exp2(tl.minimum((level + x) + y, 60.0))
+        kernel = tl.exp2(tl.minimum((scores * rate + x) + y, 60.0))
         row_factor = tl.full(x.shape, 1.0, tl.float32)
         col_factor = tl.full(y.shape, 1.0, tl.float32)
         for _ in range(tl.minimum(iterations - start, REFRESH)):
-            plan = tl.minimum(kernel * row_factor * col_factor, 1.0)
-            row_scale = row_target / tl.maximum(sum_rows(plan), SUM_MIN)
-            col_scale = col_target / tl.maximum(sum_cols(plan * row_scale), SUM_MIN)
-            col_scale = tl.where(slack, tl.minimum(col_scale, 1.0), col_scale)
-            row_factor = tl.minimum(tl.maximum(row_factor * row_scale, FACTOR_MIN), FACTOR_MAX)
-            col_factor = tl.minimum(tl.maximum(col_factor * col_scale, FACTOR_MIN), FACTOR_MAX)
-        x += tl.log2(row_factor)
-        y += tl.log2(col_factor)
-    return (level + x) + y
+            plan = tl.minimum(tl.maximum((kernel * row_factor) * col_factor, 0.0), 1.0)
+            row_scale = quotient(row_target, tl.maximum(sum_rows(plan), SUM_MIN))
+            col_scale = quotient(col_target, tl.maximum(sum_cols(plan * row_scale), SUM_MIN))
+            if SLACK:
+                col_scale = tl.where(slack, tl.minimum(col_scale, 1.0), col_scale)
+            row_factor = tl.minimum(row_factor * row_scale, FACTOR_MAX)
+            col_factor = tl.minimum(col_factor * col_scale, FACTOR_MAX)
+        x += tl.log2(tl.maximum(row_factor, FACTOR_MIN))
+        y += tl.log2(tl.maximum(col_factor, FACTOR_MIN))
+    return (scores * rate + x) + y
+
+
+@triton.jit
+def first_of_tied(order, row_best, col_best):
+    """1.0 for the entries that are the first among the largest of their row and of their column, 0.0 else."""
+    i = row_index(order.shape[0], order.shape[3])
+    j = col_index(order.shape[1], order.shape[4])
+    first_col = min_rows(tl.where(order == row_best, j, NONE))
+    first_row = min_cols(tl.where(order == col_best, i, NONE))
+    return tl.where((first_col == j) & (first_row == i), 1.0, 0.0)
 
 
 @triton.jit
 def take_greedily(order, n):
-    """int32 tile of 0 and 1: entries by falling order (-inf: never) while their lines hold fewer than n."""
-    i = row_index(order.shape[0], order.shape[3])
-    j = col_index(order.shape[1], order.shape[4])
-    kept = tl.zeros_like(order).to(tl.int32)
+    """Entries by falling order (-inf: never) while their lines hold fewer than n, and 0 per block.
+
+    They come as int32 numbers of a bit per entry that a lane holds of a row. What is not available any more is lowered by DROP. Sums of 0.0 and 1.0 occupy no predicates, of which the
+    hardware has seven.
+    """
+    weight = (1 << tl.arange(0, order.shape[1])[None, :, None, None, None]).to(tl.float32)
+    row_room = tl.zeros_like(max_rows(order)) + n
+    col_room = tl.zeros_like(max_cols(order)) + n
+    bits = tl.zeros_like(tl.max(order, 1, keep_dims=True))  # of the entries kept of a row in one lane
+    taken = tl.zeros_like(max_cols(row_room))
     go = True
     while go:
-        first_col = min_rows(tl.where(order == max_rows(order), j, NONE))
-        first_row = min_cols(tl.where(order == max_cols(order), i, NONE))
-        take = (first_col == j) & (first_row == i) & (order > -INF)
-        kept = tl.where(take, 1, kept)
-        room = (sum_rows(kept) < n) & (sum_cols(kept) < n)
-        order = tl.where(take | (room == 0), -INF, order)
-        go = tl.max(max_rows(max_cols(tl.where(take, 1, 0)))) > 0
-    return kept
+        row_best = max_rows(order)
+        row_best = tl.where(row_best > -DROP / 2, row_best, INF)
+        col_best = max_cols(order)
+        take = tl.where((order == row_best) & (order == col_best), 1.0, 0.0)
+        row_taken = sum_rows(take)
+        col_taken = sum_cols(take)
+        if tl.maximum(tl.max(row_taken), tl.max(col_taken)) > 1:
+            take = first_of_tied(order, row_best, col_best)
+            row_taken = sum_rows(take)
+            col_taken = sum_cols(take)
+        bits += tl.sum(take * weight, 1, keep_dims=True)
+        row_room -= row_taken
+        col_room -= col_taken
+        order -= take * DROP
+        order -= tl.where(row_room > 0, 0.0, DROP)
+        order -= tl.where(col_room > 0, 0.0, DROP)
+        taken = sum_cols(row_taken)
+        go = tl.max(taken) > 0
+    return bits.to(tl.int32), taken.to(tl.int32)
 
 
 @triton.jit
-def complete(scores, kept, row_target, n, M: tl.constexpr):
-    """``kept`` with every row filled to its target; columns hold at most n."""
+def unpacked(bits, zero, COLS_IN: tl.constexpr):
+    """The tile of true and false that numbers of :func:`take_greedily` stand for."""
+    return ((bits >> (tl.arange(0, COLS_IN)[None, :, None, None, None] + zero)) & 1) > 0
+
+
+@triton.jit
+def first_row_of(found, i):
+    """Per block the number of the first true row; NONE if there is none."""
+    return min_cols(tl.where(found, i, NONE))
+
+
+@triton.jit
+def first_col_of(found, j):
+    return min_rows(tl.where(found, j, NONE))
+
+
+@triton.jit
+def complete(scores, kept, row_target, n):
+    """``kept`` with every row filled to its target; columns hold at most n.
+
+    ``gain`` is an entry's score where it is free and ``loss`` where it is kept; they are -inf and inf else.
+    A row of a tile is picked by adding -inf to the others: no predicates.
+    """
     i = row_index(scores.shape[0], scores.shape[3])
     j = col_index(scores.shape[1], scores.shape[4])
-    short = min_cols(tl.where(sum_rows(kept) < row_target, i, NONE))
+    gain = tl.where(kept, -INF, scores)
+    loss = tl.where(kept, scores, INF)
+    row_count = sum_rows(tl.where(kept, 1, 0))
+    col_count = sum_cols(tl.where(kept, 1, 0))
+    short = first_row_of(row_count < row_target, i)
     go = tl.min(short) < NONE
     while go:
-        here = i == short
-        score_here = max_cols(tl.where(here, scores, -INF))
-        free_here = sum_cols(tl.where(here, 1 - kept, 0)) > 0
-        room = sum_cols(kept) < n
-        direct = tl.where(free_here & room, score_here, -INF)
-        direct_gain = max_rows(direct)
-        direct_col = min_rows(tl.where(direct == direct_gain, j, NONE))
+        full = tl.where(col_count < n, 0.0, -INF)
+        here = max_cols(gain + tl.where(i == short, 0.0, -INF))
+        direct_gain = max_rows(here + full)
+        other_gain = max_rows(gain + full)
+        swap = max_rows(here - loss) + other_gain
+        swap_gain = max_cols(swap)
 
-        other = tl.where((kept == 0) & room, scores, -INF)
-        other_gain = max_rows(other)
-        other_col = min_rows(tl.where(other == other_gain, j, NONE))
-        move = tl.where((kept > 0) & free_here, (score_here - scores) + other_gain, -INF)
-        swap_gain = max_rows(max_cols(move))
-        entry = min_rows(min_cols(tl.where(move == swap_gain, i * M + j, NONE)))
-        swap = (swap_gain > direct_gain) & (short < NONE)
-        swap_row = tl.where(swap, entry // M, -1)
-        swap_col = tl.where(swap, entry % M, -1)
+        swaps = (swap_gain > direct_gain) & (short < NONE)
+        swap_row = tl.where(swaps, first_row_of(swap == swap_gain, i), -1)
+        row = tl.where(i == swap_row, 0.0, -INF)
+        there = max_cols(gain + row) + full
+        swap_here = here - min_cols(loss - row)
+        leave = tl.where(swaps, first_col_of(swap_here == max_rows(swap_here), j), -1)
+        enter = tl.where(swaps, first_col_of(there == max_rows(there), j), -1)
+        direct = first_col_of((here + full) == direct_gain, j)
+        come = tl.where(swaps, leave, tl.where(short < NONE, direct, -1))
 
-        come = here & (j == tl.where(swap, swap_col, direct_col))
-        come = come | ((i == swap_row) & (j == other_col))
-        kept = tl.where(come, 1, tl.where((i == swap_row) & (j == swap_col), 0, kept))
-        short = min_cols(tl.where(sum_rows(kept) < row_target, i, NONE))
+        flip = tl.where(i == short, 1.0, 0.0) * tl.where(j == come, 1.0, 0.0)
+        flip += tl.where(i == swap_row, 1.0, 0.0) * tl.where((j == leave) | (j == enter), 1.0, 0.0)
+        free = tl.where(flip > 0, loss, gain)
+        loss = tl.where(flip > 0, gain, loss)
+        gain = tl.where(free < INF, free, -INF)
+        loss = tl.where(loss > -INF, loss, INF)
+        row_count += tl.where(i == short, 1, 0)
+        col_count += tl.where(j == tl.where(swaps, enter, come), 1, 0)
+        short = first_row_of(row_count < row_target, i)
         go = tl.min(short) < NONE
-    return kept
+    return loss < INF
+
+
+@triton.jit
+def load_blocks(
+    scores_ptr,
+    n,
+    m,
+    matrix,
+    region,
+    shift,
+    ROWS_IN: tl.constexpr,
+    COLS_IN: tl.constexpr,
+    ROWS_OUT: tl.constexpr,
+    COLS_OUT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    SLACK: tl.constexpr,
+):
+    """(scores, what undoes their scaling, inside, real rows, row targets, column targets, slack) of this program's blocks."""
+    rows, cols, batch, stride_batch, stride_row, stride_col = matrix
+    first_block_row, first_block_col, block_rows, block_cols = region
+    place = locate(shift, first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS)
+    live = place[3]
+    i, j = row_index(ROWS_IN, ROWS_OUT) + shift, col_index(COLS_IN, COLS_OUT) + shift
+    rows_here, cols_here, tall = extent(place, rows, cols, m, SLACK)
+    slack = rows_here < cols_here
+    real_row = (i < rows_here) & live
+    real_col = (j < cols_here) & live
+    inside = live
+    if PADDED:
+        inside = real_row & real_col
+    offsets = strided(place, i, j, tall, m, stride_batch, stride_row, stride_col, SLACK)
+    scores, unscale = load_scaled(scores_ptr + offsets, inside, PADDED)
+    row_target = tl.minimum(n, cols_here)
+    col_target = tl.where(slack, n, tl.minimum(n, rows_here))
+    if PADDED:
+        row_target = tl.where(real_row, row_target, 0)
+        col_target = tl.where(real_col, col_target, 0)
+    return scores, unscale, inside, real_row, row_target, col_target, slack
 
 
 @triton.jit(
@@ -156,23 +258,13 @@ def dykstra_kernel(
     TRANSPORT: tl.constexpr,
 ):
     """One program: ``BLOCKS`` blocks from scores to mask. ``grid = (ceil(blocks / BLOCKS),)``."""
-    M: tl.constexpr = ROWS_IN * ROWS_OUT
-    place = locate(0, first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS)
-    live = place[3]
-    i, j = row_index(ROWS_IN, ROWS_OUT), col_index(COLS_IN, COLS_OUT)
-    rows_here, cols_here, tall = extent(place, rows, cols, m, SLACK)
-    slack = rows_here < cols_here
-    real_row = (i < rows_here) & live
-    real_col = (j < cols_here) & live
-    inside = live
-    if PADDED:
-        inside = real_row & real_col
-    offsets = strided(place, i, j, tall, m, stride_batch, stride_row, stride_col, SLACK)
-    scores, _ = load_scaled(scores_ptr + offsets, inside, PADDED)
-
-    row_target = tl.where(real_row, tl.minimum(n, cols_here), 0)
+    matrix = rows, cols, batch, stride_batch, stride_row, stride_col
+    region = first_block_row, first_block_col, block_rows, block_cols
+    scores, unscale, inside, real_row, row_target, col_target, slack = load_blocks(
+        scores_ptr, n, m, matrix, region, 0, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK
+    )
+    order = scores
     if TRANSPORT:
-        col_target = tl.where(real_col, tl.where(slack, n, tl.minimum(n, rows_here)), 0)
         order = dykstra(
             scores,
             inside,
@@ -182,8 +274,17 @@ def dykstra_kernel(
             slack,
             iterations,
             tau,
+            PADDED,
+            SLACK,
         )
-    else:
-        order = scores
-    kept = complete(scores, take_greedily(order, n), row_target, n, M)
-    store_mask(mask_ptr, kept > 0, place, i, j, inside, tall, rows, cols, m, unit, PACKED, SLACK)
+    bits, spent = take_greedily(order, n)
+    # The scores are loaded anew (spent is 0, which the compiler does not know): neither they nor an address
+    # occupy registers until here.
+    scores, unscale, inside, real_row, row_target, col_target, slack = load_blocks(
+        scores_ptr, n, m, matrix, region, spent, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK
+    )
+    kept = complete(scores, unpacked(bits, tl.where(unscale > 0, 0, 1), COLS_IN), row_target, n)
+    place = locate(spent, first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS)
+    i, j = row_index(ROWS_IN, ROWS_OUT), col_index(COLS_IN, COLS_OUT)
+    tall = extent(place, rows, cols, m, SLACK)[2]
+    store_mask(mask_ptr, kept, place, i, j, inside, tall, rows, cols, m, unit, PACKED, SLACK)
