@@ -177,7 +177,7 @@ def ria_permutation(scores: Tensor, n: int, m: int, *, passes: int = 1) -> Tenso
     groups = _groups(permutation, m)
     generator = torch.Generator().manual_seed(0)
     for turn in range(passes):
-        before = _total(flat, pattern, permutation)
+        before, previous = _total(flat, pattern, permutation), permutation.clone()
         if turn:
             # The order within a group does not count: dealing columns to other slots opens other moves.
             within = torch.rand(groups.shape, generator=generator).argsort(dim=-1).to(groups.device)
@@ -189,6 +189,8 @@ def ria_permutation(scores: Tensor, n: int, m: int, *, passes: int = 1) -> Tenso
             chosen = assignment(values)
             groups[:, :, slot] = groups[:, :, slot].gather(1, chosen)
         if _total(flat, pattern, permutation) <= before * (1 + 1e-9):
+            # Another order of equal columns may differ by rounding.
+            permutation = previous
             break
     return permutation.view(dealt.shape)
 

@@ -52,7 +52,7 @@ __all__ = ["TransposablePermutation", "transposable_permutation"]
 _MAX_SUBSETS = 70
 
 # Elements of the blocks that are solved together.
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 
 class TransposablePermutation(NamedTuple):
@@ -288,15 +288,15 @@ def _insertion_values(scores: Tensor, pattern: NMPattern, slot: int, backend: st
 
 def _forced_scores(blocks: Tensor, subsets: Tensor, n: int, slot: int, backend: str) -> Tensor:
     """``V[b, S, g]``: what the other columns of each block keep when ``slot`` takes exactly the rows in S."""
-    m = blocks.shape[-1]
-    others = [k for k in range(m) if k != slot]
+    bands, groups, m, _ = blocks.shape
     low, high = blocks.amin((2, 3), keepdim=True), blocks.amax((2, 3), keepdim=True)
     # An entry of the forced column outweighs whatever an exchange of entries elsewhere in the block can gain.
-    forced = 2 * m * (high - low) * subsets.T
+    weight = 2 * m * (high - low)
     trial = (blocks - low).unsqueeze(1).repeat(1, len(subsets), 1, 1, 1)
-    trial[..., slot] = forced.permute(0, 3, 1, 2)
-    mask = solve_blocks(trial.flatten(0, 2), n, backend=backend).mask.view(trial.shape)
-    return (blocks[..., others].unsqueeze(1) * mask[..., others]).sum((-2, -1))
+    trial[..., slot] = (weight * subsets.T).permute(0, 3, 1, 2)
+    kept = solve_blocks(trial.flatten(0, 2), n, backend=backend).objective.view(bands, -1, groups)
+    constant = n * ((m - 1) * low.double() - weight.double())
+    return (kept + constant.view(bands, 1, groups)).to(blocks.dtype)
 
 
 def _bounded_values(scores: Tensor, pattern: NMPattern, slot: int, row_duals: Tensor) -> Tensor:
