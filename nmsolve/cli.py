@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import nmsolve
 from nmsolve.checkpoint import REPORT_NAME, SUFFIX, Checkpoint, open_checkpoint, output_names
+from nmsolve.cli_bench import add_commands as add_bench
 from nmsolve.cli_permute import add_commands as add_permute
 from nmsolve.cli_prune import add_commands
 from nmsolve.errors import NMSolveError
@@ -49,6 +50,7 @@ Provably optimal N:M and transposable N:M sparsity masks.
   nmsolve prune     prune a transformers model with calibration data
   nmsolve permute   reorder channels so that a mask keeps more
   nmsolve eval-ppl  perplexity of a language model
+  nmsolve bench     time the mask methods on this machine
   nmsolve info      what is installed, and which backends can run here
 
 nmsolve COMMAND --help says more, with examples.
@@ -200,6 +202,7 @@ def _parser() -> Parser:
 
     add_commands(add)
     add_permute(add)
+    add_bench(add)
 
     info = add("info", "what is installed and what can run", INFO_HELP, INFO_EPILOG)
     info.set_defaults(run=_info)
@@ -230,9 +233,10 @@ def _mask(args: argparse.Namespace) -> int:
         _print_selection(selection)
         return OK
 
+    from nmsolve.machine import chosen_device
     from nmsolve.masking import Settings, backend_name, bytes_needed
 
-    device = _device(args.device)
+    device = chosen_device(args.device)
     settings = Settings(pattern, args.transposable, args.method or "exact", args.backend, device)
     backend_name(settings.backend, device, pattern.m)
     needed, free = bytes_needed(checkpoint, selection), shutil.disk_usage(out.parent).free
@@ -334,19 +338,6 @@ def _check_out(out: Path, checkpoint: Checkpoint, overwrite: bool) -> Path:
             remedy = "--overwrite replaces it" if path.is_file() else "it is not a file"
             raise NMSolveError(f"--out: {path} exists; {remedy}")
     return target
-
-
-def _device(asked: str | None) -> str:
-    import torch
-
-    if asked is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if asked != "cpu":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = int(asked.partition(":")[2] or 0)
-        if index >= count:
-            raise NMSolveError(f"--device: {asked} is not here: torch {torch.__version__} sees {count} GPUs")
-    return asked
 
 
 def _print_selection(selection: Selection) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nmsolve import schedule
+from nmsolve import launch_table, schedule
 from nmsolve.blocks import BlockGrid, grid_of
 from nmsolve.kernels import _launch
 from nmsolve.kernels.dykstra import dykstra_kernel
@@ -27,7 +27,7 @@ from nmsolve.kernels.nm import nm_kernel
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import BlockResult
 
-__all__ = ["exact", "exact_group", "greedy", "ordinary", "tsenor", "why_not"]
+__all__ = ["exact", "exact_group", "greedy", "ordinary", "shipped_tile", "tsenor", "use_tiles", "why_not"]
 
 SCHEDULE = {
     name: getattr(schedule, name)
@@ -46,6 +46,19 @@ SCHEDULE = {
     )
 }
 """The constants of the dual ascent, as constexpr arguments of the exact kernel."""
+
+
+_launch.replace(launch_table.asked_for())
+
+
+def shipped_tile(kernel: str, m: int) -> launch_table.Entry:
+    """The entry of the launch table that ships for blocks of size ``m``."""
+    return _launch.tabled(kernel, m)
+
+
+def use_tiles(entries: Mapping[tuple[str, int], launch_table.Entry]) -> None:
+    """Use these entries in place of the launch table's; earlier ones no longer count."""
+    _launch.replace(entries)
 
 
 def why_not(device: torch.device) -> str | None:

@@ -7,7 +7,9 @@ import os
 import platform
 from dataclasses import dataclass
 
-__all__ = ["Device", "devices", "versions"]
+from nmsolve.errors import NMSolveError
+
+__all__ = ["Device", "chosen_device", "devices", "versions"]
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "safetensors")
 
@@ -24,6 +26,26 @@ class Device:
     description: str
     auto: str
     backends: dict[str, str | None]
+
+
+def chosen_device(asked: str | None) -> str:
+    """What ``--device`` asks for (cpu, cuda or cuda:N); by default a GPU if there is one.
+
+    Raises
+    ------
+    NMSolveError
+        If torch does not see the GPU.
+    """
+    import torch
+
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked != "cpu":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = int(asked.partition(":")[2] or 0)
+        if index >= count:
+            raise NMSolveError(f"--device: {asked} is not here: torch {torch.__version__} sees {count} GPUs")
+    return asked
 
 
 def devices() -> list[Device]:
