@@ -25,6 +25,7 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
 STYLES = {
     "nmsolve exact (cpu)": (RED, "*"),
     "nmsolve exact (torch)": (RED, "P"),
+    "nmsolve assignment (cpu)": (RED, "3"),
     "nmsolve greedy (cpu)": (ORANGE, "v"),
     "nmsolve tsenor (cpu)": (PINK, "D"),
     "row-then-column": (ORANGE, "<"),
@@ -41,7 +42,7 @@ STYLES = {
     "SciPy assignment": (BLACK, "1"),
     "torch-linear-assignment": (BLACK, "2"),
 }
-UNFILLED = ("|", "x", "1", "2")
+UNFILLED = ("|", "x", "1", "2", "3")
 PATTERN_STYLES = {"2:4": (SKY, "o"), "4:8": (BLUE, "s"), "8:16": (RED, "^"), "16:32": (BLACK, "D")}
 
 
