@@ -59,7 +59,11 @@ def exact(
         start = None
         if warm is not None:
             u0, v0 = warm[0][lines][..., :r], warm[1][lines][..., :c]
-            start = (ldexp(u0.to(work).flatten(0, 2), -shift), ldexp(v0.to(work).flatten(0, 2), -shift))
+            limit = schedule.WARM_LIMIT
+            start = (
+                ldexp(u0.to(work).flatten(0, 2), -shift).clamp(-limit, limit),
+                ldexp(v0.to(work).flatten(0, 2), -shift).clamp(-limit, limit),
+            )
         if r <= c:
             kept, u, v = solve(a, pattern.n, start)
         else:
@@ -267,8 +271,12 @@ def augment(a: Tensor, n: int, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     else:
         u, v = u.clone(), v.clone()
 
+    # What all short rows lack and all columns hold too much: every round takes at least one unit of it.
+    units = (row_need - x.sum(2)).clamp(min=0).sum(1) + (x.sum(1) - need.col).clamp(min=0).sum(1)
     unfinished = ((x.sum(2) != row_need).any(1) | (x.sum(1) != need.col).any(1)).nonzero().squeeze(1)
-    while unfinished.numel():
+    for _ in range(int(units.max()) if batch else 0):
+        if not unfinished.numel():
+            break
         scores, kept, u_part, v_part = a[unfinished], x[unfinished], u[unfinished], v[unfinished]
         _flip_tight((scores - u_part.unsqueeze(2) - v_part.unsqueeze(1))[:, :rows], kept, row_need, need.col)
         rows_short, cols_long = row_need - kept.sum(2), kept.sum(1) - need.col
@@ -303,8 +311,11 @@ def _flip_tight(reduced: Tensor, x: Tensor, row_need: Tensor, col_need: int) -> 
 
 def _augment_once(
     a: Tensor, x: Tensor, u: Tensor, v: Tensor, rows_short: Tensor, cols_long: Tensor, slack: bool
-) -> None:
-    """One augmentation in each block, in place: shortest paths (Bellman-Ford), duals, flip."""
+) -> int:
+    """One augmentation in each block, in place: shortest paths (Bellman-Ford), duals, flip.
+
+    Returns the number of sweeps, which docs/solver.md bounds by the columns and one.
+    """
     batch, rows, cols = x.shape
     inf = float("inf")
     free = x == 0
@@ -318,7 +329,7 @@ def _augment_once(
     dist_col = torch.where(cols_long > 0, 0.0, inf).to(a.dtype)
     from_col = torch.full((batch, rows), -1, device=a.device)  # the column a row was reached from
     from_row = torch.full((batch, cols), -1, device=a.device)
-    while True:
+    for sweeps in range(1, cols + 2):  # noqa: B007 (returned below)
         reach, via = (dist_row.unsqueeze(2) + to_col).min(1)
         better_col = reach < dist_col
         dist_col, from_row = torch.where(better_col, reach, dist_col), torch.where(better_col, via, from_row)
@@ -351,6 +362,7 @@ def _augment_once(
         i, j = torch.where(at_col, previous, node), torch.where(at_col, node, previous)
         x[block, i, j] += torch.where(at_col, 1, -1).to(x.dtype)
         node, at_col = previous, ~at_col
+    return sweeps
 
 
 # --- tsenor and greedy --------------------------------------------------------------------------------------

@@ -24,3 +24,6 @@ DAMPING = 0.3
 WINSOR = 2.0
 TAU_START = 0.5
 DEVIATION_FLOOR = 2.0**-24
+
+# Duals to start from instead are clamped to +- WARM_LIMIT, for scores scaled to a largest of about 1.
+WARM_LIMIT = 4.0

@@ -34,6 +34,7 @@ from nmsolve._cpu.lanes import (
     store,
 )
 from nmsolve._cpu.tiles import WORD, Region, aligned, load_tile, place_lanes, write_flags
+from nmsolve.schedule import WARM_LIMIT
 
 __all__ = ["Request", "solve_exact"]
 
@@ -63,13 +64,14 @@ class Request(NamedTuple):
 
 @njit
 def _read_duals(address: int, m: int, lines: int, places: Any, scale: Any, duals: Any) -> None:
-    """Read the lanes' warm duals of one side, in the tile's scale."""
+    """Read the lanes' warm duals of one side, in the tile's scale and within ``WARM_LIMIT``."""
     lanes = 64 // duals.itemsize
     like = duals.dtype.type(0)
+    low, high = splat(duals.dtype.type(-WARM_LIMIT)), splat(duals.dtype.type(WARM_LIMIT))
     for i in range(lines):
         for k in range(lanes):
             duals[i * lanes + k] = peek(address + (places[2 * lanes + k] * m + i) * duals.itemsize, like)
-        store(duals, i * lanes, load(duals, i * lanes) * scale)
+        store(duals, i * lanes, minimum(maximum(load(duals, i * lanes) * scale, low), high))
 
 
 @njit
