@@ -10,6 +10,7 @@ import nmsolve
 from nmsolve import NMSolveError
 from nmsolve.permute import (
     PermutedLinear,
+    PermutedRMSNorm,
     apply_permutations,
     find_couplings,
     load_permutations,
@@ -179,6 +180,52 @@ def test_an_order_across_heads_is_gathered():
     assert done.how == "gather"
     assert isinstance(model.model.decoder.layers[0].self_attn.out_proj, PermutedLinear)
     assert (logits(model) - before).abs().max() < 1e-9
+
+
+NORMS = {
+    "model.layers.0.mlp.up_proj": "model.layers.0.post_attention_layernorm",
+    "model.layers.1.self_attn.q_proj": "model.layers.1.input_layernorm",
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_a_norm_hands_its_channels_on_in_the_order(family):
+    model = build(family)
+    before = logits(model)
+    couplings = {c.name: c for c in find_couplings(model)}
+    orders = {name: random_order(couplings[name], k) for k, name in enumerate(NORMS)}
+    weight = model.model.layers[0].mlp.gate_proj.weight.detach().clone()
+    done = apply_permutations(model, orders, norms=NORMS)
+    assert [d.how for d in done] == ["norm", "norm"]
+    assert len(done[0].tensors) == 2
+    assert torch.equal(model.model.layers[0].mlp.gate_proj.weight, weight[:, orders[done[0].name]])
+    assert isinstance(model.model.layers[1].input_layernorm, PermutedRMSNorm)
+    assert (logits(model) - before).abs().max() < 1e-5  # transformers' norms round to float32
+    fresh = build(family)
+    load_permuted(fresh, model.state_dict())
+    assert torch.equal(logits(fresh), logits(model))
+    with pytest.raises(NMSolveError, match="was given an order already"):
+        apply_permutations(model, orders, norms=NORMS)
+
+
+def test_what_is_no_plain_norm_is_refused():
+    class Shifted(nn.RMSNorm):  # Gemma's
+        def forward(self, x):
+            return nn.functional.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+
+    order = torch.arange(31, -1, -1)
+    plain = nn.RMSNorm(32, eps=1e-5, dtype=torch.float64)
+    x = torch.randn(3, 32, dtype=torch.float64)
+    assert (PermutedRMSNorm.from_norm(plain, order)(x) - plain(x)[:, order]).abs().max() < 1e-12
+    for norm in (Shifted(32, eps=1e-5), nn.LayerNorm(32), nn.Dropout()):
+        with pytest.raises(NMSolveError, match="RMS normalisation"):
+            PermutedRMSNorm.from_norm(norm, order)
+    model = build("llama")
+    with pytest.raises(NMSolveError, match="no module"):
+        apply_permutations(
+            model, {"model.layers.0.mlp.up_proj": order}, norms={"model.layers.0.mlp.up_proj": "x"}
+        )
+    assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
 
 
 def test_without_a_configuration_attention_does_not_fold():

@@ -24,6 +24,7 @@ from nmsolve.permute.heuristics import (
 )
 from nmsolve.permute.learned import LearnedPermutations, learn_permutation
 from nmsolve.permute.module import LearnableChannelPermutation
+from nmsolve.permute.norm import PermutedRMSNorm
 from nmsolve.permute.transposable import TransposablePermutation, transposable_permutation
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "LearnableChannelPermutation",
     "LearnedPermutations",
     "PermutedLinear",
+    "PermutedRMSNorm",
     "TransposablePermutation",
     "apply_permutations",
     "calibration_scores",

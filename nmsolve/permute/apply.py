@@ -1,8 +1,9 @@
 """Reordering a model's channels without changing what it computes.
 
 :func:`apply_permutations` folds an order into the producers where the model's structure allows it, and puts a
-run-time gather before the consumers (:class:`PermutedLinear`) where it does not. Either way the dense model
-gives the outputs that it gave before; what changes is which weights share a group of an N:M mask.
+run-time gather before the consumers where it does not: in each of them (:class:`PermutedLinear`), or in the
+norm that they read (:class:`PermutedRMSNorm`). Either way the dense model gives the outputs that it gave
+before; what changes is which weights share a group of an N:M mask.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from nmsolve.errors import NMSolveError
 from nmsolve.gather import permute_columns
 from nmsolve.permute.couplings import Coupling, Site, find_couplings
 from nmsolve.permute.heuristics import check_permutation
+from nmsolve.permute.norm import PermutedRMSNorm
 from nmsolve.staging import Staging
 
 __all__ = [
@@ -34,7 +36,7 @@ _FORMAT = {"format": "nmsolve permutations 1"}
 
 
 class Applied(NamedTuple):
-    """What became of one order: ``how`` is "fold" or "gather", ``tensors`` are those that were reordered."""
+    """What became of one order: ``how`` is "fold", "norm" or "gather", ``tensors`` are the reordered ones."""
 
     name: str
     how: str
@@ -126,6 +128,7 @@ def apply_permutations(
     *,
     couplings: Sequence[Coupling] | None = None,
     how: Literal["auto", "fold", "gather"] = "auto",
+    norms: Mapping[str, str] | None = None,
 ) -> list[Applied]:
     """Reorders channels of ``model`` in place; the dense model computes what it did before.
 
@@ -140,6 +143,10 @@ def apply_permutations(
         Those of the model, if they are at hand.
     how : {"auto", "fold", "gather"}
         "auto" folds where that is possible and gathers at run time where not; "fold" refuses to gather.
+    norms : mapping of str to str, optional
+        Coupling to the RMS normalisation that its channels come out of and that nothing but its consumers
+        reads: ``{"model.layers.0.mlp.up_proj": "model.layers.0.post_attention_layernorm"}`` in a Llama. Where
+        such an order would be gathered, the norm hands the channels on in it, once for all consumers.
 
     Returns
     -------
@@ -162,10 +169,19 @@ def apply_permutations(
         raise NMSolveError(f"how: expected 'auto', 'fold' or 'gather', got {how!r}")
     known = {coupling.name: coupling for coupling in couplings or find_couplings(model)}
     planned = [(_coupling(name, known), order) for name, order in permutations.items()]
-    plans = [(coupling, order, _plan(model, coupling, order, how)) for coupling, order in planned]
+    norms = norms or {}
+    plans = [(coupling, order, _plan(model, coupling, order, how, norms)) for coupling, order in planned]
+    permuted = {
+        norms[coupling.name]: PermutedRMSNorm.from_norm(model.get_submodule(norms[coupling.name]), order)
+        for coupling, order, way in plans
+        if way == "norm"
+    }
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for path, norm in permuted.items():
+        model.set_submodule(path, norm)
     for coupling, order, way in plans:
-        for site in (*coupling.consumers, *coupling.producers) if way == "fold" else ():
+        sites = {"fold": (*coupling.consumers, *coupling.producers), "norm": coupling.consumers}
+        for site in sites.get(way, ()):
             fold_site(tensors[site.tensor].data, coupling, order, site)
     # A gather puts a layer of its own, with new tensors, in the place of the old one.
     for coupling, order, way in plans:
@@ -234,7 +250,7 @@ def load_permutations(path: Path | str) -> dict[str, Tensor]:
 
 
 def load_permuted(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads the state of a model that has :class:`PermutedLinear` layers into a fresh one without them.
+    """Loads the state of a model with :class:`PermutedLinear` and :class:`PermutedRMSNorm` into a fresh one.
 
     Parameters
     ----------
@@ -246,7 +262,7 @@ def load_permuted(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises
     ------
     NMSolveError
-        If a permutation belongs to no linear layer of the model.
+        If a permutation belongs to no linear layer or RMS normalisation of the model.
     """
     suffixes = (".permutation", ".output_permutation")
     for path in dict.fromkeys(key.rpartition(".")[0] for key in state if key.endswith(suffixes)):
@@ -254,8 +270,13 @@ def load_permuted(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             layer = model.get_submodule(path)
         except AttributeError:
             raise NMSolveError(f"state: {path} has a permutation, but the model has no such layer") from None
-        if not isinstance(layer, PermutedLinear):
-            orders = [state.get(path + suffix) for suffix in suffixes]
+        if isinstance(layer, PermutedLinear | PermutedRMSNorm):
+            continue
+        orders = [state.get(path + suffix) for suffix in suffixes]
+        weight = state.get(f"{path}.weight")
+        if weight is not None and weight.ndim == 1 and orders[0] is not None:
+            model.set_submodule(path, PermutedRMSNorm.from_norm(layer, orders[0]))
+        else:
             model.set_submodule(path, PermutedLinear.from_linear(layer, *orders))
     model.load_state_dict(state)
 
@@ -267,8 +288,8 @@ def _coupling(name: str, known: Mapping[str, Coupling]) -> Coupling:
     return known[name]
 
 
-def _plan(model: nn.Module, coupling: Coupling, order: Tensor, how: str) -> str:
-    """ "fold" or "gather", or the reason why the order cannot be applied."""
+def _plan(model: nn.Module, coupling: Coupling, order: Tensor, how: str, norms: Mapping[str, str]) -> str:
+    """ "fold", "norm" or "gather"; raises with the reason if the order cannot be applied."""
     site = coupling.consumers[0]
     inputs = coupling.heads * site.repeats * coupling.size
     everything = isinstance(order, Tensor) and order.shape == (inputs,)
@@ -289,11 +310,23 @@ def _plan(model: nn.Module, coupling: Coupling, order: Tensor, how: str) -> str:
     if how == "fold":
         reason = coupling.reason or "channels of attention values move only inside their head"
         raise NMSolveError(f"{coupling.name}: this order cannot be folded: {reason}")
+    if coupling.name in norms and fits and coupling.heads == 1:
+        _check_norm(model, coupling, norms[coupling.name])
+        return "norm"
     if not everything:
         raise NMSolveError(f"{coupling.name}: a gather needs the order of all {inputs} inputs")
     for consumer in coupling.consumers:
         _linear_tensors(model.get_submodule(consumer.tensor.removesuffix(".weight")))
     return "gather"
+
+
+def _check_norm(model: nn.Module, coupling: Coupling, path: str) -> None:
+    try:
+        norm = model.get_submodule(path)
+    except AttributeError:
+        raise NMSolveError(f"norms: {path!r} for {coupling.name} is no module of this model") from None
+    if isinstance(norm, PermutedRMSNorm):
+        raise NMSolveError(f"{coupling.name}: {path} was given an order already")
 
 
 def _linear_tensors(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
