@@ -2,8 +2,8 @@
 
 Compiles every shipped configuration (tests/offline.py), assigns the machine code to the loops of the source
 (tests/regions.py) and multiplies with how often a program enters each, which Triton's interpreter counts on
-random scores. Writes bench/results/kernel_trips.csv (the counts), kernel_costs.csv and kernel_phases.csv;
-with any selection it only prints. docs/kernel-costs.md explains the columns.
+random scores. Writes kernel_trips.csv (the counts), kernel_costs.csv and kernel_phases.csv to bench/results;
+what is selected is only printed, or written to another folder. docs/kernel-costs.md explains the columns.
 
     python bench/kernel_costs.py                                        # everything; writes
     python bench/kernel_costs.py --kernels exact --targets sm_90 --dtypes float32 --count
@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import RESULTS, ROOT, read_csv, table, write_csv
@@ -65,6 +66,7 @@ KERNELS = {
     "rms_norm_permute": Kernel("gather", (0,), {"norm": True}, "rms_norm_permute"),
 }
 
+COMPARED = ("exact", "tsenor")
 ENTRIES_OF_A_LANE = ((4, 4), (4, 8), (8, 4), (8, 8))
 """(rows_in, cols_in) of the tiles that the launch table's are compared with."""
 
@@ -129,25 +131,25 @@ def cases(
                     if target.startswith("gfx") and dtype != "float32":
                         continue
                     yield Case(kernel, m, dtype, target, True, None)
-                    for tile in candidate_tiles(KERNELS[kernel].compiled, m) if candidates else ():
+                    for tile in candidate_tiles(m) if candidates and kernel in COMPARED else ():
                         if tile != shipped_tile(kernel, m):
                             yield Case(kernel, m, dtype, target, False, tile)
 
 
 def shipped() -> list[Case]:
-    """The configurations of the table: bfloat16 for all kernels on one target, for the chief ones on all."""
-    chief = ("exact", "tsenor", "greedy", "nm", "permute_columns", "rms_norm_permute")
+    """The configurations of the table: float32 for all kernels, bfloat16 for the chief ones."""
+    chief = ("exact", "tsenor", "greedy", "nm", "sinkhorn, forward", "permute_columns", "rms_norm_permute")
     return [
         case
         for case in cases(KERNELS, None, ("float32", "bfloat16"), offline.TARGETS, False)
-        if case.dtype == "float32" or case.target == "sm_90" or case.kernel in chief
+        if case.dtype == "float32" or case.kernel in chief
     ]
 
 
-def candidate_tiles(compiled: str, m: int) -> list[tuple[int, int, int, int]]:
+def candidate_tiles(m: int) -> list[tuple[int, int, int, int]]:
     """(rows_in, cols_in, blocks, warps) with all the blocks a warp holds, or all the warps of a block."""
     tiles = []
-    for rows_in, cols_in in ENTRIES_OF_A_LANE if compiled in ("exact", "dykstra") else ():
+    for rows_in, cols_in in ENTRIES_OF_A_LANE:
         if max(rows_in, cols_in) <= m:
             lanes = (m // rows_in) * (m // cols_in)
             tiles.append((rows_in, cols_in, max(1, 32 // lanes), max(1, lanes // 32)))
@@ -257,14 +259,14 @@ def _run_programs(name: str, m: int, blocks: int | None, distribution: str, prog
     return tile.blocks, programs
 
 
-PROGRAMS_COUNTED = {"tsenor": 24, "nm": 2, "sinkhorn": 4, "sinkhorn, backward": 2}
+FEW_PROGRAMS = {"tsenor": 8, "nm": 2, "sinkhorn": 4, "sinkhorn, backward": 2}
 
 
 def count_all(wanted: Iterable[tuple[str, int, int | None]], processes: int) -> list[dict[str, Any]]:
     """Counts for (name, m, blocks per program or None as shipped), on every distribution."""
     tasks = []
     for name, m, blocks in dict.fromkeys(wanted):
-        programs = PROGRAMS_COUNTED.get(name, 48)
+        programs = FEW_PROGRAMS.get(name, 12 if m == 64 else 32)
         scored = name.startswith(("exact", "assignment", "tsenor", "greedy"))
         for distribution in ("normal", "student_t") if scored and blocks is None else ("normal",):
             tasks.append((name, m, blocks, distribution, programs))
@@ -427,12 +429,13 @@ def main() -> int:
     parser.add_argument("--count", action="store_true", help="count anew, not only from kernel_trips.csv")
     parser.add_argument("--phases", action="store_true", help="print the phases as well")
     parser.add_argument("--distribution", default="normal", choices=("normal", "student_t"))
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write what was selected there")
     parser.add_argument("--processes", type=int, default=2, help="that compile and count side by side (2)")
     arguments = parser.parse_args()
     selection = (arguments.kernels, arguments.sizes, arguments.dtypes, arguments.targets)
     whole = not (any(selection) or arguments.candidates or arguments.count)
     if whole:
-        compared = cases(("exact", "tsenor"), None, ("float32",), ("sm_90",), True)
+        compared = cases(COMPARED, None, ("float32",), ("sm_90",), True)
         chosen = shipped() + [case for case in compared if not case.shipped]
     else:
         dtypes = arguments.dtypes or ("float32", "bfloat16")
@@ -451,19 +454,23 @@ def main() -> int:
                 arguments.processes,
             )
         ]
-    if whole:
-        write_csv(TRIPS, counted, "triton")
+    folder = RESULTS if whole else arguments.out
+    if folder and counted:
+        write_csv(folder / TRIPS.name, counted, "triton")
     if not (arguments.count or whole):
         counted = [*read_csv(TRIPS), *counted]
     trips = trips_of(counted, arguments.distribution)
 
     rows, phases, faults = [], [], 0
     for case, result in compile_cases(chosen, arguments.processes):
-        if "error" in result:
-            print(f"{case}: {result['error']}", file=sys.stderr)
+        try:
+            if "error" in result:
+                raise ValueError(f"{case}: {result['error']}")
+            done = cost(case, result, trips)
+        except ValueError as error:
+            print(error, file=sys.stderr)
             faults += case.shipped
             continue
-        done = cost(case, result, trips)
         rows.append(done.row)
         phases += done.phases
         print(line(done.row), flush=True)
@@ -474,9 +481,9 @@ def main() -> int:
                  f"{p['share']:.1%}", *(str(p[kind]) for kind in sass.KINDS)] for p in done.phases
             ]  # fmt: skip
             print(table(show, "lrrr" + "r" * len(sass.KINDS)))
-    if whole and not faults:
-        write_csv(COSTS, rows, "triton")
-        write_csv(PHASES, phases, "triton")
+    if folder and not faults:
+        write_csv(folder / COSTS.name, rows, "triton")
+        write_csv(folder / PHASES.name, phases, "triton")
     return 1 if faults else 0
 
 
