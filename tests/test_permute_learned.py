@@ -8,7 +8,14 @@ from torch import nn
 
 import nmsolve
 from nmsolve import NMPattern, NMSolveError
-from nmsolve.permute import LearnableChannelPermutation, calibration_scores, find_couplings, learn_permutation
+from nmsolve.permute import (
+    LearnableChannelPermutation,
+    calibration_scores,
+    find_couplings,
+    learn_permutation,
+    retained_score,
+    ria_permutation,
+)
 from nmsolve.permute.module import STRATEGIES
 
 WIDTH = 32
@@ -101,6 +108,26 @@ def test_gradients_reach_the_logits(strategy):
     assert module.logits.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("columns", [16, 18])
+def test_the_straight_through_gradient_is_that_of_the_plan_in_the_hard_ones_place(columns):
+    torch.manual_seed(0)
+    module = LearnableChannelPermutation(columns, block=columns // 2, heads=2).double()
+    weight, scores = (torch.rand(8, 4 * columns, dtype=torch.float64) for _ in range(2))
+    pull = torch.randn(8, 4 * columns, dtype=torch.float64)
+    plans = [module().detach().requires_grad_(True) for _ in range(2)]
+    weights = [weight.clone().requires_grad_(True) for _ in range(2)]
+    (module.masked(weights[0], scores, plans[0], NMPattern(2, 4), False) * pull).sum().backward()
+    ordered = module.reorder(scores, plans[1])
+    mask = nmsolve.nm_mask(ordered.detach(), 2, 4).double()
+    groups = ordered[:, : 4 * columns // 4 * 4].unflatten(1, (-1, 4))
+    spread = groups.detach().var(-1, correction=0).mean().sqrt()
+    soft = nn.functional.pad(2 * (groups / spread).softmax(-1).flatten(1), (0, 4 * columns % 4))
+    pruned = weights[1] * module.reorder(mask + soft - soft.detach(), plans[1], back=True)
+    (pruned * pull).sum().backward()
+    assert torch.allclose(plans[0].grad, plans[1].grad, atol=1e-9)
+    assert torch.allclose(weights[0].grad, weights[1].grad, atol=1e-9)
+
+
 def natural(model: nn.Module) -> dict[str, torch.Tensor]:
     return {c.name: torch.arange(c.size) for c in find_couplings(model)}
 
@@ -180,6 +207,36 @@ def test_same_seed_same_permutations_and_resuming_changes_nothing(tmp_path):
             assert torch.equal(other.permutations[name], order)
     with pytest.raises(NMSolveError, match="another run"):
         learn_permutation(Blocks(), batches(), 1, 4, resume=path)
+
+
+def test_a_floor_is_kept():
+    model = Blocks()
+    names = [site.tensor for c in find_couplings(model) for site in c.consumers]
+    scores = calibration_scores(model, batches(8), names)
+
+    def learn(rate, **options):
+        return learn_permutation(
+            model, batches(8), 2, 4, scores=scores, steps=6, check_every=2, learning_rate=rate, **options
+        )
+
+    free = learn(1.0)
+    best = {c.name: ria_permutation(c.scores(scores), 2, 4) for c in find_couplings(model)}
+    bound = learn(1.0, floor=best)
+    lowest = free.history[0]["kept"]
+    assert free.history[-1]["kept"] < lowest
+    assert all(row["kept"] >= lowest for row in bound.history)
+    total = sum(float(scores[name].double().sum()) for name in names)
+    for found in (free, bound):
+        kept = sum(
+            float(retained_score(c.scores(scores), 2, 4, found.permutations[c.name]))
+            for c in find_couplings(model)
+        )
+        (row,) = (row for row in found.history if row["step"] == found.best_step)
+        assert row["kept"] == pytest.approx(kept / total, rel=1e-6)
+    with pytest.raises(NMSolveError, match="start keeps"):
+        learn(1.0, start=natural(model), floor=best)
+    with pytest.raises(NMSolveError, match="has none"):
+        learn(1.0, floor={})
 
 
 def test_early_stopping():
