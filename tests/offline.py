@@ -66,13 +66,15 @@ def jobs_of(
 
     Options: ``edge`` (partial blocks), ``padded``, ``packed``, ``warm``, ``solution``, ``transport``;
     ``tile`` (rows_in, cols_in, blocks, warps) in place of the launch table's; for Sinkhorn ``cols`` (default
-    m), ``keep``, ``tolerance``; for the gather ``norm``.
+    m), ``keep``, ``tolerance``; for the gather ``norm``; for the exhaustive one ``n`` and ``tile`` (blocks,
+    warps).
     """
     yield {"kernel": kernel, "m": m, "target": target, "dtype": dtype, "options": options}
 
 
 KERNELS = {
     "exact": (("exact.py",), "exact_kernel"),
+    "exhaustive": (("exhaustive.py",), "exhaustive_kernel"),
     "grouped": (("grouped.py", "exact.py"), "grouped_kernel"),
     "dykstra": (("dykstra.py",), "dykstra_kernel"),
     "nm": (("nm.py",), "nm_kernel"),
@@ -114,14 +116,14 @@ def _arguments(job: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
     import torch
 
     scores = getattr(torch, job["dtype"])
-    if job["kernel"] in ("exact", "grouped", "dykstra", "nm"):
+    if job["kernel"] in ("exact", "exhaustive", "grouped", "dykstra", "nm"):
         return _block_arguments(job, scores)
     return _permute_arguments(job, scores)
 
 
 def _block_arguments(job: dict[str, Any], scores: Any) -> tuple[Any, list[Any], dict[str, Any]]:
     import torch
-    from nmsolve.kernels import _launch, dykstra, exact, grouped, nm
+    from nmsolve.kernels import _launch, dykstra, exact, exhaustive, grouped, nm
 
     from nmsolve import gpu
 
@@ -131,12 +133,19 @@ def _block_arguments(job: dict[str, Any], scores: Any) -> tuple[Any, list[Any], 
         size, groups = _launch.group_tile(m, scores.itemsize * 8)
         meta = {"SIZE": size, "GROUPS": groups, "num_warps": 1}
         return nm.nm_kernel, [scores, torch.uint8, 2, m, *matrix], meta
+    if job["kernel"] == "exhaustive":
+        blocks, warps = options["tile"]
+        packed = options.get("packed", True)
+        meta = {"N": options.get("n", 2), "BLOCKS": blocks, "PACKED": packed, "num_warps": warps}
+        mask = torch.int32 if packed else torch.uint8
+        return exhaustive.exhaustive_kernel, [scores, mask, *matrix, 0, 0, 2048, 2048], meta
     edge = options.get("edge", False)
-    table = "dykstra" if job["kernel"] == "dykstra" else "exact_edge" if edge else "exact"
-    tile = _launch.tile(table, m)
+    tile = gpu._exact_tile(edge, m)
+    packed = options.get("packed", not edge and m % 4 == 0)
+    if job["kernel"] == "dykstra":
+        tile = gpu.dykstra_tile(m, transport=options.get("transport", True), packed=packed)
     if "tile" in options:
         tile = _launch.Tile(tile.size, *options["tile"])
-    packed = options.get("packed", not edge and m % 4 == 0)
     meta = gpu.tile_arguments(tile, amd=job["target"].startswith("gfx")) | {
         "PADDED": edge or tile.size != m,
         "SLACK": edge,
