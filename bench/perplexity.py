@@ -318,18 +318,22 @@ def draw(rows: list[dict[str, str]]) -> None:
     styles = {"ordinary": "o-", "exact": "s-", "tsenor": "x--"}
     for panel, method in zip(panels, methods, strict=True):
         for mask, style in styles.items():
-            found = [row for row in rows if row["method"] == method and row["mask"] == mask]
-            sizes = [int(row["pattern"].partition(":")[2]) for row in found]
+            points = sorted(
+                (int(row["pattern"].partition(":")[2]), float(row["perplexity"]))
+                for row in rows
+                if (row["method"], row["mask"]) == (method, mask)
+            )
             label = mask if mask == "ordinary" else f"transposable, {mask}"
-            panel.plot(sizes, [float(row["perplexity"]) for row in found], style, label=label, markersize=4)
+            panel.plot([m for m, _ in points], [y for _, y in points], style, label=label, markersize=4)
         panel.axhline(dense, color="gray", linestyle=":", label="dense")
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xticks([m for _, m in PATTERNS], [f"{n}:{m}" for n, m in PATTERNS])
         panel.set_title(method)
+        panel.yaxis.set_major_formatter("{x:,.0f}")
         panel.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("perplexity")
-    panels[0].legend(frameon=False, fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(ROOT / "docs" / "perplexity.png", dpi=120)
 
 

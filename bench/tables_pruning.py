@@ -16,10 +16,8 @@ MISSING = "not run"
 
 def results(sequential: str = "off") -> dict[tuple[str, str, str], Row]:
     """The rows by method, pattern and mask."""
-    rows = read_csv(RESULTS / FILE)
-    return {
-        (row["method"], row["pattern"], row["mask"]): row for row in rows if row["sequential"] == sequential
-    }
+    rows = [row for row in read_csv(RESULTS / FILE) if row["sequential"] == sequential]
+    return {(row["method"], row["pattern"], row["mask"]): row for row in rows if row["matmul"] == "bfloat16"}
 
 
 def by_pattern(sequential: str, cell: Callable[[Row], str]) -> str:
@@ -58,14 +56,22 @@ def published() -> str:
     return markdown(["pattern", "nmsolve", "published rule", "relative difference"], lines, "lrrr")
 
 
-def seconds() -> str:
-    """Seconds of a whole pruning and, in brackets, the share of the mask solver."""
+def gaps() -> str:
+    """How many times the ordinary mask's perplexity a transposable mask has."""
+    rows = results()
+    lines = []
+    for method, name in METHODS.items():
+        pairs = [(rows.get((method, size, "exact")), rows.get((method, size, "ordinary"))) for size in SIZES]
+        cells = [
+            f"{float(a['perplexity']) / float(b['perplexity']):.2f}" if a and b else MISSING for a, b in pairs
+        ]
+        lines.append([name, *cells])
+    return markdown(["exact / ordinary", *SIZES], lines, "lrrrr")
 
-    def cell(row: Row) -> str:
-        total = float(row["seconds"])
-        return f"{total:.0f} ({percent(float(row['mask_seconds']) / total, 0)})"
 
-    return by_pattern("off", cell)
+def mask_share() -> str:
+    """Share of a whole pruning that the mask solver takes."""
+    return by_pattern("off", lambda row: percent(float(row["mask_seconds"]) / float(row["seconds"]), 0))
 
 
 def sequential() -> str:
@@ -77,6 +83,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "perplexity": perplexities,
     "perplexity-retained": retained,
     "perplexity-published": published,
-    "perplexity-seconds": seconds,
+    "perplexity-gap": gaps,
+    "perplexity-mask-share": mask_share,
     "perplexity-sequential": sequential,
 }
