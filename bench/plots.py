@@ -88,6 +88,7 @@ def peers(rows: list[Row], file: Path) -> None:
     handles = [
         Line2D([], [], color=c, marker=s, markersize=8, linestyle="none", label=name)
         for name, (c, s) in STYLES.items()
+        if any(row["peer"] == name for row in rows)
     ]
     axes[-1].legend(
         handles=handles, loc="center", fontsize=8, frameon=False, title="hollow: leaves lines short"

@@ -1,7 +1,7 @@
 """Transposable masks by networkx' network simplex, one graph a block.
 
 The formulation of Hubara, Chmiel, Island, Banner, Naor, Soudry: Accelerated Sparse Neural Training (NeurIPS
-2021, arXiv 2102.08124), section 4: every row sends n units, every column takes n, an arc carries one. The
+2021, arXiv 2102.08124): every row sends n units, every column takes n, an arc carries one. The
 method loses its way with costs that are floats, as its documentation says; scores become integers.
 """
 

@@ -1,7 +1,7 @@
 """The best of all 90 transposable 2:4 patterns, by exhaustive search.
 
 Hu, Zhao, Huang, Chen, Zhu: Accelerating Transformer Pre-training with 2:4 Sparsity (ICML 2024, arXiv
-2404.01847), section 5.1: a convolution of stride 4 with the 90 patterns as its kernels gives the score of
+2404.01847): a convolution of stride 4 with the 90 patterns as its kernels gives the score of
 each, the largest one decides. On blocks that are there side by side the convolution is a matrix product.
 """
 
