@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 import modelopt.torch.opt as mto
 import modelopt.torch.sparsity as mts
 
+from nmsolve.integrations.apex_asp import create_mask
 from nmsolve.integrations.modelopt import sparsify
 
 FIRST = "model.layers.0.self_attn.q_proj"
@@ -119,3 +120,11 @@ def test_options_that_are_refused_before_the_model_is_touched(config, message):
     with pytest.raises(nmsolve.NMSolveError, match=message):
         sparsify(model, "sparse_magnitude", config)
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (16, 32, 3), (16, 32, 3, 2)])
+def test_apex_masks_are_those_of_modelopts_copy_of_apex(shape):
+    from modelopt.torch.sparsity.weight_sparsity.magnitude import create_asp_mask
+
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(create_mask(tensor, "m4n2_1d", 0.5).bool(), create_asp_mask(tensor, "2:4 sparsity"))

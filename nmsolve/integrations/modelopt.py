@@ -26,7 +26,12 @@ with importing("nvidia-modelopt"):
 __all__ = ["sparsify"]
 
 
-_DEFAULTS = {"pattern": "2:4", "transposable": True, "mask_method": "exact", "backend": "auto"}
+_DEFAULTS: dict[str, Any] = {
+    "pattern": "2:4",
+    "transposable": True,
+    "mask_method": "exact",
+    "backend": "auto",
+}
 
 
 def _rule(config: dict[str, Any] | None) -> MaskRule:
