@@ -22,10 +22,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from nmsolve.errors import NMSolveError
 from nmsolve.gather import permute_columns
+from nmsolve.matching import assignment
 from nmsolve.pattern import NMPattern
 from nmsolve.permute.calibration import calibration_scores
 from nmsolve.permute.couplings import Coupling, Site, find_couplings
@@ -38,6 +40,9 @@ __all__ = ["LearnedPermutations", "learn_permutation"]
 
 # Of the gradient's running mean.
 _MOMENTUM = 0.8
+
+# Of a channel at a position, below which float32 gradients say nothing.
+_LEAST_SHARE = 1e-6
 
 # Of the way back to the start when a floor is not kept: to 1/16 of it.
 _BISECTIONS = 4
@@ -375,13 +380,16 @@ class _Trainer:
         """One step of every block's logits, at most ``rate`` long.
 
         Entries of the present permutation stay: theirs is the sum of the gradients of all that compete with
-        them, beside which no single one would move.
+        them, beside which no single one would move. The gradient through a soft plan has the plan's entries
+        as factors; they are taken out (mirror descent), as they would silence whatever is not there yet.
         """
+        soft = self.parts[0].module.strategy == "cost-matrix"
         for part in self.parts:
-            logits = part.module.logits
+            logits, plan = part.module.logits, part.module.plan()
             assert logits.grad is not None
-            part.average.lerp_(logits.grad, 1 - _MOMENTUM)
-            move = part.average * (1 - part.module.hard())
+            gradient = logits.grad / plan.clamp_min(_LEAST_SHARE) if soft else logits.grad
+            part.average.lerp_(gradient, 1 - _MOMENTUM)
+            move = part.average * (1 - F.one_hot(assignment(plan), part.module.block).to(plan.dtype))
             largest = move.abs().amax((1, 2), keepdim=True)
             logits.sub_(move / largest.clamp_min(torch.finfo(logits.dtype).tiny), alpha=rate)
             logits.grad = None
