@@ -160,7 +160,7 @@ def shipped_tile(kernel: str, m: int) -> tuple[int, ...]:
     """The launch table's entry for a row of the table that has one."""
     from nmsolve.kernels import _launch
 
-    name = "exact_edge" if "edge" in kernel else KERNELS[kernel].compiled
+    name = "exact_edge" if "edge" in kernel else "tsenor" if kernel == "tsenor" else KERNELS[kernel].compiled
     return tuple(_launch.tile(name, m)[1:])
 
 
@@ -237,7 +237,7 @@ def _run_programs(name: str, m: int, blocks: int | None, distribution: str, prog
         if name == "sinkhorn, backward":
             gpu_permute.sinkhorn_backward(torch.randn_like(logits), logits, ones, *out[1:], 0.1)
         return blocks, programs
-    table_name = {"exact, edge": "exact_edge", "tsenor": "dykstra", "greedy": "dykstra"}.get(name, "exact")
+    table_name = {"exact, edge": "exact_edge", "tsenor": "tsenor", "greedy": "dykstra"}.get(name, "exact")
     shipped = _launch.tile(table_name, m)
     tile = shipped if blocks is None else shipped._replace(blocks=blocks)
     pattern = NMPattern(_n(name, m), m)

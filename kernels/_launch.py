@@ -33,12 +33,23 @@ _TILES = {
     ),
     "dykstra": (
         Tile(4, 4, 4, 32, 1),
+        Tile(8, 8, 4, 16, 1),
+        Tile(16, 8, 4, 4, 1),
+        Tile(32, 8, 4, 1, 1),
+        Tile(64, 8, 4, 1, 4),
+    ),
+    # Entropic transport of full blocks, masks stored as words: the fewest shuffles in the iteration.
+    "tsenor": (
+        Tile(4, 4, 4, 32, 1),
         Tile(8, 8, 8, 32, 1),
         Tile(16, 8, 8, 8, 1),
         Tile(32, 8, 8, 2, 1),
         Tile(64, 8, 8, 1, 2),
     ),
 }
+
+EXHAUSTIVE_BLOCKS = 128
+EXHAUSTIVE_WARPS = 4
 
 
 _REPLACED: dict[tuple[str, int], Tile] = {}

@@ -50,7 +50,16 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def dykstra(
-    scores, inside, real_row, row_target, col_target, slack, iterations, tau, PADDED: tl.constexpr, SLACK: tl.constexpr
+    scores,
+    inside,
+    real_row,
+    row_target,
+    col_target,
+    slack,
+    iterations,
+    tau,
+    PADDED: tl.constexpr,
+    SLACK: tl.constexpr,
 ):
     """log2 of the plan's unclipped entries: it orders those that the plan holds at 1 as well."""
     peak = max_rows(max_cols(tl.where(inside, tl.abs(scores), 0.0) if PADDED else tl.abs(scores)))

@@ -140,9 +140,7 @@ def load_row(pointer, stride, live):
 
 @triton.jit
 def peak_of(row):
-    return tl.maximum(
-        tl.maximum(tl.abs(row[0]), tl.abs(row[1])), tl.maximum(tl.abs(row[2]), tl.abs(row[3]))
-    )
+    return tl.maximum(tl.maximum(tl.abs(row[0]), tl.abs(row[1])), tl.maximum(tl.abs(row[2]), tl.abs(row[3])))
 
 
 @triton.jit
@@ -159,9 +157,9 @@ def scaled(row, scale):
 def exhaust_blocks(
     scores_ptr, mask_ptr, matrix, region, shift, N: tl.constexpr, BLOCKS: tl.constexpr, PACKED: tl.constexpr
 ):
-    """Solve and store full 4x4 blocks; ``matrix``, ``region`` and ``shift`` as in ``exact.solve_blocks``."""
+    """Solve and store full 4 x 4 blocks; ``matrix``, ``region`` and ``shift`` are as in ``solve_blocks``."""
     rows, cols, batch, stride_batch, stride_row, stride_col = matrix
-    first_block_row, first_block_col, block_rows, block_cols = region
+    first_block_row, first_block_col, block_rows, block_cols, _, _ = region
     index, block_row, block_col, live = locate(
         shift, first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS
     )
@@ -220,5 +218,5 @@ def exhaustive_kernel(
 ):
     """One program: ``BLOCKS`` full blocks from scores to mask. ``grid = (ceil(blocks / BLOCKS),)``."""
     matrix = rows, cols, batch, stride_batch, stride_row, stride_col
-    region = first_block_row, first_block_col, block_rows, block_cols
+    region = first_block_row, first_block_col, block_rows, block_cols, block_rows, block_cols
     exhaust_blocks(scores_ptr, mask_ptr, matrix, region, 0, N, BLOCKS, PACKED)

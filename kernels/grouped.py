@@ -11,6 +11,7 @@ sizes for each block would cost many.
 import triton
 import triton.language as tl
 from nmsolve.kernels.exact import solve_blocks, store_blocks
+from nmsolve.kernels.exhaustive import exhaust_blocks
 
 FIELDS = tl.constexpr(19)
 """Numbers of a row of the table: the region's first program; the addresses of scores, mask, row duals, column
@@ -107,4 +108,22 @@ def grouped_kernel(
         pointer(row_ptr + 1, ELEMENT), pointer(row_ptr + 2, tl.int32 if PACKED else tl.uint8), row_duals_ptr,
         col_duals_ptr, objective_ptr, bound_ptr, u, v, arcs, unscale, spent, n, m, matrix, region, shift,
         unit, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK, PACKED, SOLUTION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["regions"])
+def grouped_exhaustive_kernel(
+    table_ptr,  # (regions, FIELDS) int64, contiguous
+    regions,
+    ELEMENT: tl.constexpr,  # of the scores
+    N: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """The exhaustive kernel for many matrices, as :func:`grouped_kernel` is the exact one."""
+    row_ptr = table_ptr + region_of(table_ptr, regions, tl.program_id(0)) * FIELDS
+    matrix, region, shift = described(row_ptr, BLOCKS)
+    exhaust_blocks(
+        pointer(row_ptr + 1, ELEMENT), pointer(row_ptr + 2, tl.int32 if PACKED else tl.uint8), matrix, region,
+        shift, N, BLOCKS, PACKED,
     )  # fmt: skip

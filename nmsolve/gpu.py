@@ -22,7 +22,8 @@ from nmsolve.blocks import BlockGrid, grid_of
 from nmsolve.kernels import _launch
 from nmsolve.kernels.dykstra import dykstra_kernel
 from nmsolve.kernels.exact import exact_kernel
-from nmsolve.kernels.grouped import grouped_kernel
+from nmsolve.kernels.exhaustive import exhaustive_kernel
+from nmsolve.kernels.grouped import grouped_exhaustive_kernel, grouped_kernel
 from nmsolve.kernels.nm import nm_kernel
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import BlockResult
@@ -83,7 +84,8 @@ def exact(
 ) -> BlockResult:
     """Optimal masks of ``(batch, rows, cols)`` scores; duals, objective and bound when asked.
 
-    ``warm`` are row and column duals ``(batch, GR, GC, M)`` to start from instead of the ascent's.
+    Full 4 x 4 blocks are solved exhaustively where no duals are asked for; a mask may then differ from that
+    of the solution where several are optimal. ``warm`` are row and column duals ``(batch, GR, GC, M)`` to start from instead of the ascent's.
     """
     grid = grid_of(scores, pattern)
     result = _empty_result(scores, pattern, want_solution)
@@ -91,11 +93,22 @@ def exact(
     if warm is not None:
         warm_u, warm_v = (duals.to(_dual_dtype(scores)).contiguous() for duals in warm)
     for region in _regions(grid, pattern.m, scores):
+        if _is_exhaustive(pattern, region.edge, want_solution):
+            _run(
+                exhaustive_kernel,
+                region,
+                scores,
+                _mask_pointer(result.mask, region),
+                *_matrix_arguments(scores),
+                *region.rectangle,
+                **exhaustive_arguments(pattern),
+                PACKED=region.packed,
+            )
+            continue
         tile = _exact_tile(region.edge, pattern.m)
         _run(
             exact_kernel,
             region,
-            tile,
             scores,
             _mask_pointer(result.mask, region),
             *result[1:],
@@ -108,6 +121,7 @@ def exact(
             grid.block_rows,
             grid.block_cols,
             1,
+            **tile_arguments(tile),
             PADDED=region.edge or tile.size != pattern.m,
             SLACK=region.edge,
             PACKED=region.packed,
@@ -141,8 +155,16 @@ def exact_group(
         for region in _regions(grid_of(matrix, pattern), pattern.m, matrix):
             groups[region.edge, region.packed].append(_Member(region, matrix, result))
     for (edge, packed), members in groups.items():
+        if _is_exhaustive(pattern, edge, want_solution):
+            meta = exhaustive_arguments(pattern)
+            table, programs = _table(members, meta["BLOCKS"], pattern)
+            with _device_of(scores[0]):
+                grouped_exhaustive_kernel[(programs,)](
+                    table, len(members), ELEMENT=_ELEMENTS[scores[0].dtype], **meta, PACKED=packed
+                )
+            continue
         tile = _exact_tile(edge, pattern.m)
-        table, programs = _table(members, tile, pattern)
+        table, programs = _table(members, tile.blocks, pattern)
         with _device_of(scores[0]):
             grouped_kernel[(programs,)](
                 table,
@@ -177,12 +199,11 @@ def _approximate(
     if pattern.n == 0:
         return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    tile = _launch.tile("dykstra", pattern.m)
     for region in _regions(grid_of(scores, pattern), pattern.m, scores):
+        tile = dykstra_tile(pattern.m, transport=transport, packed=region.packed)
         _run(
             dykstra_kernel,
             region,
-            tile,
             scores,
             _mask_pointer(mask, region),
             pattern.n,
@@ -192,6 +213,7 @@ def _approximate(
             1,
             iterations,
             tau,
+            **tile_arguments(tile),
             PADDED=region.edge or tile.size != pattern.m,
             SLACK=region.edge,
             PACKED=region.packed,
@@ -259,7 +281,7 @@ class _Member(NamedTuple):
     result: BlockResult
 
 
-def _table(members: Sequence[_Member], tile: _launch.Tile, pattern: NMPattern) -> tuple[Tensor, int]:
+def _table(members: Sequence[_Member], per_program: int, pattern: NMPattern) -> tuple[Tensor, int]:
     """The table of a group launch, see :mod:`nmsolve.kernels.grouped`, and its number of programs."""
     rows = []
     programs = 0
@@ -277,7 +299,7 @@ def _table(members: Sequence[_Member], tile: _launch.Tile, pattern: NMPattern) -
                 grid.block_cols,
             ]
         )
-        programs += triton.cdiv(region.blocks, tile.blocks)
+        programs += triton.cdiv(region.blocks, per_program)
     device = members[0].scores.device
     table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True), programs
@@ -302,6 +324,22 @@ def _empty_result(scores: Tensor, pattern: NMPattern, want_solution: bool) -> Bl
 
 def _exact_tile(edge: bool, m: int) -> _launch.Tile:
     return _launch.tile("exact_edge" if edge else "exact", m)
+
+
+def _is_exhaustive(pattern: NMPattern, edge: bool, want_solution: bool) -> bool:
+    """Whether looking at every mask is the fastest way: full 4 x 4 blocks of which no duals are wanted."""
+    return pattern.m == 4 and 0 < pattern.n < 4 and not edge and not want_solution
+
+
+def exhaustive_arguments(pattern: NMPattern) -> dict[str, int]:
+    """The constexpr arguments of the exhaustive kernels but PACKED, and their warps."""
+    return {"N": pattern.n, "BLOCKS": _launch.EXHAUSTIVE_BLOCKS, "num_warps": _launch.EXHAUSTIVE_WARPS}
+
+
+def dykstra_tile(m: int, *, transport: bool, packed: bool) -> _launch.Tile:
+    """The tile of ``dykstra_kernel``; ``packed`` masks are those of full blocks."""
+    tile = _launch.tile("tsenor", m)
+    return tile if transport and packed and tile.size == m else _launch.tile("dykstra", m)
 
 
 def tile_arguments(tile: _launch.Tile, *, amd: bool = torch.version.hip is not None) -> dict[str, int]:
@@ -329,16 +367,9 @@ def _matrix_arguments(scores: Tensor) -> tuple[int, ...]:
     return rows, cols, batch, *scores.stride()
 
 
-def _run(
-    kernel: Any, region: _Region, tile: _launch.Tile, scores: Tensor, *arguments: Any, **meta: Any
-) -> None:
+def _run(kernel: Any, region: _Region, scores: Tensor, *arguments: Any, **meta: Any) -> None:
     with _device_of(scores):
-        kernel[(triton.cdiv(region.blocks, tile.blocks),)](
-            scores,
-            *arguments,
-            **tile_arguments(tile),
-            **meta,
-        )
+        kernel[(triton.cdiv(region.blocks, meta["BLOCKS"]),)](scores, *arguments, **meta)
 
 
 def _device_of(scores: Tensor) -> contextlib.AbstractContextManager[None]:

@@ -20,7 +20,7 @@ ENVIRONMENT = "NMSOLVE_LAUNCH_TABLE"
 FORMAT = "nmsolve-launch-table"
 VERSION = 1
 
-KERNELS = ("exact", "exact_edge", "dykstra")
+KERNELS = ("exact", "exact_edge", "dykstra", "tsenor")
 SIZES = (4, 8, 16, 32, 64)
 
 Entry = tuple[int, int, int, int, int]

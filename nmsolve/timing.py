@@ -15,7 +15,7 @@ import nmsolve
 from nmsolve.blocks import grid_of
 from nmsolve.dispatch import select
 from nmsolve.errors import NMSolveError
-from nmsolve.launch_table import Entry, asked_for, check_entry
+from nmsolve.launch_table import KERNELS, Entry, asked_for, check_entry
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import kept_score
 
@@ -176,7 +176,7 @@ def tune(
     tiles: Tiles,
     *,
     sizes: Iterable[int] = (4, 8, 16, 32, 64),
-    kernels: Iterable[str] = ("exact", "exact_edge", "dykstra"),
+    kernels: Iterable[str] = KERNELS,
     side: int = 4096,
     device: str = "cuda",
     repeats: int = 20,
@@ -218,13 +218,13 @@ def _best_tile(
     side = max(side // size, 1) * size
     shape = (size - 1, side * 16) if kernel == "exact_edge" else (side, side)
     scores = torch.randn(shape, generator=torch.Generator(where).manual_seed(0), device=where).abs()
-    method = "tsenor" if kernel == "dykstra" else "exact"
+    method = {"dykstra": "greedy", "tsenor": "tsenor"}.get(kernel, "exact")
     call = _call(scores, pattern, method, "triton")
     shipped = tiles.shipped_tile(kernel, size)
     tiles.use_tiles({})
     bound = _bound(scores, pattern, "torch" if scores.numel() <= 1 << 16 else "triton")
     least = bound * (1 - WORSE_BY)
-    if method == "tsenor":
+    if method != "exact":
         least = _kept(scores, call(), pattern) * (1 - APART)
     time_shipped = statistics.median(timer(call, where, repeats))
     best, best_time = None, time_shipped * FASTER_BY

@@ -14,7 +14,7 @@ gpu = pytest.importorskip("nmsolve.gpu")
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from nmsolve.kernels._tile import col_index, row_index  # noqa: E402
-from nmsolve.kernels.dykstra import take_greedily  # noqa: E402
+from nmsolve.kernels.dykstra import take_greedily, unpacked  # noqa: E402
 
 
 @triton.jit
@@ -22,7 +22,8 @@ def _greedy_kernel(order_ptr, kept_ptr, n, ROWS: tl.constexpr, COLS: tl.constexp
     i, j = row_index(2, ROWS), col_index(2, COLS)
     block = tl.arange(0, BLOCKS)[None, None, :, None, None]
     at = (block * 2 * ROWS + i) * 2 * COLS + j
-    tl.store(kept_ptr + at, take_greedily(tl.load(order_ptr + at), n)[0])
+    bits, zero = take_greedily(tl.load(order_ptr + at), n)
+    tl.store(kept_ptr + at, unpacked(bits, zero, 2).to(tl.int32))
 
 
 @pytest.mark.parametrize("name", ["normal", "ties", "constant", "signed", "bfloat16_ties"])

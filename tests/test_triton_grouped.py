@@ -71,8 +71,9 @@ def test_every_program_finds_its_matrix(count: int) -> None:
     """Matrices of 1, 2 or 3 programs each, the last of them partly empty."""
     scores = [oracles.sample("normal", (1, 4, 4 * (1 + 37 * k % 80)), seed=k) for k in range(count)]
     pattern = NMPattern(2, 4)
-    for matrix, result in zip(scores, gpu.exact_group(scores, pattern), strict=True):
-        assert torch.equal(result.mask, gpu.exact(matrix, pattern).mask)
+    for want_solution in (False, True):
+        results = gpu.exact_group(scores, pattern, want_solution=want_solution)
+        assert_like_alone(scores, pattern, results, want_solution)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_launches(
             return launch
 
     monkeypatch.setattr(gpu, "grouped_kernel", Counting())
-    gpu.exact_group([torch.rand(shape) for shape in shapes], NMPattern(2, 4))
+    gpu.exact_group([torch.rand(shape) for shape in shapes], NMPattern(2, 4), want_solution=True)
     assert seen == launches
 
 
