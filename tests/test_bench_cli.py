@@ -222,6 +222,30 @@ def test_a_tile_whose_masks_are_worse_does_not_win(
     assert "passed over" in messages[0]
 
 
+@pytest.mark.parametrize("kernel", ["exact_edge", "dykstra"])
+def test_the_other_kernels_have_their_own_scores(kernel: str) -> None:
+    """Real candidates on the interpreter; the smallest time is that of the tile that is tried last."""
+    tried: list[launch_table.Entry] = []
+
+    def timer(work: object, device: torch.device, repeats: int) -> list[float]:
+        tried.append(tuple(_launch.tile(kernel, 4)))  # type: ignore[arg-type]
+        return [1.0 / len(tried)]
+
+    won = timing.tune(
+        gpu,
+        sizes=[4],
+        kernels=[kernel],
+        side=8,
+        device="cpu",
+        repeats=1,
+        choose=lambda kernel, size: [(4, 2, 4, 16, 1), (4, 4, 4, 64, 2)],
+        timer=timer,
+        progress=lambda message: None,
+    )
+    assert tried == [gpu.shipped_tile(kernel, 4), (4, 2, 4, 16, 1), (4, 4, 4, 64, 2)]
+    assert won == {(kernel, 4): (4, 4, 4, 64, 2)}
+
+
 def test_seconds_are_those_of_each_repeat() -> None:
     calls: list[int] = []
     taken = timing.seconds_of(lambda: calls.append(1), torch.device("cpu"), 3, warm_up=2)
