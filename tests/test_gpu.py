@@ -81,6 +81,11 @@ def check_exact(scores: Tensor, n: int, m: int, warm: tuple[Tensor, Tensor] | No
     assert ((result.bound.cpu() - bound).abs() <= 1e-11 * size).all()
     assert ((bound - objective) >= -1e-12 * size).all()
     assert ((bound - objective) <= 1e-6 * size).all()
+    if warm is None:  # the mask alone
+        mask = gpu.exact(scores, pattern).mask.cpu()
+        oracles.check_mask_counts(mask, n, m)
+        objective, _ = reference.kept_score(host, mask, pattern)
+        assert ((expected - objective).abs() <= 1e-6 * size).all()
     return result
 
 
