@@ -50,12 +50,13 @@ class Kernel(NamedTuple):
 
 
 KERNELS = {
-    "exact": Kernel("exact", SIZES, {}, "exact"),
+    "exact, exhaustive": Kernel("exhaustive", (4,), {}, "exhaustive"),
+    "exact": Kernel("exact", SIZES[1:], {}, "exact"),
     "exact, solution": Kernel("exact", SIZES, {"solution": True}, "exact"),
     "exact, edge": Kernel("exact", SIZES, {"edge": True}, "exact, edge"),
     "exact, edge, solution": Kernel("exact", SIZES, {"edge": True, "solution": True}, "exact, edge"),
-    "exact, many matrices": Kernel("grouped", SIZES, {}, "exact, many matrices"),
-    "assignment": Kernel("exact", SIZES, {}, "assignment"),
+    "exact, many matrices": Kernel("grouped", SIZES[1:], {}, "exact, many matrices"),
+    "assignment": Kernel("exact", SIZES[1:], {}, "assignment"),
     "tsenor": Kernel("dykstra", SIZES, {}, "tsenor"),
     "greedy": Kernel("dykstra", SIZES, {"transport": False}, "greedy"),
     "nm": Kernel("nm", SIZES, {}, "nm"),
@@ -72,6 +73,7 @@ ENTRIES_OF_A_LANE = ((4, 4), (4, 8), (8, 4), (8, 8))
 
 NAMES = {
     "exact_kernel": "load, start, store",
+    "exhaustive_kernel": "all",
     "grouped_kernel": "load, start, store",
     "region_of.while1": "region looked up",
     "dual_ascent.for1": "ascent sweep",
@@ -237,6 +239,10 @@ def _run_programs(name: str, m: int, blocks: int | None, distribution: str, prog
         if name == "sinkhorn, backward":
             gpu_permute.sinkhorn_backward(torch.randn_like(logits), logits, ones, *out[1:], 0.1)
         return blocks, programs
+    if name == "exhaustive":
+        blocks = gpu.exhaustive_arguments(NMPattern(2, 4))["BLOCKS"]
+        gpu.exact(scores(distribution, (1, 4, 4 * blocks * programs)), NMPattern(2, 4))
+        return blocks, programs
     table_name = {"exact, edge": "exact_edge", "tsenor": "tsenor", "greedy": "dykstra"}.get(name, "exact")
     shipped = _launch.tile(table_name, m)
     tile = shipped if blocks is None else shipped._replace(blocks=blocks)
@@ -259,17 +265,20 @@ def _run_programs(name: str, m: int, blocks: int | None, distribution: str, prog
     return tile.blocks, programs
 
 
-FEW_PROGRAMS = {"tsenor": 8, "nm": 2, "sinkhorn": 4, "sinkhorn, backward": 2}
+FEW_PROGRAMS = {"exhaustive": 1, "nm": 1, "sinkhorn": 2, "sinkhorn, backward": 1}
+BOTH_DISTRIBUTIONS = ("exact", "assignment", "tsenor", "greedy")
 
 
-def count_all(wanted: Iterable[tuple[str, int, int | None]], processes: int) -> list[dict[str, Any]]:
+def count_all(
+    wanted: Iterable[tuple[str, int, int | None]], programs: int, processes: int
+) -> list[dict[str, Any]]:
     """Counts for (name, m, blocks per program or None as shipped), on every distribution."""
     tasks = []
     for name, m, blocks in dict.fromkeys(wanted):
-        programs = FEW_PROGRAMS.get(name, 12 if m == 64 else 32)
-        scored = name.startswith(("exact", "assignment", "tsenor", "greedy"))
-        for distribution in ("normal", "student_t") if scored and blocks is None else ("normal",):
-            tasks.append((name, m, blocks, distribution, programs))
+        few = min(programs, FEW_PROGRAMS.get(name, programs))
+        both = name in BOTH_DISTRIBUTIONS and blocks is None
+        for distribution in ("normal", "student_t") if both else ("normal",):
+            tasks.append((name, m, blocks, distribution, max(1, few // 2) if m == 64 else few))
     tasks.sort(key=lambda task: -task[1])
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         return [row for rows in pool.map(count, tasks) for row in rows]
@@ -430,10 +439,11 @@ def main() -> int:
     parser.add_argument("--phases", action="store_true", help="print the phases as well")
     parser.add_argument("--distribution", default="normal", choices=("normal", "student_t"))
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write what was selected there")
+    parser.add_argument("--programs", type=int, default=16, help="to count, of each tile (16)")
     parser.add_argument("--processes", type=int, default=2, help="that compile and count side by side (2)")
     arguments = parser.parse_args()
     selection = (arguments.kernels, arguments.sizes, arguments.dtypes, arguments.targets)
-    whole = not (any(selection) or arguments.candidates or arguments.count)
+    whole = not (any(selection) or arguments.candidates or arguments.count or arguments.out)
     if whole:
         compared = cases(COMPARED, None, ("float32",), ("sm_90",), True)
         chosen = shipped() + [case for case in compared if not case.shipped]
@@ -451,6 +461,7 @@ def main() -> int:
                     (KERNELS[case.kernel].trips, case.m, case.tile[2] if case.tile else None)
                     for case in chosen
                 ),
+                arguments.programs,
                 arguments.processes,
             )
         ]

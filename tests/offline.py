@@ -66,8 +66,7 @@ def jobs_of(
 
     Options: ``edge`` (partial blocks), ``padded``, ``packed``, ``warm``, ``solution``, ``transport``;
     ``tile`` (rows_in, cols_in, blocks, warps) in place of the launch table's; for Sinkhorn ``cols`` (default
-    m), ``keep``, ``tolerance``; for the gather ``norm``; for the exhaustive one ``n`` and ``tile`` (blocks,
-    warps).
+    m), ``keep``, ``tolerance``; for the gather ``norm``; for the exhaustive one ``n``.
     """
     yield {"kernel": kernel, "m": m, "target": target, "dtype": dtype, "options": options}
 
@@ -126,6 +125,7 @@ def _block_arguments(job: dict[str, Any], scores: Any) -> tuple[Any, list[Any], 
     from nmsolve.kernels import _launch, dykstra, exact, exhaustive, grouped, nm
 
     from nmsolve import gpu
+    from nmsolve.pattern import NMPattern
 
     m, options = job["m"], job["options"]
     matrix = (8192, 8192, 1, 8192 * 8192, 8192, 1)
@@ -134,9 +134,8 @@ def _block_arguments(job: dict[str, Any], scores: Any) -> tuple[Any, list[Any], 
         meta = {"SIZE": size, "GROUPS": groups, "num_warps": 1}
         return nm.nm_kernel, [scores, torch.uint8, 2, m, *matrix], meta
     if job["kernel"] == "exhaustive":
-        blocks, warps = options["tile"]
         packed = options.get("packed", True)
-        meta = {"N": options.get("n", 2), "BLOCKS": blocks, "PACKED": packed, "num_warps": warps}
+        meta = gpu.exhaustive_arguments(NMPattern(options.get("n", 2), 4)) | {"PACKED": packed}
         mask = torch.int32 if packed else torch.uint8
         return exhaustive.exhaustive_kernel, [scores, mask, *matrix, 0, 0, 2048, 2048], meta
     edge = options.get("edge", False)
