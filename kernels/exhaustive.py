@@ -1,9 +1,9 @@
 """Exact transposable N:4 masks by meeting in the middle: one lane looks at every mask of its block.
 
-Two rows leave the other two no choice in how many entries each column still needs. So the best of all masks is
-the best sum of (the best two upper rows that use each column as often as stated) and (the best two lower rows
-that use it as often as is left): for 2:4, 90 masks in 19 such splits of 36 + 36 pairs of rows; for 1:4, 24 masks
-in 6. 3:4 is 1:4 with what is left out. A mask is a number of 16 bits, entry (i, j) being bit 4 i + j.
+Two rows leave the other two no choice in how many entries each column still needs. So the best of all masks
+is the best sum of (the best two upper rows that use each column as often as stated) and (the best two lower
+rows that use it as often as is left): for 2:4, 90 masks in 19 such splits of 36 + 36 pairs of rows; for 1:4,
+24 masks in 6. 3:4 is 1:4 with what is left out. A mask is a number of 16 bits, entry (i, j) is bit 4 i + j.
 
 No duals come out of this: where they are asked for, :mod:`nmsolve.kernels.exact` solves the blocks.
 """
@@ -23,18 +23,20 @@ def better(score, mask, other_score, other_mask):
 def pick(row, COLUMNS: tl.constexpr):
     """The sum of a row's scores in one or two columns, given as bits."""
     if COLUMNS == 1:
-        return row[0]
+        total = row[0]
     elif COLUMNS == 2:
-        return row[1]
+        total = row[1]
     elif COLUMNS == 4:
-        return row[2]
+        total = row[2]
     elif COLUMNS == 8:
-        return row[3]
+        total = row[3]
     elif COLUMNS & 1:
-        return row[0] + pick(row, COLUMNS - 1)
+        total = row[0] + pick(row, COLUMNS - 1)
     elif COLUMNS & 2:
-        return row[1] + pick(row, COLUMNS - 2)
-    return row[2] + row[3]
+        total = row[1] + pick(row, COLUMNS - 2)
+    else:
+        total = row[2] + row[3]
+    return total
 
 
 @triton.jit

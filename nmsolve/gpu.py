@@ -85,7 +85,8 @@ def exact(
     """Optimal masks of ``(batch, rows, cols)`` scores; duals, objective and bound when asked.
 
     Full 4 x 4 blocks are solved exhaustively where no duals are asked for; a mask may then differ from that
-    of the solution where several are optimal. ``warm`` are row and column duals ``(batch, GR, GC, M)`` to start from instead of the ascent's.
+    of the solution where several are optimal. ``warm`` are row and column duals ``(batch, GR, GC, M)`` to
+    start from instead of the ascent's.
     """
     grid = grid_of(scores, pattern)
     result = _empty_result(scores, pattern, want_solution)
@@ -200,7 +201,7 @@ def _approximate(
         return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     for region in _regions(grid_of(scores, pattern), pattern.m, scores):
-        tile = dykstra_tile(pattern.m, transport=transport, packed=region.packed)
+        tile = dykstra_tile(pattern.m, scores.dtype, transport=transport, packed=region.packed)
         _run(
             dykstra_kernel,
             region,
@@ -336,10 +337,11 @@ def exhaustive_arguments(pattern: NMPattern) -> dict[str, int]:
     return {"N": pattern.n, "BLOCKS": _launch.EXHAUSTIVE_BLOCKS, "num_warps": _launch.EXHAUSTIVE_WARPS}
 
 
-def dykstra_tile(m: int, *, transport: bool, packed: bool) -> _launch.Tile:
+def dykstra_tile(m: int, dtype: torch.dtype, *, transport: bool, packed: bool) -> _launch.Tile:
     """The tile of ``dykstra_kernel``; ``packed`` masks are those of full blocks."""
     tile = _launch.tile("tsenor", m)
-    return tile if transport and packed and tile.size == m else _launch.tile("dykstra", m)
+    fits = transport and packed and tile.size == m and dtype != torch.float64
+    return tile if fits else _launch.tile("dykstra", m)
 
 
 def tile_arguments(tile: _launch.Tile, *, amd: bool = torch.version.hip is not None) -> dict[str, int]:

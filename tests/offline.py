@@ -142,7 +142,7 @@ def _block_arguments(job: dict[str, Any], scores: Any) -> tuple[Any, list[Any], 
     tile = gpu._exact_tile(edge, m)
     packed = options.get("packed", not edge and m % 4 == 0)
     if job["kernel"] == "dykstra":
-        tile = gpu.dykstra_tile(m, transport=options.get("transport", True), packed=packed)
+        tile = gpu.dykstra_tile(m, scores, transport=options.get("transport", True), packed=packed)
     if "tile" in options:
         tile = _launch.Tile(tile.size, *options["tile"])
     meta = gpu.tile_arguments(tile, amd=job["target"].startswith("gfx")) | {
