@@ -41,3 +41,15 @@ def test_every_configuration(target: str) -> None:
             jobs += offline.jobs_of("grouped", m, target, dtype, edge=edge, solution=solution)
         jobs += offline.jobs_of("grouped", m - 1, target, edge=edge, solution=solution, packed=False)
     check(jobs)
+
+
+def test_the_same_floating_point_as_alone() -> None:
+    """Loop by loop as many operations, fused or not: the compiler contracts both kernels' code alike."""
+    jobs = [next(offline.jobs_of(kernel, 8, "sm_90", solution=True)) for kernel in ("exact", "grouped")]
+    counts = [
+        [tuple(loop.get(name, 0) for name in ("FFMA", "FADD", "FMUL", "MUFU")) for loop in result["loops"]]
+        for result in offline.compile_all(jobs)
+    ]
+    alone, grouped = ([loop for loop in loops if any(loop)] for loops in counts)
+    assert alone
+    assert grouped == alone
