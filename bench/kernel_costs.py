@@ -179,7 +179,7 @@ Trips = dict[tuple[str, int, int], dict[str, float]]
 
 
 def count(task: tuple[str, int, int | None, str, int]) -> list[dict[str, Any]]:
-    """Run some programs in the interpreter: one row for every region of the sources."""
+    """Run some programs in the interpreter: one row for every loop and branch of the sources."""
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
@@ -198,7 +198,7 @@ def count(task: tuple[str, int, int | None, str, int]) -> list[dict[str, Any]]:
             "programs": ran, "region": region, "entries": entered[region] / ran,
         }
         for region in sources.regions
-        if sources.chain(region)
+        if sources.chain(region) and sources.regions[region].parent
     ]  # fmt: skip
 
 
@@ -404,7 +404,13 @@ def entries(case: Case, blocks: int, trips: Trips) -> dict[str, float]:
     key = (KERNELS[case.kernel].trips, case.m, blocks)
     if key not in trips:
         raise ValueError(f"{case}: programs of {blocks} blocks not counted: run bench/kernel_costs.py")
-    return trips[key]
+    counted = dict(trips[key])
+    sources = offline.sources_of(KERNELS[case.kernel].compiled)
+    for region in sources.regions:
+        chain = sources.chain(region)
+        if chain and not sources.regions[region].parent:  # a function: as often as where it is called
+            counted[region] = next((counted[name] for name in chain if name in counted), 1.0)
+    return counted
 
 
 def phase_of(region: str, entered: Mapping[str, float], sources: regions.Sources) -> str:
