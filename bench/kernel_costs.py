@@ -281,7 +281,9 @@ def count_all(
             tasks.append((name, m, blocks, distribution, max(1, few // 2) if m == 64 else few))
     tasks.sort(key=lambda task: -task[1])
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        return [row for rows in pool.map(count, tasks) for row in rows]
+        rows = [row for rows in pool.map(count, tasks) for row in rows]
+    order = list(dict.fromkeys(row.trips for row in KERNELS.values()))
+    return sorted(rows, key=lambda row: (order.index(row["trips"]), row["m"]))
 
 
 def trips_of(rows: Iterable[Mapping[str, Any]], distribution: str = "normal") -> Trips:
@@ -478,7 +480,8 @@ def main() -> int:
         counted = [*read_csv(TRIPS), *counted]
     trips = trips_of(counted, arguments.distribution)
 
-    rows, phases, faults = [], [], 0
+    costs: dict[Case, Cost] = {}
+    faults = 0
     for case, result in compile_cases(chosen, arguments.processes):
         try:
             if "error" in result:
@@ -488,8 +491,7 @@ def main() -> int:
             print(error, file=sys.stderr)
             faults += case.shipped
             continue
-        rows.append(done.row)
-        phases += done.phases
+        costs[case] = done
         print(line(done.row), flush=True)
         if arguments.phases and done.phases:
             show = [["phase", "entries", "instructions", "share", *sass.KINDS]]
@@ -499,8 +501,9 @@ def main() -> int:
             ]  # fmt: skip
             print(table(show, "lrrr" + "r" * len(sass.KINDS)))
     if folder and not faults:
-        write_csv(folder / COSTS.name, rows, "triton")
-        write_csv(folder / PHASES.name, phases, "triton")
+        in_order = [costs[case] for case in chosen if case in costs]
+        write_csv(folder / COSTS.name, [done.row for done in in_order], "triton")
+        write_csv(folder / PHASES.name, [phase for done in in_order for phase in done.phases], "triton")
     return 1 if faults else 0
 
 
