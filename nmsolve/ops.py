@@ -24,7 +24,7 @@ from nmsolve.blocks import batched_matrices
 from nmsolve.dispatch import Backend, GroupBackend, select
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import BlockResult, kept_score
-from nmsolve.validation import check_finite, check_finite_duals
+from nmsolve.validation import check_all_finite, check_finite_duals
 
 __all__ = [
     "nm_mask",
@@ -123,8 +123,7 @@ def _checked(
 ) -> tuple[list[Backend], list[float]]:
     """Each matrix's backend and smallest score; raises before any work if one cannot be solved."""
     runners = [select(backend, matrix.device, m) for matrix in scores]
-    names = [f"scores[{i}]" for i in range(len(scores))] if len(scores) > 1 else ["scores"]
-    lowest = [check_finite(matrix, name) for matrix, name in zip(scores, names, strict=True)]
+    lowest = check_all_finite(scores)
     check_finite_duals(warm)
     return runners, lowest
 

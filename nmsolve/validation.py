@@ -63,6 +63,36 @@ def check_scores(scores: object, rank: int = 2, name: str = "scores") -> None:
         raise NMSolveError(f"{name}: expected {shape}, got {describe(scores)}")
 
 
+def check_all_finite(scores: Sequence[Tensor]) -> list[float]:
+    """The smallest score of each tensor (inf if there is none); raises if any is NaN or infinite.
+
+    Tensors on a GPU are waited for once, not one by one.
+    """
+    names = [f"scores[{i}]" for i in range(len(scores))] if len(scores) > 1 else ["scores"]
+    found: dict[int, tuple[float, float]] = {}
+    for device in {tensor.device for tensor in scores if tensor.device.type != "cpu"}:
+        here = [i for i, tensor in enumerate(scores) if tensor.device == device and tensor.numel()]
+        found |= zip(here, _extremes([scores[i] for i in here]), strict=True)
+    smallest = []
+    for i, (tensor, name) in enumerate(zip(scores, names, strict=True)):
+        if tensor.device.type == "cpu":
+            smallest.append(check_finite(tensor, name))
+            continue
+        low, high = found.get(i, (math.inf, 0.0))
+        if tensor.numel() and not (math.isfinite(low) and math.isfinite(high)):
+            _raise_not_finite(tensor, name)
+        smallest.append(low)
+    return smallest
+
+
+def _extremes(tensors: Sequence[Tensor]) -> list[tuple[float, float]]:
+    """(smallest, largest) of tensors on one device, none of them empty, read back at once."""
+    if not tensors:
+        return []
+    ends = [torch.stack(tensor.detach().aminmax()).double() for tensor in tensors]
+    return [(low, high) for low, high in torch.stack(ends).tolist()]
+
+
 def check_finite(scores: Tensor, name: str = "scores") -> float:
     """The smallest score (inf if there is none); raises if any is NaN or infinite.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
 
 import nmsolve
-from nmsolve import BlockSolution, NMPattern, NMSolveError, ops, reference
+from nmsolve import BlockSolution, NMPattern, NMSolveError, ops, reference, validation
 from nmsolve.solution import BlockResult
 
 FIELDS = ("mask", "row_duals", "col_duals", "objective", "bound", "scale")
@@ -479,3 +480,21 @@ def test_a_group_is_checked_before_any_work(
     monkeypatch.setattr(reference, "exact", never)
     with pytest.raises(NMSolveError, match=message):
         nmsolve.transposable_masks(scores, 2, 4, backend="torch")  # type: ignore[call-overload]
+
+
+def test_extremes_of_many_tensors_are_read_back_at_once() -> None:
+    tensors = [
+        torch.tensor([[1.0, -2.0]], dtype=torch.bfloat16),
+        torch.tensor([3.0, math.inf]),
+        torch.ones(2, 2).double(),
+    ]
+    assert validation._extremes(tensors) == [(-2.0, 1.0), (3.0, math.inf), (1.0, 1.0)]
+    low, high = validation._extremes([torch.tensor([1.0, math.nan])])[0]
+    assert math.isnan(low)
+    assert math.isnan(high)
+
+
+def test_which_of_many_tensors_is_not_finite() -> None:
+    with pytest.raises(NMSolveError, match=r"scores\[1\]"):
+        validation.check_all_finite([torch.ones(4, 4), torch.full((4, 4), math.nan)])
+    assert validation.check_all_finite([torch.ones(4, 4), torch.empty(0, 4)]) == [1.0, math.inf]

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from nmsolve import schedule
 from nmsolve.blocks import BlockGrid
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import BlockResult
 
 gpu = pytest.importorskip("nmsolve.gpu")
+kernel = pytest.importorskip("nmsolve.kernels.exact")
 
 
 def solve(scores: Tensor, n: int, m: int, warm: tuple[Tensor, Tensor] | None = None) -> BlockResult:
@@ -214,3 +216,36 @@ def test_empty(shape: tuple[int, int, int]) -> None:
     assert result.objective.numel() == 0
     assert gpu.greedy(torch.zeros(shape), NMPattern(2, 4)).shape == shape
     assert gpu.ordinary(torch.zeros(shape), NMPattern(2, 4)).shape == shape
+
+
+def test_warm_starts_are_clamped_as_in_the_other_backends() -> None:
+    assert kernel.WARM_LIMIT.value == schedule.WARM_LIMIT
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("name", sorted(oracles.distributions))
+def test_masks_alone_of_4x4_blocks(name: str, n: int) -> None:
+    """Without duals, full 4 x 4 blocks are solved by looking at every mask."""
+    scores = oracles.sample(name, (2, 12, 20), seed=4)
+    mask = gpu.exact(scores, NMPattern(n, 4)).mask
+    oracles.check_mask_counts(mask, n, 4)
+    for b in range(2):
+        for i, j, block in oracles.blocks_of(scores[b], 4):
+            here = mask[b, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
+            size = oracles.kept_score(block.abs(), here)
+            assert abs(oracles.min_cost_flow(block, n) - oracles.kept_score(block, here)) <= 1e-6 * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_masks_alone_are_those_of_the_solution(dtype: torch.dtype, n: int) -> None:
+    """Any strides, widths that 4 does not divide, more blocks than one program takes."""
+    whole = oracles.sample("normal", (3, 46, 50), seed=5, dtype=torch.float64)
+    scores = whole.to(dtype).mT[:, 2:, ::2]
+    pattern = NMPattern(n, 4)
+    alone, solved = gpu.exact(scores, pattern), gpu.exact(scores, pattern, want_solution=True)
+    assert alone.row_duals is None
+    oracles.check_mask_counts(alone.mask, n, 4)
+    for b in range(3):
+        one, other = (oracles.kept_score(scores[b].double(), x.mask[b]) for x in (alone, solved))
+        assert math.isclose(one, other, rel_tol=1e-6)
