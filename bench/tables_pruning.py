@@ -14,10 +14,10 @@ FILE = "perplexity.csv"
 MISSING = "not run"
 
 
-def results(sequential: str = "off") -> dict[tuple[str, str, str], Row]:
+def results(sequential: str = "off", matmul: str = "bfloat16") -> dict[tuple[str, str, str], Row]:
     """The rows by method, pattern and mask."""
     rows = [row for row in read_csv(RESULTS / FILE) if row["sequential"] == sequential]
-    return {(row["method"], row["pattern"], row["mask"]): row for row in rows if row["matmul"] == "bfloat16"}
+    return {(row["method"], row["pattern"], row["mask"]): row for row in rows if row["matmul"] == matmul}
 
 
 def by_pattern(sequential: str, cell: Callable[[Row], str]) -> str:
@@ -34,9 +34,12 @@ def by_pattern(sequential: str, cell: Callable[[Row], str]) -> str:
 
 def perplexities() -> str:
     rows = results()
-    dense = float(rows["dense", "dense", "dense"]["perplexity"])
+    key = ("dense", "dense", "dense")
+    dense, in_float32 = (float(found[key]["perplexity"]) for found in (rows, results(matmul="float32")))
     table = by_pattern("off", lambda row: significant(float(row["perplexity"]), 3))
-    return f"{table}\n\nDense: {dense:.2f}." + source(FILE, rows["wanda", SIZES[0], "ordinary"])
+    return f"{table}\n\nDense: {dense:.3f}, and {in_float32:.3f} with float32 products." + source(
+        FILE, rows["wanda", SIZES[0], "ordinary"]
+    )
 
 
 def retained() -> str:
