@@ -92,7 +92,7 @@ def first_of_tied(order, row_best, col_best):
     j = col_index(order.shape[1], order.shape[4])
     first_col = min_rows(tl.where(order == row_best, j, NONE))
     first_row = min_cols(tl.where(order == col_best, i, NONE))
-    return tl.where((first_col == j) & (first_row == i), 1.0, 0.0)
+    return tl.where((order == row_best) & (first_col == j) & (first_row == i), 1.0, 0.0)
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def take_greedily(order, n):
         take = tl.where((order == row_best) & (order == col_best), 1.0, 0.0)
         row_taken = sum_rows(take)
         col_taken = sum_cols(take)
-        if tl.maximum(tl.max(row_taken), tl.max(col_taken)) > 1:
+        if tl.max(tl.maximum(max_cols(row_taken), max_rows(col_taken))) > 1:
             take = first_of_tied(order, row_best, col_best)
             row_taken = sum_rows(take)
             col_taken = sum_cols(take)
