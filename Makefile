@@ -74,6 +74,8 @@ bench: $(MODEL)
 	$(BIN)/python bench/sinkhorn.py
 	$(BIN)/python bench/microbenchmarks.py
 	$(BIN)/python bench/demo.py --results
+	$(BIN)/python bench/permutation.py
+	$(BIN)/python bench/perplexity.py
 	$(BIN)/python bench/plots.py
 	$(BIN)/python bench/tables.py
 

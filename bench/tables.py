@@ -258,11 +258,38 @@ def ascent() -> str:
             row["largest"],
             percent(float(row["blocks_done"]), 0),
             f"{float(row['mean_fixed_schedule']):.2f}",
+            f"{float(row['mean_7_sweeps']):.2f}",
+            f"{float(row['mean_smooth_count']):.2f}",
         ]
         for row in rows
     ]
-    head = ["pattern", "scores", "mean", "most", "blocks that need none", "mean, fixed schedule"]
-    return markdown(head, lines, "llrrrr") + source("ascent.csv", rows[0])
+    head = [
+        "pattern", "scores", "mean", "most", "blocks that need none", "mean, fixed schedule", "7 sweeps",
+        "smooth count",
+    ]  # fmt: skip
+    return markdown(head, lines, "llrrrrrr") + source("ascent.csv", rows[0])
+
+
+def augmentations() -> str:
+    """Paths of the CPU backend on every kind of blocks at 8:16 and 16:32, and the most of any backend."""
+    rows = [row for row in read_csv(RESULTS / "augmentations.csv") if row["pattern"] in ("8:16", "16:32")]
+    lines = []
+    for kind in in_order(rows, "kind"):
+        cells = [kind]
+        for pattern in ("8:16", "16:32"):
+            here = {r["backend"]: r for r in rows if (r["kind"], r["pattern"]) == (kind, pattern)}
+            if not here:
+                cells += ["", "", "", ""]
+                continue
+            sweeps = [int(r["sweeps_most"]) for r in here.values() if r["sweeps_most"]]
+            most = max(int(r["paths_most"]) for r in here.values())
+            mean = float(here["cpu"]["paths_mean"])
+            cells += [f"{mean:.2f}", str(most), here["cpu"]["paths_bound"], str(max(sweeps, default=0))]
+        lines.append(cells)
+    head = ["blocks"]
+    for pattern in ("8:16", "16:32"):
+        head += [f"{pattern}: mean", "most", "bound", "most sweeps of a block"]
+    return markdown(head, lines, "lrrrrrrrr") + source("augmentations.csv", rows[0])
 
 
 # --- peers --------------------------------------------------------------------------------------------------
@@ -453,6 +480,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "first-call": first_call,
     "ascent": ascent,
+    "augmentations": augmentations,
 }
 
 
