@@ -25,7 +25,7 @@ from nmsolve.cli_prune import add_commands
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
 from nmsolve.selection import DENSE_BY_DEFAULT, Selection, select_tensors
-from nmsolve.staging import Interrupts, Staging
+from nmsolve.staging import Interrupts, Staging, check_outside, check_replaceable
 
 if TYPE_CHECKING:
     from nmsolve.masking import Settings
@@ -309,24 +309,9 @@ def _work(
 
 def _check_out(out: Path, checkpoint: Checkpoint, overwrite: bool) -> Path:
     """The resolved output path, once it is certain that nothing else stands or falls with it."""
-    source, target = Path(os.path.realpath(checkpoint.root)), Path(os.path.realpath(out))
-    if source == target:
-        raise NMSolveError(f"--out: {out} is the input itself")
-    if not target.parent.is_dir():
-        raise NMSolveError(f"--out: the folder {target.parent} does not exist")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise NMSolveError(f"--out: no permission to write in {target.parent}")
+    source, target = Path(os.path.realpath(checkpoint.root)), check_outside(out, checkpoint.root)
     if checkpoint.is_folder:
-        if source in target.parents or target in source.parents:
-            raise NMSolveError(f"--out: expected a folder outside {checkpoint.root}, got {out}")
-        if target.exists():
-            if not overwrite:
-                raise NMSolveError(f"--out: {out} exists; --overwrite replaces it")
-            if not (target / REPORT_NAME).is_file():
-                raise NMSolveError(
-                    f"--out: {out} exists and nmsolve did not write it (it holds no {REPORT_NAME}); "
-                    "remove it yourself or choose another name"
-                )
+        check_replaceable(out, overwrite, target / REPORT_NAME)
         return target
     if target.suffix != SUFFIX:
         raise NMSolveError(f"--out: expected a name that ends in {SUFFIX}, as the input is a file, got {out}")

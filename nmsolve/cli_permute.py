@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 from collections.abc import Callable
 from fnmatch import fnmatchcase
@@ -18,7 +17,7 @@ from nmsolve.checkpoint import REPORT_NAME, SUFFIX, Checkpoint, StreamWriter, op
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
 from nmsolve.selection import DTYPES
-from nmsolve.staging import Interrupts, Staging
+from nmsolve.staging import Interrupts, Staging, check_outside, check_replaceable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -238,20 +237,9 @@ def _read(checkpoint: Checkpoint, name: str) -> Tensor:
 
 def _check_out(out: Path, checkpoint: Checkpoint, overwrite: bool) -> Path:
     """The resolved output path, once it is certain that nothing else stands or falls with it."""
-    source, target = Path(os.path.realpath(checkpoint.root)), Path(os.path.realpath(out))
-    if source == target or source in target.parents or target in source.parents:
-        raise NMSolveError(f"--out: expected a path outside {checkpoint.root}, got {out}")
-    if not target.parent.is_dir():
-        raise NMSolveError(f"--out: the folder {target.parent} does not exist")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise NMSolveError(f"--out: no permission to write in {target.parent}")
+    target = check_outside(out, checkpoint.root)
     if not checkpoint.is_folder and target.suffix != SUFFIX:
         raise NMSolveError(f"--out: expected a name that ends in {SUFFIX}, as the input is a file, got {out}")
-    if target.exists():
-        if not overwrite:
-            raise NMSolveError(f"--out: {out} exists; --overwrite replaces it")
-        ours = target.with_name(f"{target.name.removesuffix(SUFFIX)}{ORDERS_SUFFIX}")
-        mark = target / ORDERS_FOLDER if checkpoint.is_folder else ours
-        if not mark.exists():
-            raise NMSolveError(f"--out: {out} exists and this command did not write it; choose another name")
+    orders = target.with_name(f"{target.name.removesuffix(SUFFIX)}{ORDERS_SUFFIX}")
+    check_replaceable(out, overwrite, target / ORDERS_FOLDER if checkpoint.is_folder else orders)
     return target

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import re
 import shutil
 import sys
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from nmsolve.checkpoint import REPORT_NAME
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
-from nmsolve.staging import Interrupts, Staging
+from nmsolve.staging import Interrupts, Staging, check_outside, check_replaceable
 
 if TYPE_CHECKING:
     from nmsolve.prune.model import PruneResult
@@ -262,20 +261,8 @@ def _patterns(given: list[str]) -> dict[str, NMPattern | None]:
 
 def _check_out(out: Path, model: Path, overwrite: bool) -> Path:
     """The resolved output folder, once it is certain that it can be written."""
-    target, source = Path(os.path.realpath(out)), Path(os.path.realpath(model))
-    if source == target or source in target.parents or target in source.parents:
-        raise NMSolveError(f"--out: expected a folder outside {model}, got {out}")
-    if not target.parent.is_dir():
-        raise NMSolveError(f"--out: the folder {target.parent} does not exist")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise NMSolveError(f"--out: no permission to write in {target.parent}")
-    if target.exists():
-        if not overwrite:
-            raise NMSolveError(f"--out: {out} exists; --overwrite replaces it")
-        if not (target / REPORT_NAME).is_file():
-            raise NMSolveError(
-                f"--out: {out} exists and nmsolve did not write it (it holds no {REPORT_NAME})"
-            )
+    target = check_outside(out, model)
+    check_replaceable(out, overwrite, target / REPORT_NAME)
     return target
 
 

@@ -14,7 +14,36 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["Interrupts", "Staging"]
+from nmsolve.errors import NMSolveError
+
+__all__ = ["Interrupts", "Staging", "check_outside", "check_replaceable"]
+
+
+def check_outside(out: Path, source: Path) -> Path:
+    """The resolved ``--out``, once it is certain that it can be made and has nothing to do with the input."""
+    target, origin = Path(os.path.realpath(out)), Path(os.path.realpath(source))
+    if target == origin:
+        raise NMSolveError(f"--out: {out} is the input itself")
+    if origin in target.parents or target in origin.parents:
+        raise NMSolveError(f"--out: expected a path outside {source}, got {out}")
+    if not target.parent.is_dir():
+        raise NMSolveError(f"--out: the folder {target.parent} does not exist")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise NMSolveError(f"--out: no permission to write in {target.parent}")
+    return target
+
+
+def check_replaceable(out: Path, overwrite: bool, mark: Path) -> None:
+    """Raise if ``out`` is there, unless it may be overwritten and ``mark`` shows that nmsolve wrote it."""
+    if not out.exists():
+        return
+    if not overwrite:
+        raise NMSolveError(f"--out: {out} exists; --overwrite replaces it")
+    if not mark.exists():
+        raise NMSolveError(
+            f"--out: {out} exists and nmsolve did not write it (there is no {mark.name}); "
+            "remove it yourself or choose another name"
+        )
 
 
 class Staging:

@@ -161,7 +161,7 @@ def test_output_that_is_in_the_way(checkpoint, tmp_path, capsys):
     assert prune(checkpoint, tmp_path / "out", "--pattern", "2:4", "--overwrite") == 2
     assert "nmsolve did not write it" in capsys.readouterr().err
     assert prune(checkpoint, checkpoint / "out", "--pattern", "2:4") == 2
-    assert "expected a folder outside" in capsys.readouterr().err
+    assert "expected a path outside" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_model(tmp_path, capsys):
