@@ -30,8 +30,7 @@ def perplexities(rows) -> dict[tuple[str, str, str], float]:
 
 def test_every_method_is_there(rows):
     masks = ("ordinary", "exact")
-    wanted = {(method, size, mask) for method in METHODS[:-1] for size in SIZES for mask in masks}
-    wanted |= {("alps", size, mask) for size in ("2:4", "16:32") for mask in masks}
+    wanted = {(method, size, mask) for method in METHODS for size in SIZES for mask in masks}
     assert wanted <= rows.keys()
     counts = {(row["calibration_tokens"], row["test_tokens"]) for row in rows.values()}
     assert counts == {("0", "8192"), ("16384", "8192")}
@@ -39,12 +38,7 @@ def test_every_method_is_there(rows):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_larger_m_closes_the_gap_to_ordinary_masks(perplexities, method):
-    ratios = [
-        perplexities[method, size, "exact"] / perplexities[method, size, "ordinary"]
-        for size in SIZES
-        if (method, size, "exact") in perplexities
-    ]
-    assert len(ratios) >= 2
+    ratios = [perplexities[method, size, "exact"] / perplexities[method, size, "ordinary"] for size in SIZES]
     assert ratios == sorted(ratios, reverse=True)
 
 
@@ -60,7 +54,7 @@ def test_methods_that_make_up_for_more_of_the_error_have_lower_perplexity(perple
         for (method, size, mask), value in perplexities.items()
         if method == better and (worse, size, mask) in perplexities
     ]
-    assert len(compared) >= 4
+    assert len(compared) >= 8
     assert all(a <= b for a, b in compared)
 
 
@@ -77,7 +71,7 @@ def test_exact_retains_at_least_tsenors_score_in_every_layer():
             assert len(exact) == len(other) == 210
             assert all(a >= b for a, b in zip(exact, other, strict=True)), (method, size)
             compared += 1
-    assert compared >= 7
+    assert compared >= 8
 
 
 def test_exact_masks_are_proven_optimal_and_tsenors_are_not(rows):
