@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from common import PATTERNS, RESULTS, read_csv
-from tables import Row, markdown, percent, significant, source
+from tables import Row, markdown, percent, source
 
 METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "ria": "RIA", "sparsegpt": "SparseGPT", "alps": "ALPS"}
 MASKS = {"ordinary": "ordinary", "exact": "transposable, exact", "tsenor": "transposable, tsenor"}
@@ -32,11 +32,16 @@ def by_pattern(sequential: str, cell: Callable[[Row], str]) -> str:
     return markdown(["method", "mask", *SIZES], lines, "llrrrr")
 
 
+def perplexity(row: Row) -> str:
+    value = float(row["perplexity"])
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
 def perplexities() -> str:
     rows = results()
     key = ("dense", "dense", "dense")
     dense, in_float32 = (float(found[key]["perplexity"]) for found in (rows, results(matmul="float32")))
-    table = by_pattern("off", lambda row: significant(float(row["perplexity"]), 3))
+    table = by_pattern("off", perplexity)
     return f"{table}\n\nDense: {dense:.3f}, and {in_float32:.3f} with float32 products." + source(
         FILE, rows["wanda", SIZES[0], "ordinary"]
     )
@@ -81,7 +86,7 @@ def mask_share() -> str:
 
 def sequential() -> str:
     """Perplexity when the blocks before have been pruned already."""
-    return by_pattern("block", lambda row: significant(float(row["perplexity"]), 3))
+    return by_pattern("block", perplexity)
 
 
 TABLES: dict[str, Callable[[], str]] = {
