@@ -18,9 +18,9 @@ class Tile(NamedTuple):
 _TILES = {
     "exact": (
         Tile(4, 4, 4, 32, 1),
-        Tile(8, 4, 4, 8, 1),
-        Tile(16, 4, 4, 2, 1),
-        Tile(32, 8, 4, 1, 1),
+        Tile(8, 4, 8, 16, 1),
+        Tile(16, 4, 8, 4, 1),
+        Tile(32, 4, 8, 1, 1),
         Tile(64, 4, 8, 1, 4),
     ),
     # Edge blocks need more vectors (the slack line), so fewer entries per lane.

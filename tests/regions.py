@@ -201,7 +201,9 @@ def phases(code: list[sass.Instruction], sources: Sources) -> dict[str, dict[str
             else:
                 tally[loop_region] += n
         name = max(tally, key=lambda key: (tally[key], key)) if tally else loop_region
-        if any(line.name == "CALL" for line in code[blocks[b].first : blocks[b].last]):
+        if any(
+            line.name == "CALL" and line.target is None for line in code[blocks[b].first : blocks[b].last]
+        ):
             continue  # the slow way of a 64-bit division
         lines[name] += code[blocks[b].first : blocks[b].last]
     return {name: sass.count(found) for name, found in lines.items()}

@@ -53,7 +53,7 @@ def parse(listing: str) -> list[Instruction]:
     code = []
     for address, predicate, opcode, operands, source in found:
         target = None
-        if opcode.partition(".")[0] in ("BRA", "BSSY") and (match := _TARGET.search(operands)):
+        if opcode.partition(".")[0] in ("BRA", "BSSY", "CALL") and (match := _TARGET.search(operands)):
             target = labels.get(match[1]) if match[1] else int(match[2], 16)
         code.append(Instruction(address, predicate, opcode, operands, target, source))
     return code
@@ -72,9 +72,9 @@ def basic_blocks(code: list[Instruction]) -> list[Block]:
     index = {line.address: k for k, line in enumerate(code)}
     starts = {0}
     for k, line in enumerate(code):
-        if line.name in ("BRA", "EXIT", "RET"):
+        if _branches(line) or line.name in ("EXIT", "RET"):
             starts.add(k + 1)
-        if line.name == "BRA" and line.target in index:
+        if _branches(line) and line.target in index:
             starts.add(index[line.target])
     firsts = sorted(start for start in starts if start < len(code))
     number = {first: b for b, first in enumerate(firsts)}
@@ -84,14 +84,18 @@ def basic_blocks(code: list[Instruction]) -> list[Block]:
         end = code[last - 1]
         conditional = bool(end.predicate) or "," in end.operands
         follow = []
-        if end.name == "BRA" and not _of_diverged_warps(end):
+        if _branches(end) and not _of_diverged_warps(end):
             follow.append(number[index[end.target]])  # type: ignore[index]
-        if (end.name not in ("BRA", "EXIT", "RET") or conditional or _of_diverged_warps(end)) and last < len(
-            code
-        ):
+        ends = _branches(end) or end.name in ("EXIT", "RET")
+        if (not ends or conditional or _of_diverged_warps(end)) and last < len(code):
             follow.append(b + 1)
         blocks.append(Block(first, last, tuple(dict.fromkeys(follow))))
     return blocks
+
+
+def _branches(line: Instruction) -> bool:
+    """Whether it goes elsewhere in the function for good; on sm_80 a CALL of a label leaves some loops."""
+    return line.name == "BRA" or (line.name == "CALL" and line.target is not None)
 
 
 def _of_diverged_warps(line: Instruction) -> bool:

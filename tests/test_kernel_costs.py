@@ -183,6 +183,23 @@ def test_machine_code_is_assigned_to_the_loops_of_the_source(sources: regions.So
     assert sizes == {"kernel": 3, "kernel.while1": 5, "kernel.while1.while1": 3, "kernel.while1.if1": 2}
 
 
+def test_a_call_of_a_label_leaves_a_loop(sources: regions.Sources) -> None:
+    """As compiled for sm_80; calls of subroutines come back."""
+    leave = """        /*00a0*/              @!P3 CALL.REL.NOINC `(.L_x_3) ;
+        /*00a4*/                   BRA `(.L_x_0) ;
+.L_x_3:
+"""
+    branch = "        /*00a0*/                   BRA P3, `(.L_x_0) ;\n"
+    assert branch in LISTING
+    expected = regions.phases(sass.parse(LISTING), sources)
+    found = regions.phases(sass.parse(LISTING.replace(branch, leave)), sources)
+    assert found.keys() == expected.keys()
+    for region, counts in found.items():
+        kinds, before = dict(counts["kinds"]), dict(expected[region]["kinds"])
+        assert kinds.pop("control", 0) - before.pop("control", 0) in (0, 1)
+        assert kinds == before
+
+
 def test_a_loop_that_the_source_does_not_have_is_an_error(sources: regions.Sources) -> None:
     with pytest.raises(ValueError, match="none of the source's"):
         regions.phases(sass.parse(LISTING.replace("line 7", "line 3")), sources)
