@@ -186,9 +186,12 @@ def store_mask(
         pitch = cols // 4
         out = strided(place, i, word, tall, m, rows * pitch.to(tl.int64), pitch, unit, False)
         out -= place[2] * (m - m // 4) * unit
-        real = tl.max(tl.where(inside, 1, 0), 1, keep_dims=True) > 0
         for k in tl.static_range(kept.shape[1] // 4):
-            words = tl.sum(tl.where(col_in // 4 == k, value << (8 * (col_in % 4)), 0), 1, keep_dims=True)
+            here = col_in // 4 == k
+            words = tl.sum(tl.where(here, value << (8 * (col_in % 4)), 0), 1, keep_dims=True)
+            real = inside
+            if inside.shape[1] > 1:  # by column: some lie beyond the block
+                real = tl.max(tl.where(here & inside, 1, 0), 1, keep_dims=True) > 0
             tl.store(mask_ptr + out + k * unit, words, mask=real)
     else:
         out = strided(place, i, j, tall, m, rows * cols.to(tl.int64), cols, unit, SLACK)

@@ -92,7 +92,7 @@ def first_of_tied(order, row_best, col_best):
     j = col_index(order.shape[1], order.shape[4])
     first_col = min_rows(tl.where(order == row_best, j, NONE))
     first_row = min_cols(tl.where(order == col_best, i, NONE))
-    return tl.where((first_col == j) & (first_row == i), 1.0, 0.0)
+    return tl.where((first_row == i) & (first_col == j) & (order == col_best), 1.0, 0.0)
 
 
 @triton.jit

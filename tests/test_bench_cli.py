@@ -199,7 +199,7 @@ def test_the_fastest_sound_tile_wins() -> None:
 def test_a_tile_whose_masks_are_worse_does_not_win(
     kernel: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = (8, 4, 8, 16, 1)
+    wrong = (8, 4, 4, 8, 1)
     solve = nmsolve.transposable_mask
 
     def tampered(scores: torch.Tensor, n: int, m: int, **options: object) -> object:
