@@ -1,8 +1,8 @@
 """How many augmenting paths a block needs after the dual ascent: writes bench/results/ascent.csv.
 
 For each pattern and score distribution, the mean and the largest number per block after the ascent with its
-self-steering tau, and the mean after three variants of it: a fixed schedule (as many sweeps with tau from 5 to
-250 in geometric steps, relative to the block's largest score), fewer sweeps, and a smooth count of the
+self-steering tau, and the mean after three variants of it: a fixed schedule (as many sweeps with tau from 5
+to 250 in geometric steps, relative to the block's largest score), fewer sweeps, and a smooth count of the
 fractional entries of a line, 6 sum s (1 - s).
 """
 
