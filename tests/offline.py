@@ -75,6 +75,7 @@ KERNELS = {
     "exact": (("exact.py",), "exact_kernel"),
     "exhaustive": (("exhaustive.py",), "exhaustive_kernel"),
     "grouped": (("grouped.py", "exact.py"), "grouped_kernel"),
+    "grouped_exhaustive": (("grouped.py", "exhaustive.py"), "grouped_exhaustive_kernel"),
     "dykstra": (("dykstra.py",), "dykstra_kernel"),
     "nm": (("nm.py",), "nm_kernel"),
     "sinkhorn_forward": (("sinkhorn.py",), "sinkhorn_forward_kernel"),
@@ -115,7 +116,7 @@ def _arguments(job: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
     import torch
 
     scores = getattr(torch, job["dtype"])
-    if job["kernel"] in ("exact", "exhaustive", "grouped", "dykstra", "nm"):
+    if job["kernel"] in ("exact", "exhaustive", "grouped", "grouped_exhaustive", "dykstra", "nm"):
         return _block_arguments(job, scores)
     return _permute_arguments(job, scores)
 
@@ -133,9 +134,12 @@ def _block_arguments(job: dict[str, Any], scores: Any) -> tuple[Any, list[Any], 
         size, groups = _launch.group_tile(m, scores.itemsize * 8)
         meta = {"SIZE": size, "GROUPS": groups, "num_warps": 1}
         return nm.nm_kernel, [scores, torch.uint8, 2, m, *matrix], meta
-    if job["kernel"] == "exhaustive":
+    if job["kernel"].endswith("exhaustive"):
         packed = options.get("packed", True)
-        meta = gpu.exhaustive_arguments(NMPattern(options.get("n", 2), 4)) | {"PACKED": packed}
+        meta = gpu.exhaustive_arguments(NMPattern(options.get("n", 2), m)) | {"PACKED": packed}
+        if job["kernel"] == "grouped_exhaustive":
+            meta["ELEMENT"] = gpu._ELEMENTS[scores]
+            return grouped.grouped_exhaustive_kernel, [torch.int64, 40], meta
         mask = torch.int32 if packed else torch.uint8
         return exhaustive.exhaustive_kernel, [scores, mask, *matrix, 0, 0, 2048, 2048], meta
     edge = options.get("edge", False)

@@ -1,4 +1,4 @@
-"""The grouped kernel compiles for GPUs that are not here, and keeps nothing in memory but its matrices."""
+"""The grouped kernels compile for GPUs that are not here, and keep nothing in memory but their matrices."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ def test_some_configurations() -> None:
     jobs += offline.jobs_of("grouped", 32, "sm_80")
     jobs += offline.jobs_of("grouped", 64, "sm_100", edge=True, solution=True)
     jobs += offline.jobs_of("grouped", 16, "gfx942", edge=True, solution=True)
+    for target in offline.TARGETS:
+        jobs += offline.jobs_of("grouped_exhaustive", 4, target)
     check(jobs)
 
 
@@ -40,6 +42,9 @@ def test_every_configuration(target: str) -> None:
         for dtype in ("float32", "bfloat16", "float16", "float64"):
             jobs += offline.jobs_of("grouped", m, target, dtype, edge=edge, solution=solution)
         jobs += offline.jobs_of("grouped", m - 1, target, edge=edge, solution=solution, packed=False)
+    for n, packed, dtype in product((1, 2, 3), (False, True), ("float32", "bfloat16", "float64")):
+        for kernel in ("exhaustive", "grouped_exhaustive"):
+            jobs += offline.jobs_of(kernel, 4, target, dtype, n=n, packed=packed)
     check(jobs)
 
 
