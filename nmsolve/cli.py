@@ -233,8 +233,9 @@ def _mask(args: argparse.Namespace) -> int:
         _print_selection(selection)
         return OK
 
+    from nmsolve.dispatch import backend_name
     from nmsolve.machine import chosen_device
-    from nmsolve.masking import Settings, backend_name, bytes_needed
+    from nmsolve.masking import Settings, bytes_needed
 
     device = chosen_device(args.device)
     settings = Settings(pattern, args.transposable, args.method or "exact", args.backend, device)

@@ -19,7 +19,15 @@ from nmsolve.errors import BackendError, NMSolveError
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import BlockResult
 
-__all__ = ["BACKENDS", "Backend", "GroupBackend", "backend_reasons", "check_backend", "select"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "GroupBackend",
+    "backend_name",
+    "backend_reasons",
+    "check_backend",
+    "select",
+]
 
 BACKENDS = ("triton", "cpu", "torch")
 
@@ -97,8 +105,8 @@ def check_backend(backend: str) -> None:
         raise NMSolveError(f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def select(backend: str, device: torch.device, m: int) -> Backend:
-    """The backend that runs blocks of size ``m`` on ``device``.
+def backend_name(backend: str, device: torch.device | str, m: int) -> str:
+    """The name of the backend that runs blocks of size ``m`` on ``device``.
 
     ``"auto"`` takes triton on a GPU (blocks up to 64; larger ones take torch), the Numba backend on a CPU
     where numba is installed, and torch otherwise. A backend asked for by name runs or raises.
@@ -109,15 +117,26 @@ def select(backend: str, device: torch.device, m: int) -> Backend:
         If the name is unknown.
     BackendError
         If a backend asked for by name cannot run, with the reason.
+
+    Examples
+    --------
+    >>> backend_name("torch", "cpu", 16)
+    'torch'
     """
     check_backend(backend)
+    device = torch.device(device)
     if backend == "auto":
         first = "cpu" if device.type == "cpu" else "triton"
         fits = first == "cpu" or m <= TRITON_MAX_M
-        return _load(first if fits and _reason(first, device) is None else "torch")
+        return first if fits and _reason(first, device) is None else "torch"
     reason = _reason(backend, device)
     if reason is None and backend == "triton" and m > TRITON_MAX_M:
         reason = f"blocks of m={m} do not fit its registers (at most {TRITON_MAX_M}); use backend='torch'"
     if reason is not None:
         raise BackendError(f"backend: {backend!r} cannot run on {device}: {reason}")
-    return _load(backend)
+    return backend
+
+
+def select(backend: str, device: torch.device, m: int) -> Backend:
+    """The backend that :func:`backend_name` names, imported; raises as it does."""
+    return _load(backend_name(backend, device, m))

@@ -52,8 +52,7 @@ def devices() -> list[Device]:
     """The CPU, and every GPU that torch can use."""
     import torch
 
-    from nmsolve.dispatch import backend_reasons
-    from nmsolve.masking import backend_name
+    from nmsolve.dispatch import backend_name, backend_reasons
 
     found = [("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads")]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):

@@ -30,7 +30,7 @@ from nmsolve.checkpoint import (
     output_names,
     read_into,
 )
-from nmsolve.dispatch import select
+from nmsolve.dispatch import backend_name
 from nmsolve.errors import NMSolveError
 from nmsolve.masks import nm_mask, transposable_mask
 from nmsolve.packed import BitStream, masks_writer, packed_size
@@ -38,7 +38,7 @@ from nmsolve.pattern import NMPattern
 from nmsolve.report import MaskedTensor, Report
 from nmsolve.selection import DTYPES, Layout, Selected, Selection
 
-__all__ = ["Settings", "backend_name", "bytes_needed", "write_masked"]
+__all__ = ["Settings", "bytes_needed", "write_masked"]
 
 # Elements that are read and solved together: enough to keep every core or a GPU busy, and fewer for the torch
 # backend, whose working memory is many times what it solves.
@@ -60,13 +60,6 @@ class Settings:
     method: str
     backend: str
     device: str
-
-
-def backend_name(backend: str, device: str, m: int) -> str:
-    """The backend that runs blocks of ``m`` on ``device``: ``"auto"`` resolved, any other checked."""
-    module = select(backend, torch.device(device), m)
-    tail = str(getattr(module, "__name__", module)).rpartition(".")[2]
-    return {"gpu": "triton", "reference": "torch"}.get(tail, tail)
 
 
 def bytes_needed(checkpoint: Checkpoint, selection: Selection) -> int:

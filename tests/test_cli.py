@@ -436,10 +436,10 @@ def test_what_is_not_a_command(arguments, message, capsys):
 
 
 def test_a_backend_that_cannot_run_is_refused(file, out, capsys, monkeypatch):
-    def select(backend, device, m):
+    def backend_name(backend, device, m):
         raise BackendError(f"backend: {backend!r} cannot run on {device}: there is no GPU")
 
-    monkeypatch.setattr("nmsolve.masking.select", select)
+    monkeypatch.setattr("nmsolve.dispatch.backend_name", backend_name)
     assert mask(file, out, backend="triton") == 2
     assert "backend: 'triton' cannot run on cpu: there is no GPU" in one_error(capsys)
     assert names(out.parent) == []
