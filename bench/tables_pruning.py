@@ -1,11 +1,11 @@
-"""The tables of docs/choosing.md, from results/perplexity.csv; tables.py writes them."""
+"""The tables of docs/choosing.md, from what bench/perplexity.py wrote."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from common import PATTERNS, RESULTS, read_csv
-from tables import Row, markdown, percent, source
+from common import PATTERNS
+from table_columns import Cell, Row, markdown, percent, results, share, source
 
 METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "ria": "RIA", "sparsegpt": "SparseGPT", "alps": "ALPS"}
 MASKS = {"ordinary": "ordinary", "exact": "transposable, exact", "tsenor": "transposable, tsenor"}
@@ -14,15 +14,15 @@ FILE = "perplexity.csv"
 MISSING = "not run"
 
 
-def results(sequential: str = "off", matmul: str = "bfloat16") -> dict[tuple[str, str, str], Row]:
+def runs(sequential: str = "off", matmul: str = "bfloat16") -> dict[tuple[str, str, str], Row]:
     """The rows by method, pattern and mask."""
-    rows = [row for row in read_csv(RESULTS / FILE) if row["sequential"] == sequential]
+    rows = [row for row in results(FILE) if row["sequential"] == sequential]
     return {(row["method"], row["pattern"], row["mask"]): row for row in rows if row["matmul"] == matmul}
 
 
-def by_pattern(sequential: str, cell: Callable[[Row], str]) -> str:
+def by_pattern(sequential: str, cell: Cell) -> str:
     """A line for each method and mask, a column for each pattern."""
-    rows = results(sequential)
+    rows = runs(sequential)
     lines = []
     for method, name in METHODS.items():
         for mask, kind in MASKS.items():
@@ -38,9 +38,9 @@ def perplexity(row: Row) -> str:
 
 
 def perplexities() -> str:
-    rows = results()
+    rows = runs()
     key = ("dense", "dense", "dense")
-    dense, in_float32 = (float(found[key]["perplexity"]) for found in (rows, results(matmul="float32")))
+    dense, in_float32 = (float(found[key]["perplexity"]) for found in (rows, runs(matmul="float32")))
     table = by_pattern("off", perplexity)
     return f"{table}\n\nDense: {dense:.3f}, and {in_float32:.3f} with float32 products." + source(
         FILE, rows["wanda", SIZES[0], "ordinary"]
@@ -49,12 +49,12 @@ def perplexities() -> str:
 
 def retained() -> str:
     """Kept share of the scores and, in brackets, the relative reconstruction error."""
-    return by_pattern("off", lambda row: f"{percent(float(row['retained']))} ({float(row['error']):.3f})")
+    return by_pattern("off", lambda row: f"{share('retained')(row)} ({float(row['error']):.3f})")
 
 
 def published() -> str:
     """Wanda beside an independent implementation of its rule."""
-    rows = results()
+    rows = runs()
     lines = []
     for size in SIZES:
         peer = rows.get(("wanda, published rule", size, "ordinary"))
@@ -68,7 +68,7 @@ def published() -> str:
 
 def gaps() -> str:
     """How many times the ordinary mask's perplexity a transposable mask has."""
-    rows = results()
+    rows = runs()
     lines = []
     for method, name in METHODS.items():
         pairs = [(rows.get((method, size, "exact")), rows.get((method, size, "ordinary"))) for size in SIZES]

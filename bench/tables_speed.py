@@ -1,0 +1,125 @@
+"""The tables of what the CPU backend costs: time next to what else there is, memory, and the first call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from table_columns import Row, grid, left, listing, number, results, right, share
+
+SPEED, CLAIMS, MICRO = "speed_cpu.csv", "speed_cpu_claims.csv", "micro.csv"
+
+# The README shows these; docs/benchmarks.md shows all.
+CHIEF = (
+    "exact, cpu",
+    "greedy, cpu",
+    "tsenor, cpu",
+    "greedy, published (PyTorch)",
+    "tsenor, published (PyTorch)",
+    "min-cost flow",
+)
+
+
+def speed(names: tuple[str, ...] = ()) -> str:
+    """Microseconds per block and, in brackets, the multiple of exact's time."""
+    rows = [
+        row
+        for row in results(SPEED)
+        if row["distribution"] == "normal" and (not names or row["contender"] in names)
+    ]
+    return grid(
+        SPEED,
+        rows,
+        [left("µs per block", lambda row: row["contender"].replace("exact, cpu", "**exact, cpu**"))],
+        lambda row: row["pattern"],
+        lambda row: f"{number('us_per_block')(row)} ({number('times_exact')(row)}x)",
+    )
+
+
+def distributions() -> str:
+    rows = [row for row in results(SPEED) if row["contender"] in ("exact, cpu", "greedy, cpu")]
+    return listing(
+        SPEED,
+        sorted(rows, key=lambda row: row["contender"]),
+        [
+            left("method", "contender"),
+            left("pattern"),
+            left("scores", "distribution"),
+            right("matrix", lambda row: f"{row['side']}²"),
+            right("µs per block", number("us_per_block")),
+            right("spread", lambda row: f"{number('us_least')(row)} to {number('us_most')(row)}"),
+            right("seconds", number("seconds")),
+        ],
+    )
+
+
+def claims() -> str:
+    columns = [left("claim"), right("reached", number("reached")), right("wanted"), left("holds")]
+    return listing(CLAIMS, results(CLAIMS), columns)
+
+
+def memory() -> str:
+    file = "memory_cpu.csv"
+    return listing(
+        file,
+        results(file),
+        [
+            left("method"),
+            left("backend"),
+            left("pattern"),
+            right("matrix", lambda row: f"{row['rows']}²"),
+            right("scores, MiB", number("scores_mib")),
+            right("working memory, MiB", number("working_mib")),
+            right("share", share("working_share", 1)),
+        ],
+    )
+
+
+def first_call() -> str:
+    file = "first_call.csv"
+    return listing(
+        file,
+        results(file),
+        [
+            left("call", "method"),
+            left(
+                "process",
+                lambda row: "the first after installation" if row["cache"] == "empty" else "later ones",
+            ),
+            right("import", lambda row: f"{float(row['import_seconds']):.2f} s"),
+            right("first call", lambda row: f"{float(row['first_call_seconds']):.2f} s"),
+            right("second call", lambda row: f"{float(row['second_call_seconds']) * 1e3:.1f} ms"),
+        ],
+    )
+
+
+def every_operation() -> str:
+    """Microseconds of every operation: one line for each set of parameters, one column for each backend."""
+
+    def backend(row: Row) -> str:
+        (name,) = [p.partition("=")[2] for p in row["parameters"].split() if p.startswith("backend=")] or [""]
+        return name
+
+    def other_parameters(row: Row) -> str:
+        return " ".join(p for p in row["parameters"].split() if not p.startswith("backend="))
+
+    rows = results(MICRO)
+    by_backend = {backend(row) for row in rows}
+    return grid(
+        MICRO,
+        rows,
+        [left("operation"), left("parameters", other_parameters)],
+        lambda row: backend(row) or "µs (ns a weight)",
+        lambda row: f"{number('us_median')(row)} ({number('ns_per_weight')(row)})",
+        ["µs (ns a weight)", *(name for name in ("triton", "cpu", "torch") if name in by_backend)],
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "speed": speed,
+    "speed-chief": lambda: speed(CHIEF),
+    "speed-distributions": distributions,
+    "speed-claims": claims,
+    "memory": memory,
+    "first-call": first_call,
+    "micro": every_operation,
+}
