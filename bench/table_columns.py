@@ -78,7 +78,7 @@ class Column(NamedTuple):
 
 
 def left(head: str, cell: str | Cell | None = None) -> Column:
-    """A column of text: a result as the file has it (by default the one named ``head``) or made from a row."""
+    """A column of text: a result as the file has it, by default the one named ``head``, or made from rows."""
     return _column(head, "l", cell)
 
 
