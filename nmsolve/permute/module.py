@@ -29,7 +29,14 @@ from nmsolve.matching import assignment
 from nmsolve.pattern import NMPattern
 from nmsolve.plans import sinkhorn
 
-__all__ = ["STRATEGIES", "LearnableChannelPermutation", "Strategy", "kept_score", "pruned_in_order"]
+__all__ = [
+    "STRATEGIES",
+    "LearnableChannelPermutation",
+    "Strategy",
+    "check_strategy",
+    "kept_score",
+    "pruned_in_order",
+]
 
 Strategy = Literal["permllm", "cost-matrix"]
 
@@ -54,6 +61,11 @@ _GROUPS = 4
 
 # Of the first logits, as a share of the identity's lead: the order of the start stays on top.
 _NOISE = 0.05
+
+
+def check_strategy(strategy: str) -> None:
+    if strategy not in STRATEGIES:
+        raise NMSolveError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
 
 
 class LearnableChannelPermutation(nn.Module):
@@ -97,8 +109,7 @@ class LearnableChannelPermutation(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if strategy not in STRATEGIES:
-            raise NMSolveError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+        check_strategy(strategy)
         self.settings = STRATEGIES[strategy]
         if block is None:
             limit = _BLOCK if strategy == "permllm" else max(1, channels // _GROUPS)
