@@ -15,6 +15,7 @@ holds score -inf and is never kept. A block with more rows than columns is loade
 """
 
 import os
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -86,42 +87,114 @@ def col_index(COLS_IN: tl.constexpr, COLS_OUT: tl.constexpr):
     return inner + COLS_IN * tl.arange(0, COLS_OUT)[None, None, None, None, :]
 
 
+class Matrix(NamedTuple):
+    """Sizes of a batch of matrices, and their strides in elements."""
+
+    rows: Any
+    cols: Any
+    batch: Any
+    stride_batch: Any
+    stride_row: Any
+    stride_col: Any
+
+
+class Region(NamedTuple):
+    """A rectangle of blocks in each matrix: where it starts and its size, in blocks."""
+
+    first_block_row: Any
+    first_block_col: Any
+    block_rows: Any
+    block_cols: Any
+
+
+class Blocks(NamedTuple):
+    """Where the blocks of a program lie; one number per block unless stated otherwise."""
+
+    index: Any  # int64: of the matrix in its batch
+    block_row: Any  # int64
+    block_col: Any
+    live: Any  # whether the block exists: the last program has some over
+    i: Any  # int32 row numbers inside a block, a row vector
+    j: Any  # int32 column numbers, a column vector
+    rows: Any  # int32 size R
+    cols: Any  # int32 size C >= R
+    tall: Any  # whether it is taller than wide, and so turned: its rows are columns of the matrix
+    slack: Any  # whether R < C: a column may hold less than N
+    real_row: Any  # whether a row belongs to its block, a row vector
+    real_col: Any  # a column vector
+    inside: Any  # whether an entry belongs to its block: a tile where PADDED, else ``live``
+
+
 @triton.jit
-def locate(shift, first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS: tl.constexpr):
+def locate(shift, region, batch, BLOCKS: tl.constexpr):
     """The blocks of this program: (int64 batch index, block row, block column, and whether it exists).
 
-    The programs cover a rectangle of ``block_rows x block_cols`` blocks in each of ``batch`` matrices.
-    ``shift`` is added to the number of each block: minus the blocks of the programs before the rectangle's
-    first, or 0. One that the compiler cannot foresee lets it forget the answer and ask again later.
+    The programs cover the region in each of ``batch`` matrices. ``shift`` is added to the number of each
+    block: minus the blocks of the programs before the region's first, or 0.
     """
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None] + shift
-    across = block_cols.to(tl.int64)
-    down = block_rows.to(tl.int64)
+    across = region.block_cols.to(tl.int64)
+    down = region.block_rows.to(tl.int64)
     line = block // across
-    matrix = line // down
-    block_row = line - matrix * down + first_block_row
-    block_col = block - line * across + first_block_col
-    return matrix, block_row, block_col, matrix < batch
+    index = line // down
+    block_row = line - index * down + region.first_block_row
+    block_col = block - line * across + region.first_block_col
+    return index, block_row, block_col, index < batch
 
 
 @triton.jit
-def extent(place, rows, cols, m, SLACK: tl.constexpr):
-    """(R, C, turned): int32 sizes of the blocks. One that is taller than wide is turned, so that R <= C."""
-    height = tl.zeros_like(place[1]).to(tl.int32) + m
+def place_blocks(
+    matrix,
+    region,
+    m,
+    shift,
+    zero,
+    ROWS_IN: tl.constexpr,
+    COLS_IN: tl.constexpr,
+    ROWS_OUT: tl.constexpr,
+    COLS_OUT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    SLACK: tl.constexpr,
+):
+    """Where the blocks of this program lie, and which lanes hold real entries.
+
+    For ``shift`` see :func:`locate`. ``zero`` is 0, and one that the compiler cannot foresee lets it forget
+    the answer and ask again later: then no address occupies a register in between.
+    """
+    index, block_row, block_col, live = locate(zero + shift, region, matrix.batch, BLOCKS)
+    i, j = row_index(ROWS_IN, ROWS_OUT) + zero, col_index(COLS_IN, COLS_OUT) + zero
+    height = tl.zeros_like(block_row).to(tl.int32) + m
     width = height
     if SLACK:
-        height = tl.minimum(rows - place[1] * m, m).to(tl.int32)
-        width = tl.minimum(cols - place[2] * m, m).to(tl.int32)
-    return tl.minimum(height, width), tl.maximum(height, width), height > width
+        height = tl.minimum(matrix.rows - block_row * m, m).to(tl.int32)
+        width = tl.minimum(matrix.cols - block_col * m, m).to(tl.int32)
+    rows, cols = tl.minimum(height, width), tl.maximum(height, width)
+    real_row = (i < rows) & live
+    real_col = (j < cols) & live
+    inside = live
+    if PADDED:
+        inside = real_row & real_col
+    return Blocks(
+        index, block_row, block_col, live, i, j, rows, cols, height > width, rows < cols, real_row, real_col,
+        inside,
+    )  # fmt: skip
 
 
 @triton.jit
-def strided(place, i, j, tall, m, stride_batch, stride_row, stride_col, SLACK: tl.constexpr):
+def targets(blocks, n):
+    """How many entries each row and each column of a block keeps (with slack, a column at most)."""
+    return tl.minimum(n, blocks.cols), tl.where(blocks.slack, n, tl.minimum(n, blocks.rows))
+
+
+@triton.jit
+def strided(blocks, i, j, m, stride_batch, stride_row, stride_col, SLACK: tl.constexpr):
     """int64 offsets of entries (i, j) of the blocks, with the strides of turned blocks exchanged."""
     along_row = tl.full((1, 1, 1, 1, 1), 0, tl.int64) + stride_col
     along_col = tl.full((1, 1, 1, 1, 1), 0, tl.int64) + stride_row
-    corner = place[0] * stride_batch + place[1] * m * along_col + place[2] * m * along_row
+    corner = blocks.index * stride_batch + blocks.block_row * m * along_col + blocks.block_col * m * along_row
     if SLACK:
+        tall = blocks.tall
         along_row, along_col = tl.where(tall, along_col, along_row), tl.where(tall, along_row, along_col)
     return (corner + i * along_col) + j * along_row
 
@@ -155,13 +228,16 @@ def power_of_two_scale(peak):
 
 
 @triton.jit
-def load_scaled(pointers, inside, PADDED: tl.constexpr):
+def load_scaled(scores_ptr, matrix, blocks, m, PADDED: tl.constexpr, SLACK: tl.constexpr):
     """Scores as float32 scaled to max 1 (padding lanes -inf), and the power of two that undoes it."""
-    raw = widen(tl.load(pointers, mask=inside, other=0.0))
+    offsets = strided(
+        blocks, blocks.i, blocks.j, m, matrix.stride_batch, matrix.stride_row, matrix.stride_col, SLACK
+    )
+    raw = widen(tl.load(scores_ptr + offsets, mask=blocks.inside, other=0.0))
     scale, unscale = power_of_two_scale(max_rows(max_cols(tl.abs(raw))))
     scores = (raw * scale).to(tl.float32)
     if PADDED:
-        scores = tl.where(inside, scores, float("-inf"))
+        scores = tl.where(blocks.inside, scores, float("-inf"))
     return scores, unscale
 
 
@@ -169,9 +245,7 @@ def load_scaled(pointers, inside, PADDED: tl.constexpr):
 
 
 @triton.jit
-def store_mask(
-    mask_ptr, kept, place, i, j, inside, tall, rows, cols, m, unit, PACKED: tl.constexpr, SLACK: tl.constexpr
-):
+def store_mask(mask_ptr, kept, matrix, blocks, m, unit, PACKED: tl.constexpr, SLACK: tl.constexpr):
     """Store 0 or 1 for each entry to the contiguous ``(batch, rows, cols)`` mask.
 
     ``PACKED`` says that 4 divides ``m`` and ``cols`` (and that a lane holds 4 or 8 columns side by side):
@@ -183,16 +257,17 @@ def store_mask(
     if PACKED:
         col_in = tl.arange(0, kept.shape[1])[None, :, None, None, None]
         word = (kept.shape[1] // 4) * tl.arange(0, kept.shape[4])[None, None, None, None, :]
-        pitch = cols // 4
-        out = strided(place, i, word, tall, m, rows * pitch.to(tl.int64), pitch, unit, False)
-        out -= place[2] * (m - m // 4) * unit
+        pitch = matrix.cols // 4
+        out = strided(blocks, blocks.i, word, m, matrix.rows * pitch.to(tl.int64), pitch, unit, False)
+        out -= blocks.block_col * (m - m // 4) * unit
         for k in tl.static_range(kept.shape[1] // 4):
             here = col_in // 4 == k
             words = tl.sum(tl.where(here, value << (8 * (col_in % 4)), 0), 1, keep_dims=True)
-            real = inside
-            if inside.shape[1] > 1:  # by column: some lie beyond the block
-                real = tl.max(tl.where(here & inside, 1, 0), 1, keep_dims=True) > 0
+            real = blocks.inside
+            if real.shape[1] > 1:  # by column: some lie beyond the block
+                real = tl.max(tl.where(here & real, 1, 0), 1, keep_dims=True) > 0
             tl.store(mask_ptr + out + k * unit, words, mask=real)
     else:
-        out = strided(place, i, j, tall, m, rows * cols.to(tl.int64), cols, unit, SLACK)
-        tl.store(mask_ptr + out, value.to(tl.uint8), mask=inside)
+        cols = matrix.cols.to(tl.int64)
+        out = strided(blocks, blocks.i, blocks.j, m, matrix.rows * cols, matrix.cols, unit, SLACK)
+        tl.store(mask_ptr + out, value.to(tl.uint8), mask=blocks.inside)

@@ -22,20 +22,21 @@ Completion fills short rows one unit at a time by the move of largest gain: keep
 import triton
 import triton.language as tl
 from nmsolve.kernels._tile import (
+    Matrix,
+    Region,
     col_index,
-    extent,
     load_scaled,
-    locate,
     max_cols,
     max_rows,
     min_cols,
     min_rows,
+    place_blocks,
     quotient,
     row_index,
     store_mask,
-    strided,
     sum_cols,
     sum_rows,
+    targets,
 )
 
 INF = tl.constexpr(float("inf"))
@@ -51,22 +52,20 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def dykstra(
     scores,
-    inside,
-    real_row,
+    blocks,
     row_target,
     col_target,
-    slack,
     iterations,
     tau,
     PADDED: tl.constexpr,
     SLACK: tl.constexpr,
 ):
     """log2 of the plan's unclipped entries: it orders those that the plan holds at 1 as well."""
-    peak = max_rows(max_cols(tl.where(inside, tl.abs(scores), 0.0) if PADDED else tl.abs(scores)))
+    peak = max_rows(max_cols(tl.where(blocks.inside, tl.abs(scores), 0.0) if PADDED else tl.abs(scores)))
     rate = tau * LOG2_E / tl.where(peak > 0, peak, 1.0)
     x = 0.0 - max_rows(scores) * rate
     if PADDED:
-        x = tl.where(real_row, x, 0.0)
+        x = tl.where(blocks.real_row, x, 0.0)
     y = tl.zeros_like(max_cols(scores))
     for start in range(0, iterations, REFRESH):
         kernel = tl.exp2(tl.minimum((scores * rate + x) + y, 60.0))
@@ -77,7 +76,7 @@ def dykstra(
             row_scale = quotient(row_target, tl.maximum(sum_rows(plan), SUM_MIN))
             col_scale = quotient(col_target, tl.maximum(sum_cols(plan * row_scale), SUM_MIN))
             if SLACK:
-                col_scale = tl.where(slack, tl.minimum(col_scale, 1.0), col_scale)
+                col_scale = tl.where(blocks.slack, tl.minimum(col_scale, 1.0), col_scale)
             row_factor = tl.minimum(row_factor * row_scale, FACTOR_MAX)
             col_factor = tl.minimum(col_factor * col_scale, FACTOR_MAX)
         x += tl.log2(tl.maximum(row_factor, FACTOR_MIN))
@@ -200,7 +199,7 @@ def load_blocks(
     m,
     matrix,
     region,
-    shift,
+    zero,
     ROWS_IN: tl.constexpr,
     COLS_IN: tl.constexpr,
     ROWS_OUT: tl.constexpr,
@@ -209,27 +208,16 @@ def load_blocks(
     PADDED: tl.constexpr,
     SLACK: tl.constexpr,
 ):
-    """Scores, what undoes their scaling, inside, real rows, row and column targets, slack of the blocks."""
-    rows, cols, batch, stride_batch, stride_row, stride_col = matrix
-    first_block_row, first_block_col, block_rows, block_cols = region
-    place = locate(shift, first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS)
-    live = place[3]
-    i, j = row_index(ROWS_IN, ROWS_OUT) + shift, col_index(COLS_IN, COLS_OUT) + shift
-    rows_here, cols_here, tall = extent(place, rows, cols, m, SLACK)
-    slack = rows_here < cols_here
-    real_row = (i < rows_here) & live
-    real_col = (j < cols_here) & live
-    inside = live
+    """The blocks, their scores, what undoes the scaling, row and column targets. ``zero`` is 0."""
+    blocks = place_blocks(
+        matrix, region, m, 0, zero, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK
+    )
+    scores, unscale = load_scaled(scores_ptr, matrix, blocks, m, PADDED, SLACK)
+    row_target, col_target = targets(blocks, n)
     if PADDED:
-        inside = real_row & real_col
-    offsets = strided(place, i, j, tall, m, stride_batch, stride_row, stride_col, SLACK)
-    scores, unscale = load_scaled(scores_ptr + offsets, inside, PADDED)
-    row_target = tl.minimum(n, cols_here)
-    col_target = tl.where(slack, n, tl.minimum(n, rows_here))
-    if PADDED:
-        row_target = tl.where(real_row, row_target, 0)
-        col_target = tl.where(real_col, col_target, 0)
-    return scores, unscale, inside, real_row, row_target, col_target, slack
+        row_target = tl.where(blocks.real_row, row_target, 0)
+        col_target = tl.where(blocks.real_col, col_target, 0)
+    return blocks, scores, unscale, row_target, col_target
 
 
 @triton.jit(
@@ -267,20 +255,18 @@ def dykstra_kernel(
     TRANSPORT: tl.constexpr,
 ):
     """One program: ``BLOCKS`` blocks from scores to mask. ``grid = (ceil(blocks / BLOCKS),)``."""
-    matrix = rows, cols, batch, stride_batch, stride_row, stride_col
-    region = first_block_row, first_block_col, block_rows, block_cols
-    scores, unscale, inside, real_row, row_target, col_target, slack = load_blocks(
+    matrix = Matrix(rows, cols, batch, stride_batch, stride_row, stride_col)
+    region = Region(first_block_row, first_block_col, block_rows, block_cols)
+    blocks, scores, _, row_target, col_target = load_blocks(
         scores_ptr, n, m, matrix, region, 0, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK
     )
     order = scores
     if TRANSPORT:
         order = dykstra(
             scores,
-            inside,
-            real_row,
+            blocks,
             row_target.to(tl.float32),
             col_target.to(tl.float32),
-            slack,
             iterations,
             tau,
             PADDED,
@@ -289,11 +275,8 @@ def dykstra_kernel(
     bits, spent = take_greedily(order, n)
     # The scores are loaded anew (spent is 0, which the compiler does not know): neither they nor an address
     # occupy registers until here.
-    scores, unscale, inside, real_row, row_target, col_target, slack = load_blocks(
+    blocks, scores, unscale, row_target, _ = load_blocks(
         scores_ptr, n, m, matrix, region, spent, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK
     )
     kept = complete(scores, unpacked(bits, tl.where(unscale > 0, 0, 1), COLS_IN), row_target, n)
-    place = locate(spent, first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS)
-    i, j = row_index(ROWS_IN, ROWS_OUT), col_index(COLS_IN, COLS_OUT)
-    tall = extent(place, rows, cols, m, SLACK)[2]
-    store_mask(mask_ptr, kept, place, i, j, inside, tall, rows, cols, m, unit, PACKED, SLACK)
+    store_mask(mask_ptr, kept, matrix, blocks, m, unit, PACKED, SLACK)

@@ -10,7 +10,7 @@ No duals come out of this: where they are asked for, :mod:`nmsolve.kernels.exact
 
 import triton
 import triton.language as tl
-from nmsolve.kernels._tile import locate, power_of_two_scale, widen
+from nmsolve.kernels._tile import Matrix, Region, locate, power_of_two_scale, widen
 
 
 @triton.jit
@@ -22,20 +22,11 @@ def better(score, mask, other_score, other_mask):
 @triton.jit
 def pick(row, COLUMNS: tl.constexpr):
     """The sum of a row's scores in one or two columns, given as bits."""
-    if COLUMNS == 1:
-        total = row[0]
-    elif COLUMNS == 2:
-        total = row[1]
-    elif COLUMNS == 4:
-        total = row[2]
-    elif COLUMNS == 8:
-        total = row[3]
-    elif COLUMNS & 1:
-        total = row[0] + pick(row, COLUMNS - 1)
-    elif COLUMNS & 2:
-        total = row[1] + pick(row, COLUMNS - 2)
-    else:
-        total = row[2] + row[3]
+    LOW: tl.constexpr = COLUMNS & -COLUMNS
+    HIGH: tl.constexpr = COLUMNS - LOW
+    total = row[LOW // 2 - LOW // 8]
+    if HIGH:
+        total += row[HIGH // 2 - HIGH // 8]
     return total
 
 
@@ -160,17 +151,14 @@ def exhaust_blocks(
     scores_ptr, mask_ptr, matrix, region, shift, N: tl.constexpr, BLOCKS: tl.constexpr, PACKED: tl.constexpr
 ):
     """Solve and store full 4 x 4 blocks; ``matrix``, ``region`` and ``shift`` are as in ``solve_blocks``."""
-    rows, cols, batch, stride_batch, stride_row, stride_col = matrix
-    first_block_row, first_block_col, block_rows, block_cols, _, _ = region
-    index, block_row, block_col, live = locate(
-        shift, first_block_row, first_block_col, block_rows, block_cols, batch, BLOCKS
-    )
-    down = tl.full((1, 1, 1, 1, 1), 0, tl.int64) + stride_row
-    corner = index * stride_batch + 4 * (block_row * down + block_col * stride_col) + scores_ptr
-    a = load_row(corner, stride_col, live)
-    b = load_row(corner + down, stride_col, live)
-    c = load_row(corner + 2 * down, stride_col, live)
-    d = load_row(corner + 3 * down, stride_col, live)
+    index, block_row, block_col, live = locate(shift, region, matrix.batch, BLOCKS)
+    down = tl.full((1, 1, 1, 1, 1), 0, tl.int64) + matrix.stride_row
+    right = matrix.stride_col
+    corner = index * matrix.stride_batch + 4 * (block_row * down + block_col * right) + scores_ptr
+    a = load_row(corner, right, live)
+    b = load_row(corner + down, right, live)
+    c = load_row(corner + 2 * down, right, live)
+    d = load_row(corner + 3 * down, right, live)
     peak = tl.maximum(tl.maximum(peak_of(a), peak_of(b)), tl.maximum(peak_of(c), peak_of(d)))
     scale, _ = power_of_two_scale(peak)
     if N == 3:
@@ -183,16 +171,17 @@ def exhaust_blocks(
     if N == 3:
         mask = 0xFFFF - mask
 
-    line = (index * rows + 4 * block_row) * cols + 4 * block_col
+    line = (index * matrix.rows + 4 * block_row) * matrix.cols + 4 * block_col
     for row in tl.static_range(4):
         bits = (mask >> (4 * row)) & 15
         if PACKED:
             # Bit j goes to byte j: four shifted copies, of each the lowest bit.
             word = (bits * 0x00204081) & 0x01010101
-            tl.store(mask_ptr + (line + row * cols) // 4, word, mask=live)
+            tl.store(mask_ptr + (line + row * matrix.cols) // 4, word, mask=live)
         else:
             for col in tl.static_range(4):
-                tl.store(mask_ptr + line + row * cols + col, ((bits >> col) & 1).to(tl.uint8), mask=live)
+                entry = ((bits >> col) & 1).to(tl.uint8)
+                tl.store(mask_ptr + line + row * matrix.cols + col, entry, mask=live)
 
 
 @triton.jit(
@@ -219,6 +208,6 @@ def exhaustive_kernel(
     PACKED: tl.constexpr,
 ):
     """One program: ``BLOCKS`` full blocks from scores to mask. ``grid = (ceil(blocks / BLOCKS),)``."""
-    matrix = rows, cols, batch, stride_batch, stride_row, stride_col
-    region = first_block_row, first_block_col, block_rows, block_cols, block_rows, block_cols
+    matrix = Matrix(rows, cols, batch, stride_batch, stride_row, stride_col)
+    region = Region(first_block_row, first_block_col, block_rows, block_cols)
     exhaust_blocks(scores_ptr, mask_ptr, matrix, region, 0, N, BLOCKS, PACKED)

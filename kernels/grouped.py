@@ -10,6 +10,7 @@ sizes for each block would cost many.
 
 import triton
 import triton.language as tl
+from nmsolve.kernels._tile import Matrix, Region
 from nmsolve.kernels.exact import solve_blocks, store_blocks
 from nmsolve.kernels.exhaustive import exhaust_blocks
 
@@ -40,16 +41,16 @@ def pointer(field_ptr, ELEMENT: tl.constexpr):
 
 @triton.jit
 def described(row_ptr, BLOCKS: tl.constexpr):
-    """(matrix, region, shift) of a row of the table, for :func:`solve_blocks`."""
-    matrix = (
+    """(matrix, region, grid, shift) of a row of the table, for :func:`solve_blocks`."""
+    matrix = Matrix(
         tl.load(row_ptr + 7), tl.load(row_ptr + 8), tl.load(row_ptr + 9), tl.load(row_ptr + 10),
         tl.load(row_ptr + 11), tl.load(row_ptr + 12),
     )  # fmt: skip
-    region = (
-        tl.load(row_ptr + 13), tl.load(row_ptr + 14), tl.load(row_ptr + 15), tl.load(row_ptr + 16),
-        tl.load(row_ptr + 17), tl.load(row_ptr + 18),
-    )  # fmt: skip
-    return matrix, region, 0 - tl.load(row_ptr) * BLOCKS
+    region = Region(
+        tl.load(row_ptr + 13), tl.load(row_ptr + 14), tl.load(row_ptr + 15), tl.load(row_ptr + 16)
+    )
+    grid = tl.load(row_ptr + 17), tl.load(row_ptr + 18)
+    return matrix, region, grid, 0 - tl.load(row_ptr) * BLOCKS
 
 
 @triton.jit(do_not_specialize=["n", "m", "regions", "unit"])
@@ -69,31 +70,20 @@ def grouped_kernel(
     SLACK: tl.constexpr,
     PACKED: tl.constexpr,
     SOLUTION: tl.constexpr,
-    SWEEPS: tl.constexpr,
-    FRACTION_START: tl.constexpr,
-    FRACTION_END: tl.constexpr,
-    FRACTION_FLOOR: tl.constexpr,
-    GROWTH_MIN: tl.constexpr,
-    GROWTH_MAX: tl.constexpr,
-    STEP_LIMIT: tl.constexpr,
-    DAMPING: tl.constexpr,
-    WINSOR: tl.constexpr,
-    TAU_START: tl.constexpr,
-    DEVIATION_FLOOR: tl.constexpr,
+    SCHEDULE: tl.constexpr,
 ):
     """One program: ``BLOCKS`` blocks of one region. ``grid = (sum of ceil(blocks / BLOCKS),)``."""
     row = region_of(table_ptr, regions, tl.program_id(0)) * FIELDS
-    matrix, region, shift = described(table_ptr + row, BLOCKS)
+    matrix, region, grid, shift = described(table_ptr + row, BLOCKS)
     u, v, arcs, unscale, spent = solve_blocks(
-        pointer(table_ptr + row + 1, ELEMENT), None, None, n, m, matrix, region, shift, unit, ROWS_IN,
-        COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK, False, SWEEPS, FRACTION_START, FRACTION_END,
-        FRACTION_FLOOR, GROWTH_MIN, GROWTH_MAX, STEP_LIMIT, DAMPING, WINSOR, TAU_START, DEVIATION_FLOOR,
+        pointer(table_ptr + row + 1, ELEMENT), None, None, n, m, matrix, region, grid, shift, unit, ROWS_IN,
+        COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK, False, SCHEDULE,
     )  # fmt: skip
 
     # The row is read again (adding what is left, which is 0), so that during the search only its number
     # occupies a register.
     row_ptr = table_ptr + (row + tl.max(spent))
-    matrix, region, shift = described(row_ptr, BLOCKS)
+    matrix, region, grid, shift = described(row_ptr, BLOCKS)
     row_duals_ptr = None
     col_duals_ptr = None
     objective_ptr = None
@@ -106,8 +96,8 @@ def grouped_kernel(
         bound_ptr = pointer(row_ptr + 6, tl.float64)
     store_blocks(
         pointer(row_ptr + 1, ELEMENT), pointer(row_ptr + 2, tl.int32 if PACKED else tl.uint8), row_duals_ptr,
-        col_duals_ptr, objective_ptr, bound_ptr, u, v, arcs, unscale, spent, n, m, matrix, region, shift,
-        unit, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK, PACKED, SOLUTION,
+        col_duals_ptr, objective_ptr, bound_ptr, u, v, arcs, unscale, spent, n, m, matrix, region, grid,
+        shift, unit, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK, PACKED, SOLUTION,
     )  # fmt: skip
 
 
@@ -122,7 +112,7 @@ def grouped_exhaustive_kernel(
 ):
     """The exhaustive kernel for many matrices, as :func:`grouped_kernel` is the exact one."""
     row_ptr = table_ptr + region_of(table_ptr, regions, tl.program_id(0)) * FIELDS
-    matrix, region, shift = described(row_ptr, BLOCKS)
+    matrix, region, _, shift = described(row_ptr, BLOCKS)
     exhaust_blocks(
         pointer(row_ptr + 1, ELEMENT), pointer(row_ptr + 2, tl.int32 if PACKED else tl.uint8), matrix, region,
         shift, N, BLOCKS, PACKED,

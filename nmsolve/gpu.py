@@ -20,6 +20,7 @@ from torch import Tensor
 from nmsolve import launch_table, schedule
 from nmsolve.blocks import BlockGrid, grid_of
 from nmsolve.kernels import _launch
+from nmsolve.kernels.ascent import Schedule
 from nmsolve.kernels.dykstra import dykstra_kernel
 from nmsolve.kernels.exact import exact_kernel
 from nmsolve.kernels.exhaustive import exhaustive_kernel
@@ -30,23 +31,8 @@ from nmsolve.solution import BlockResult
 
 __all__ = ["exact", "exact_group", "greedy", "ordinary", "shipped_tile", "tsenor", "use_tiles", "why_not"]
 
-SCHEDULE = {
-    name: getattr(schedule, name)
-    for name in (
-        "SWEEPS",
-        "FRACTION_START",
-        "FRACTION_END",
-        "FRACTION_FLOOR",
-        "GROWTH_MIN",
-        "GROWTH_MAX",
-        "STEP_LIMIT",
-        "DAMPING",
-        "WINSOR",
-        "TAU_START",
-        "DEVIATION_FLOOR",
-    )
-}
-"""The constants of the dual ascent, as constexpr arguments of the exact kernel."""
+SCHEDULE = Schedule(*(getattr(schedule, name) for name in Schedule._fields))
+"""The constants of the dual ascent, as the exact kernels take them."""
 
 
 _launch.replace(launch_table.asked_for())
@@ -128,7 +114,7 @@ def exact(
             PACKED=region.packed,
             WARM=warm is not None,
             SOLUTION=want_solution,
-            **SCHEDULE,
+            SCHEDULE=SCHEDULE,
         )
     return result
 
@@ -179,7 +165,7 @@ def exact_group(
                 SLACK=edge,
                 PACKED=packed,
                 SOLUTION=want_solution,
-                **SCHEDULE,
+                SCHEDULE=SCHEDULE,
             )
     return results
 

@@ -71,10 +71,11 @@ def jobs_of(
     yield {"kernel": kernel, "m": m, "target": target, "dtype": dtype, "options": options}
 
 
+_EXACT = ("exact.py", "ascent.py", "paths.py")
 KERNELS = {
-    "exact": (("exact.py",), "exact_kernel"),
+    "exact": (_EXACT, "exact_kernel"),
     "exhaustive": (("exhaustive.py",), "exhaustive_kernel"),
-    "grouped": (("grouped.py", "exact.py"), "grouped_kernel"),
+    "grouped": (("grouped.py", *_EXACT), "grouped_kernel"),
     "grouped_exhaustive": (("grouped.py", "exhaustive.py"), "grouped_exhaustive_kernel"),
     "dykstra": (("dykstra.py",), "dykstra_kernel"),
     "nm": (("nm.py",), "nm_kernel"),
@@ -160,13 +161,13 @@ def _block_arguments(job: dict[str, Any], scores: Any) -> tuple[Any, list[Any], 
         return dykstra.dykstra_kernel, [scores, mask, 2, m, *matrix, 0, 0, 512, 512, 1, 300, 150.0], meta
     if job["kernel"] == "grouped":
         meta |= {"ELEMENT": gpu._ELEMENTS[scores], "SOLUTION": options.get("solution", False)}
-        return grouped.grouped_kernel, [torch.int64, 40, 2, m, 1], meta | gpu.SCHEDULE
+        return grouped.grouped_kernel, [torch.int64, 40, 2, m, 1], meta | {"SCHEDULE": gpu.SCHEDULE}
     duals = torch.float64 if job["dtype"] == "float64" else torch.float32
     meta |= {"WARM": options.get("warm", False), "SOLUTION": options.get("solution", False)}
     outputs = [duals, duals, torch.float64, torch.float64] if meta["SOLUTION"] else [None] * 4
     warm = [duals, duals] if meta["WARM"] else [None] * 2
     positional = [scores, mask, *outputs, *warm, 2, m, *matrix, 0, 0, 512, 512, 512, 512, 1]
-    return exact.exact_kernel, positional, meta | gpu.SCHEDULE
+    return exact.exact_kernel, positional, meta | {"SCHEDULE": gpu.SCHEDULE}
 
 
 def _permute_arguments(job: dict[str, Any], dtype: Any) -> tuple[Any, list[Any], dict[str, Any]]:

@@ -20,8 +20,10 @@ import triton.language as tl
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
+import kernel_cases
 import kernel_costs
 import kernel_model
+import kernel_trips
 import offline
 import regions
 import sass
@@ -31,6 +33,7 @@ GROWTH = 1.1
 QUICK = [
     *((kernel, m) for kernel in ("exact", "tsenor") for m in (8, 16, 32)),
     ("exact, edge, solution", 16),
+    ("exact, exhaustive, many matrices", 4),
     ("greedy", 16),
     ("nm", 8),
     ("sinkhorn, forward", 32),
@@ -42,14 +45,14 @@ QUICK = [
 """What a default run compiles for sm_90 in float32."""
 
 
-def check(cases: list[kernel_costs.Case]) -> None:
+def check(cases: list[kernel_cases.Case]) -> None:
     """Nothing spilled, no barrier in loops where a warp holds blocks, no more instructions than tabled."""
     tabled = {
         tuple(row[key] for key in ("kernel", "m", "dtype", "target")): float(row["instructions_per_block"])
         for row in read_csv(kernel_costs.COSTS)
         if row["shipped"] == "1" and row["instructions_per_block"]
     }
-    trips = kernel_costs.trips_of(read_csv(kernel_costs.TRIPS))
+    trips = kernel_trips.trips_of(read_csv(kernel_costs.TRIPS))
     faults = []
     for case, result in zip(cases, offline.compile_all([case.job() for case in cases]), strict=True):
         if "error" in result:
@@ -70,19 +73,19 @@ def check(cases: list[kernel_costs.Case]) -> None:
 
 
 def test_shipped_configurations_cost_what_the_table_says() -> None:
-    check([kernel_costs.Case(kernel, m, "float32", "sm_90", True, None) for kernel, m in QUICK])
+    check([kernel_cases.Case(kernel, m, "float32", "sm_90", True, None) for kernel, m in QUICK])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", offline.TARGETS)
 def test_every_configuration_costs_what_the_table_says(target: str) -> None:
-    check([case for case in kernel_costs.shipped() if case.target == target])
+    check([case for case in kernel_cases.shipped() if case.target == target])
 
 
 def test_nothing_in_the_table_spills() -> None:
     rows = [row for row in read_csv(kernel_costs.COSTS) if row["shipped"] == "1"]
     assert {(row["kernel"], row["m"]) for row in rows} == {
-        (case.kernel, str(case.m or "")) for case in kernel_costs.shipped()
+        (case.kernel, str(case.m or "")) for case in kernel_cases.shipped()
     }
     assert all(row["spills"] == "0" for row in rows)
 
@@ -314,7 +317,7 @@ def test_prediction_is_the_slowest_of_the_units_and_the_memory() -> None:
 
 
 def test_a_cost_is_instructions_times_entries() -> None:
-    case = kernel_costs.Case("tsenor", 16, "float32", "sm_90", True, None)
+    case = kernel_cases.Case("tsenor", 16, "float32", "sm_90", True, None)
     phases = {
         "dykstra_kernel": {"kinds": {"float": 100}, "pipes": {"fma": 100}},
         "store_mask.if1": {"kinds": {"global": 4}, "pipes": {"memory": 4}},
@@ -324,7 +327,7 @@ def test_a_cost_is_instructions_times_entries() -> None:
         "meta": {"BLOCKS": 4, "num_warps": 2}, "registers": 100, "spills": 0, "stack": 0, "shared": 0,
         "phases": phases,
     }  # fmt: skip
-    entered = dict.fromkeys(kernel_costs.offline.sources_of("dykstra").regions, 1.0)
+    entered = dict.fromkeys(offline.sources_of("dykstra").regions, 1.0)
     trips = {("tsenor", 16, 4): {**entered, "dykstra.for1.for1": 300.0}}
     row, lines = kernel_costs.cost(case, result, trips)
     assert row["instructions_per_block"] == (104 + 300 * 32) * 2 / 4
@@ -341,9 +344,9 @@ def test_a_cost_is_instructions_times_entries() -> None:
         kernel_costs.cost(case, result, {("tsenor", 16, 4): {"dykstra_kernel": 1.0}})
 
 
-@pytest.mark.parametrize("m", kernel_costs.SIZES)
+@pytest.mark.parametrize("m", kernel_cases.SIZES)
 def test_candidates_fill_their_warps(m: int) -> None:
-    tiles = kernel_costs.candidate_tiles(m)
+    tiles = kernel_cases.candidate_tiles(m)
     assert tiles
     for rows_in, cols_in, blocks, warps in tiles:
         assert (m // rows_in) * (m // cols_in) * blocks == 32 * warps

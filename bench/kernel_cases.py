@@ -1,0 +1,153 @@
+"""The configurations of the kernels that the cost table lists, and other tiles to compare them with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from common import ROOT
+
+sys.path.append(str(ROOT / "tests"))
+
+import offline
+
+SIDE = 8192
+SIZES = (4, 8, 16, 32, 64)
+SINKHORN_SIZES = (*SIZES, 128)
+SINKHORN_ITERATIONS = 20
+TSENOR = {"iterations": 300, "tau": 150.0}
+
+
+class Kernel(NamedTuple):
+    """A row of the table: what is compiled, for which sizes and with which options."""
+
+    compiled: str
+    sizes: tuple[int, ...]
+    options: dict[str, Any]
+    trips: str
+    """The name its counts go by."""
+
+
+KERNELS = {
+    "exact, exhaustive": Kernel("exhaustive", (4,), {}, "exhaustive"),
+    "exact": Kernel("exact", SIZES[1:], {}, "exact"),
+    "exact, solution": Kernel("exact", SIZES, {"solution": True}, "exact"),
+    "exact, edge": Kernel("exact", SIZES, {"edge": True}, "exact, edge"),
+    "exact, edge, solution": Kernel("exact", SIZES, {"edge": True, "solution": True}, "exact, edge"),
+    "exact, many matrices": Kernel("grouped", SIZES[1:], {}, "exact, many matrices"),
+    "exact, exhaustive, many matrices": Kernel("grouped_exhaustive", (4,), {}, "exhaustive, many matrices"),
+    "assignment": Kernel("exact", SIZES[1:], {}, "assignment"),
+    "tsenor": Kernel("dykstra", SIZES, {}, "tsenor"),
+    "greedy": Kernel("dykstra", SIZES, {"transport": False}, "greedy"),
+    "nm": Kernel("nm", SIZES, {}, "nm"),
+    "sinkhorn, forward": Kernel("sinkhorn_forward", SINKHORN_SIZES, {}, "sinkhorn"),
+    "sinkhorn, training": Kernel("sinkhorn_forward", SINKHORN_SIZES, {"keep": True}, "sinkhorn"),
+    "sinkhorn, backward": Kernel("sinkhorn_backward", SINKHORN_SIZES, {}, "sinkhorn, backward"),
+    "permute_columns": Kernel("gather", (0,), {}, "permute_columns"),
+    "rms_norm_permute": Kernel("gather", (0,), {"norm": True}, "rms_norm_permute"),
+}
+
+COMPARED = ("exact", "tsenor")
+ENTRIES_OF_A_LANE = ((4, 4), (4, 8), (8, 4), (8, 8))
+"""(rows_in, cols_in) of the tiles that the launch table's are compared with."""
+
+
+class Case(NamedTuple):
+    """One configuration of one kernel."""
+
+    kernel: str
+    m: int
+    dtype: str
+    target: str
+    shipped: bool
+    tile: tuple[int, ...] | None
+
+    def job(self) -> dict[str, Any]:
+        row = KERNELS[self.kernel]
+        options = row.options | ({"tile": self.tile} if self.tile else {})
+        (job,) = offline.jobs_of(row.compiled, self.m, self.target, self.dtype, **options)
+        return job
+
+
+def cases(
+    kernels: Iterable[str], sizes: Iterable[int] | None, dtypes: Iterable[str], targets: Iterable[str],
+    candidates: bool,
+) -> Iterator[Case]:  # fmt: skip
+    """The shipped configurations, then those to compare with."""
+    for kernel in kernels:
+        for m in KERNELS[kernel].sizes:
+            if sizes and m and m not in sizes:
+                continue
+            for target in targets:
+                for dtype in dtypes:
+                    if target.startswith("gfx") and dtype != "float32":
+                        continue
+                    yield Case(kernel, m, dtype, target, True, None)
+                    for tile in candidate_tiles(m) if candidates and kernel in COMPARED else ():
+                        if tile != shipped_tile(kernel, m):
+                            yield Case(kernel, m, dtype, target, False, tile)
+
+
+def shipped() -> list[Case]:
+    """The configurations of the table: float32 for all kernels, bfloat16 for the chief ones."""
+    chief = ("exact", "tsenor", "greedy", "nm", "sinkhorn, forward", "permute_columns", "rms_norm_permute")
+    return [
+        case
+        for case in cases(KERNELS, None, ("float32", "bfloat16"), offline.TARGETS, False)
+        if case.dtype == "float32" or case.kernel in chief
+    ]
+
+
+def candidate_tiles(m: int) -> list[tuple[int, int, int, int]]:
+    """(rows_in, cols_in, blocks, warps) with all the blocks a warp holds, or all the warps of a block."""
+    tiles = []
+    for rows_in, cols_in in ENTRIES_OF_A_LANE:
+        if max(rows_in, cols_in) <= m:
+            lanes = (m // rows_in) * (m // cols_in)
+            tiles.append((rows_in, cols_in, max(1, 32 // lanes), max(1, lanes // 32)))
+    return tiles
+
+
+def shipped_tile(kernel: str, m: int) -> tuple[int, ...]:
+    """The launch table's entry for a row of the table that has one."""
+    from nmsolve.kernels import _launch
+
+    name = "exact_edge" if "edge" in kernel else "tsenor" if kernel == "tsenor" else KERNELS[kernel].compiled
+    return tuple(_launch.tile(name, m)[1:])
+
+
+def n_of(trips: str, m: int) -> int:
+    """N of the blocks that are counted."""
+    return 1 if trips == "assignment" else m // 2
+
+
+def blocks_of(meta: Mapping[str, Any]) -> int:
+    """Blocks (groups of the N:M kernel) of a program; a program of the gather counts as one."""
+    return int(meta.get("BLOCKS", meta.get("GROUPS", 1)))
+
+
+def weights_per_program(case: Case, meta: Mapping[str, Any]) -> float:
+    """Entries of the scores that a program reads."""
+    if "ROWS" in meta:
+        return meta["ROWS"] * (SIDE if meta["NORM"] else meta["COLS"])
+    if "GROUPS" in meta:
+        return meta["GROUPS"] * case.m
+    return blocks_of(meta) * case.m**2
+
+
+def bytes_per_weight(case: Case) -> float:
+    """Bytes that have to move for each weight: input read once, output written once."""
+    item = 2 if case.dtype == "bfloat16" else 4
+    if case.kernel in ("permute_columns", "rms_norm_permute"):
+        return 2 * item
+    if case.kernel.startswith("sinkhorn"):
+        scalings = 2 * SINKHORN_ITERATIONS * 4 / case.m
+        marginals = 2 * 4 / case.m
+        return {
+            "sinkhorn, forward": item + 4 + marginals,
+            "sinkhorn, training": item + 4 + marginals + scalings,
+            "sinkhorn, backward": 4 + 2 * item + marginals / 2 + scalings,
+        }[case.kernel]
+    certificate = 2 * 4 / case.m + 2 * 8 / case.m**2 if case.kernel.endswith("solution") else 0.0
+    return item + 1 + certificate
