@@ -13,7 +13,7 @@ from torch import Tensor
 from nmsolve import schedule
 from nmsolve._cpu.dykstra import solve_tsenor
 from nmsolve._cpu.exact import Request, solve_exact
-from nmsolve._cpu.lanes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from nmsolve._cpu.memory import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from nmsolve._cpu.ordinary import solve_ordinary
 from nmsolve._cpu.rounding import solve_greedy
 from nmsolve._cpu.tiles import Region

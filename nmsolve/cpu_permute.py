@@ -5,21 +5,16 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nmsolve import reference_permute
-from nmsolve._cpu import sinkhorn as _sinkhorn
 from nmsolve._cpu.assignment import solve_assignments
+from nmsolve._cpu.sinkhorn import backward, forward
 
 __all__ = ["assignment", "permute_columns", "rms_norm_permute", "sinkhorn_backward", "sinkhorn_forward"]
-
-# Numba's dispatchers, whose stubs know no signature.
-forward: Any = _sinkhorn.sinkhorn_forward
-backward: Any = _sinkhorn.sinkhorn_backward
 
 # PyTorch's own gather of columns is as fast as memory on the CPU.
 permute_columns = reference_permute.permute_columns

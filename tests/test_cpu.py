@@ -29,8 +29,8 @@ from oracles import (
     sample,
 )
 
-from nmsolve import NMPattern, cpu, reference
-from nmsolve._cpu.compiled import compiled
+from nmsolve import NMPattern, cpu, cpu_permute, reference
+from nmsolve._cpu.compiled import _Cache, compiled
 from nmsolve.solution import BlockResult
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
@@ -341,7 +341,7 @@ COMPILE = """
 from numba.core import caching
 {prepare}
 import torch
-from nmsolve import NMPattern, cpu
+from nmsolve import NMPattern, cpu, cpu_permute
 scores = torch.arange(32.0).view(1, 4, 8)
 print(cpu.ordinary(scores, NMPattern(2, 4)).sum().item(), sum(cpu.solve_ordinary.stats.cache_hits.values()))
 """
@@ -374,6 +374,12 @@ def test_an_edited_callee_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp
     other = compiled(_twice)
     assert other(3) == 6
     assert sum(other.stats.cache_hits.values()) == 0
+
+
+def test_every_kernel_that_python_calls_is_cached_by_all_sources() -> None:
+    kernels = (cpu.solve_exact, cpu.solve_greedy, cpu.solve_tsenor, cpu.solve_ordinary)
+    for kernel in (*kernels, cpu_permute.solve_assignments, cpu_permute.forward, cpu_permute.backward):
+        assert isinstance(kernel._cache, _Cache), kernel
 
 
 def _twice(x: int) -> int:

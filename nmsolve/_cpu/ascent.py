@@ -18,16 +18,16 @@ from numba import njit
 
 from nmsolve import schedule
 from nmsolve._cpu.lanes import (
+    WIDTH,
     absolute,
-    load,
     maximum,
     minimum,
     multiply_add,
     power_of_two_scale,
     select,
     splat,
-    store,
 )
+from nmsolve._cpu.memory import load, store
 
 __all__ = ["ascend", "normalise", "start"]
 
@@ -41,7 +41,7 @@ WINSOR, TAU_START, DEVIATION_FLOOR = schedule.WINSOR, schedule.TAU_START, schedu
 @njit
 def normalise(tile: Any, pitch: int, rows: int, cols: int) -> Any:
     """Scale every block by the power of two that brings max|A| into [0.5, 1); returns the scales."""
-    lanes = 64 // tile.itemsize
+    lanes = WIDTH // tile.itemsize
     largest = splat(tile.dtype.type(0))
     for i in range(rows):
         for j in range(cols):
@@ -58,7 +58,7 @@ def normalise(tile: Any, pitch: int, rows: int, cols: int) -> Any:
 def start(tile: Any, pitch: int, rows: int, cols: int, u: Any, v: Any) -> Any:
     """First duals, the line means of the scores clipped around their mean; returns the first tau."""
     real = tile.dtype.type
-    lanes = 64 // tile.itemsize
+    lanes = WIDTH // tile.itemsize
     zero = splat(real(0))
     total = zero
     for i in range(rows):
@@ -121,7 +121,7 @@ def _four_rows(
     Returns the number of fractional entries that were seen before the step.
     """
     real = tile.dtype.type
-    lanes = 64 // tile.itemsize
+    lanes = WIDTH // tile.itemsize
     zero, one, half = splat(real(0)), splat(real(1)), splat(real(0.5))
     u0, u1 = load(u, row * lanes), load(u, (row + 1) * lanes)
     u2, u3 = load(u, (row + 2) * lanes), load(u, (row + 3) * lanes)
@@ -187,7 +187,7 @@ def ascend(
     A padding row's scores are so low that nothing of it is ever held: it moves no column.
     """
     real = tile.dtype.type
-    lanes = 64 // tile.itemsize
+    lanes = WIDTH // tile.itemsize
     zero, one = splat(real(0)), splat(real(1))
     row_goal, col_goal = splat(real(row_target)), splat(real(col_target))
     wanted = FRACTION_START * cols

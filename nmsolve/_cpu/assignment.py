@@ -22,23 +22,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit
 
-from nmsolve._cpu.lanes import (
-    Lanes,
-    bits_of,
-    load,
-    maximum,
-    minimum,
-    select,
-    smallest,
-    splat,
-    store,
-    trailing_zeros,
-)
+from nmsolve._cpu.compiled import compiled
+from nmsolve._cpu.lanes import bits_of, count_ones, maximum, minimum, select, smallest, splat, trailing_zeros
+from nmsolve._cpu.memory import load, load_wide, store
 
 __all__ = ["solve_assignments"]
 
@@ -47,41 +35,6 @@ LANES = 8
 # Bids, as a multiple of the number of rows, before the search takes over: it is so cheap that bidding on, by
 # ever smaller margins, costs more than it saves.
 BIDS = 2
-
-
-@intrinsic
-def _load_wide(typingctx: Any, array: Any, index: Any) -> Any:
-    """``array[index : index + 8]`` as float64 lanes; the array is float32 or float64."""
-
-    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        data = context.make_array(sig.args[0])(context, builder, args[0]).data
-        scalar = context.get_value_type(array.dtype)
-        place = builder.bitcast(builder.gep(data, [args[1]]), ir.PointerType(ir.VectorType(scalar, LANES)))
-        value = builder.load(place, align=array.dtype.bitwidth // 8)
-        if array.dtype == types.float32:
-            value = builder.fpext(value, ir.VectorType(ir.DoubleType(), LANES))
-        return value
-
-    return Lanes(types.float64, LANES)(array, types.intp), emit
-
-
-@intrinsic
-def _count_ones(typingctx: Any, bits: Any) -> Any:
-    """How many bits of an int64 are set."""
-
-    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        word = ir.IntType(64)
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(word, [word]), "llvm.ctpop.i64"
-        )
-        return builder.call(function, args)
-
-    return types.int64(types.int64), emit
-
-
-# Without the typing context that mypy would ask for.
-load_wide: Any = _load_wide
-count_ones: Any = _count_ones
 
 
 @njit
@@ -329,7 +282,7 @@ def _certify(
     value[0], value[1], value[2] = objective, max(objective, bound), scale
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def solve_assignments(
     scores: Any, first: int, last: int, permutations: Any, row_duals: Any, col_duals: Any, values: Any
 ) -> None:

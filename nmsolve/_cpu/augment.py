@@ -25,19 +25,17 @@ import numpy as np
 from numba import njit
 
 from nmsolve._cpu.lanes import (
+    WIDTH,
     bits_of,
-    gather,
     lane_mask,
-    load,
     maximum,
     minimum,
-    part_lanes,
     select,
     smallest,
     splat,
-    store,
     trailing_zeros,
 )
+from nmsolve._cpu.memory import gather, load, part_lanes, store
 from nmsolve._cpu.tiles import WORD
 
 __all__ = ["augment", "part"]
@@ -78,7 +76,7 @@ def part(tile: Any, pitch: int, rows: int, cols: int, by_row: Any, by_col: Any) 
 
     A line is read many times: gathering it from the tile each time takes as long as fifteen loads.
     """
-    lanes = 64 // tile.itemsize
+    lanes = WIDTH // tile.itemsize
     row_room, col_room = (rows + lanes - 1) // lanes * lanes, (cols + lanes - 1) // lanes * lanes
     for i in range(rows):
         for j in range(0, cols, lanes):
@@ -115,7 +113,7 @@ def augment(
     ``integers`` and ``active`` are scratch.
     """
     real, integer = u.dtype.type, words.dtype.type
-    lanes = 64 // u.itemsize
+    lanes = WIDTH // u.itemsize
     slack = rows if rows < cols else -1
     lines = rows + 1 if rows < cols else rows
     row_chunks, col_chunks = (lines + lanes - 1) // lanes, (cols + lanes - 1) // lanes

@@ -37,9 +37,9 @@ class _Cache(FunctionCache):
         return (*super()._index_key(sig, codegen), _FINGERPRINT)
 
 
-def compiled(function: Callable[..., Any]) -> Any:
-    """Decorator for a function that Python calls with addresses and numbers."""
-    dispatcher: Any = njit(nogil=True)(function)
+def compiled(function: Callable[..., Any], *, fastmath: bool | set[str] = False) -> Any:
+    """Decorator for a function that Python calls with arrays, addresses and numbers."""
+    dispatcher: Any = njit(nogil=True, fastmath=fastmath)(function)
     # Numba has no folder that it could write to (neither beside the package nor the user's).
     with contextlib.suppress(RuntimeError):
         dispatcher._cache = _Cache(function)

@@ -17,7 +17,8 @@ from numba import njit
 
 from nmsolve._cpu.ascent import normalise
 from nmsolve._cpu.compiled import compiled
-from nmsolve._cpu.lanes import load, maximum, minimum, splat, store
+from nmsolve._cpu.lanes import WIDTH, maximum, minimum, splat
+from nmsolve._cpu.memory import load, store
 from nmsolve._cpu.rounding import complete, put_in_order, row_major, take
 from nmsolve._cpu.tiles import WORD, Region, aligned, load_tile, place_lanes, write_flags
 
@@ -32,7 +33,7 @@ TINY = 1e-300
 @njit
 def _kernel(tile: Any, pitch: int, rows: int, cols: int, tau: float, plan: Any) -> None:
     """``plan = exp(tau (A - row maximum) / max|A|)``."""
-    lanes = 64 // tile.itemsize
+    lanes = WIDTH // tile.itemsize
     for lane in range(lanes):
         peak = 0.0
         for i in range(rows):
@@ -63,7 +64,7 @@ def _project(
 ) -> None:
     """Run Dykstra's iterations on the scalings; the first one does not clip."""
     real = plan.dtype.type
-    lanes = 64 // plan.itemsize
+    lanes = WIDTH // plan.itemsize
     zero, one, tiny = splat(real(0)), splat(real(1)), splat(real(TINY))
     row_goal, col_goal = splat(real(row_target)), splat(real(col_target))
     for i in range(rows):
@@ -102,7 +103,7 @@ def solve_tsenor(
 ) -> None:
     """Groups ``first .. last`` of a region by projections, greedy and completion."""
     reals, ints = np.empty(0, np.float64), np.empty(0, np.int64)
-    lanes = 64 // reals.itemsize
+    lanes = WIDTH // reals.itemsize
     rows, cols = region.rows, region.cols
     row_target = min(n, cols)
     col_target = row_target if rows == cols else n

@@ -19,20 +19,9 @@ from numba import njit
 from nmsolve._cpu.ascent import ascend, normalise, start
 from nmsolve._cpu.augment import augment, part
 from nmsolve._cpu.compiled import compiled
-from nmsolve._cpu.lanes import (
-    bits_of,
-    lane_mask,
-    load,
-    maximum,
-    minimum,
-    peek,
-    poke,
-    scratch,
-    select,
-    splat,
-    still_needed,
-    store,
-)
+from nmsolve._cpu.lanes import WIDTH, bits_of, lane_mask, maximum, minimum, select, splat
+from nmsolve._cpu.memory import load, peek, poke, store
+from nmsolve._cpu.scratch import scratch, still_needed
 from nmsolve._cpu.tiles import WORD, Region, aligned, load_tile, place_lanes, write_flags
 from nmsolve.schedule import WARM_LIMIT
 
@@ -65,7 +54,7 @@ class Request(NamedTuple):
 @njit
 def _read_duals(address: int, m: int, lines: int, places: Any, scale: Any, duals: Any) -> None:
     """Read the lanes' warm duals of one side, in the tile's scale and within ``WARM_LIMIT``."""
-    lanes = 64 // duals.itemsize
+    lanes = WIDTH // duals.itemsize
     like = duals.dtype.type(0)
     low, high = splat(duals.dtype.type(-WARM_LIMIT)), splat(duals.dtype.type(WARM_LIMIT))
     for i in range(lines):
@@ -77,7 +66,7 @@ def _read_duals(address: int, m: int, lines: int, places: Any, scale: Any, duals
 @njit
 def _extreme_duals(tile: Any, pitch: int, rows: int, cols: int, keep_all: bool, u: Any, v: Any) -> None:
     """The duals of a block that keeps all of every row (its smallest score) or none (its largest)."""
-    lanes = 64 // tile.itemsize
+    lanes = WIDTH // tile.itemsize
     for i in range(rows):
         dual = load(tile, i * pitch * lanes)
         for j in range(1, cols):
@@ -94,7 +83,7 @@ def _anchor(lines: int, u: Any, v: Any) -> None:
 
     ``u + t``, ``v - t`` prices every entry alike; the smaller the prices, the finer they are in floats.
     """
-    lanes = 64 // u.itemsize
+    lanes = WIDTH // u.itemsize
     lowest = load(v, 0)
     for j in range(1, lines):
         lowest = minimum(lowest, load(v, j * lanes))
@@ -122,7 +111,7 @@ def _round(
     Returns the lanes whose block is not balanced yet, as bits.
     """
     real, integer = tile.dtype.type, words.dtype.type
-    lanes = 64 // tile.itemsize
+    lanes = WIDTH // tile.itemsize
     per_row = (cols + WORD - 1) // WORD
     none, unit, zero = splat(integer(0)), splat(integer(1)), splat(real(0))
     row_goal, col_goal = splat(integer(row_target)), splat(integer(col_target))
@@ -172,7 +161,7 @@ def _write_solution(
 ) -> None:
     """Duals in the scores' own scale, and the objective and bound that follow from them, in float64."""
     rows, cols = region.rows, region.cols
-    lanes = 64 // tile.itemsize
+    lanes = WIDTH // tile.itemsize
     per_row = (cols + WORD - 1) // WORD
     inverse = tile.dtype.type(1) / scale
     factor = np.float64(inverse)
@@ -223,7 +212,7 @@ def solve_exact(region: Region, request: Request, first: int, last: int, reals: 
     ``reals`` and ``ints`` are empty arrays of the work type and of the integer type of its width.
     """
     real, integer = reals.dtype.type, ints.dtype.type
-    lanes = 64 // reals.itemsize
+    lanes = WIDTH // reals.itemsize
     rows, cols = region.rows, region.cols
     row_target, col_target = min(request.n, cols), request.n
     if rows == cols:

@@ -8,7 +8,8 @@ import numpy as np
 from numba import njit
 
 from nmsolve._cpu.compiled import compiled
-from nmsolve._cpu.lanes import load, select, splat, store
+from nmsolve._cpu.lanes import WIDTH, select, splat
+from nmsolve._cpu.memory import load, store
 from nmsolve._cpu.tiles import WORD, Region, aligned, load_tile, place_lanes, write_flags
 
 __all__ = ["solve_ordinary"]
@@ -17,7 +18,7 @@ __all__ = ["solve_ordinary"]
 @njit
 def _rank(tile: Any, cols: int, ranks: Any) -> None:
     """How many scores of a lane's group come before each: the larger ones, and equal ones to its left."""
-    lanes = 64 // tile.itemsize
+    lanes = WIDTH // tile.itemsize
     unit = splat(ranks.dtype.type(1))
     for j in range(cols):
         store(ranks, j * lanes, splat(ranks.dtype.type(j)))
@@ -35,7 +36,7 @@ def _rank(tile: Any, cols: int, ranks: Any) -> None:
 def solve_ordinary(region: Region, n: int, first: int, last: int, reals: Any, ints: Any) -> None:
     """Lane groups ``first .. last`` of a region whose blocks have one row."""
     integer = ints.dtype.type
-    lanes = 64 // reals.itemsize
+    lanes = WIDTH // reals.itemsize
     cols = region.cols
     per_row = (cols + WORD - 1) // WORD
     tile, ranks = aligned((cols + 1) * lanes, reals), aligned(cols * lanes, ints)

@@ -14,7 +14,8 @@ from numba import njit
 
 from nmsolve._cpu.ascent import normalise
 from nmsolve._cpu.compiled import compiled
-from nmsolve._cpu.lanes import load, maximum, minimum, select, splat, store, trailing_zeros
+from nmsolve._cpu.lanes import WIDTH, maximum, minimum, select, splat, trailing_zeros
+from nmsolve._cpu.memory import load, store
 from nmsolve._cpu.tiles import WORD, Region, aligned, load_tile, place_lanes, write_flags
 
 __all__ = ["complete", "put_in_order", "row_major", "solve_greedy", "take"]
@@ -35,7 +36,7 @@ def row_major(rows: int, cols: int, flipped: bool) -> Any:
 def put_in_order(tile: Any, pitch: int, entries: Any, keys: Any, order: Any) -> None:
     """Fill ``order`` with the indices of ``entries``, lane by lane, from the best score to the worst."""
     integer = order.dtype.type
-    lanes = 64 // tile.itemsize
+    lanes = WIDTH // tile.itemsize
     size = entries.shape[1]
     for e in range(size):
         store(keys, e * lanes, load(tile, (entries[0, e] * pitch + entries[1, e]) * lanes))
@@ -105,7 +106,7 @@ def complete(
     entry: (k, l) leaves, (i, l) and (k, j) come, for a column j with room. The move with the largest change
     of the kept score is made even where it loses; there always is one.
     """
-    lanes = 64 // tile.itemsize
+    lanes = WIDTH // tile.itemsize
     target = min(n, cols)
     lowest = tile.dtype.type(-np.inf)
     in_col = held[rows:]
@@ -151,7 +152,7 @@ def complete(
 @compiled
 def solve_greedy(region: Region, n: int, flipped: bool, first: int, last: int, reals: Any, ints: Any) -> None:
     """Groups ``first .. last`` of a region by the greedy; a ``flipped`` region is seen transposed."""
-    lanes = 64 // reals.itemsize
+    lanes = WIDTH // reals.itemsize
     rows, cols = region.rows, region.cols
     pitch, per_row = cols + 1, (cols + WORD - 1) // WORD
     tile, keys = aligned(rows * pitch * lanes, reals), aligned(rows * cols * lanes, reals)

@@ -14,13 +14,16 @@ underflows that matters, and what has underflowed stays negligible within the li
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-__all__ = ["sinkhorn_backward", "sinkhorn_forward"]
+from nmsolve._cpu.compiled import compiled
+
+__all__ = ["backward", "forward"]
 
 # Largest |log| of a factor relative to the reference.
 LIMIT = 20.0
@@ -143,8 +146,8 @@ def _scale_step(kernel: Any, a: Any, b: Any, u: Any, v: Any, new_u: Any, new_v: 
     return error, low > math.exp(-LIMIT) and high < math.exp(LIMIT)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
-def sinkhorn_forward(
+@partial(compiled, fastmath=_FAST)
+def forward(
     logits: Any,
     row_marginals: Any,
     col_marginals: Any,
@@ -253,8 +256,8 @@ def _reverse_step(kernel: Any, u: Any, v: Any, df: Any, dg: Any, sums: Any, y: A
         dg[j] *= v[j]
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
-def sinkhorn_backward(
+@partial(compiled, fastmath=_FAST)
+def backward(
     gradient: Any,
     logits: Any,
     col_marginals: Any,

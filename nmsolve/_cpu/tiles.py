@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from nmsolve._cpu.lanes import (
+from nmsolve._cpu.lanes import WIDTH
+from nmsolve._cpu.memory import (
     load_blocks_1,
     load_blocks_2,
     load_blocks_4,
@@ -90,7 +91,7 @@ class Region(NamedTuple):
 @njit
 def aligned(count: int, like: Any) -> Any:
     """Uninitialised scratch for ``count`` numbers of the type of the array ``like``, on a cache line."""
-    lanes = 64 // like.itemsize
+    lanes = WIDTH // like.itemsize
     room = np.empty(count + lanes, like.dtype)
     skip = (-(room.ctypes.data // like.itemsize)) % lanes
     return room[skip : skip + count]
@@ -129,7 +130,7 @@ def place_lanes(region: Region, first: int, lanes: int, places: Any) -> int:
 @njit
 def load_tile(region: Region, places: Any, tile: Any, pitch: int) -> None:
     """Fill the tile with the scores of the lanes' blocks, in the work type."""
-    lanes = 64 // tile.itemsize
+    lanes = WIDTH // tile.itemsize
     encoding = region.encoding
     outer, outer_bytes, outer_step = region.rows, region.scores_row, pitch * lanes
     inner, inner_bytes, inner_step = region.cols, region.scores_col, lanes
