@@ -87,6 +87,18 @@ def col_index(COLS_IN: tl.constexpr, COLS_OUT: tl.constexpr):
     return inner + COLS_IN * tl.arange(0, COLS_OUT)[None, None, None, None, :]
 
 
+class Layout(NamedTuple):
+    """How a program holds its blocks: constexprs."""
+
+    ROWS_IN: Any
+    COLS_IN: Any
+    ROWS_OUT: Any
+    COLS_OUT: Any
+    BLOCKS: Any
+    PADDED: Any  # whether lanes are left over
+    SLACK: Any  # whether blocks may be no squares
+
+
 class Matrix(NamedTuple):
     """Sizes of a batch of matrices, and their strides in elements."""
 
@@ -143,37 +155,25 @@ def locate(shift, region, batch, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def place_blocks(
-    matrix,
-    region,
-    m,
-    shift,
-    zero,
-    ROWS_IN: tl.constexpr,
-    COLS_IN: tl.constexpr,
-    ROWS_OUT: tl.constexpr,
-    COLS_OUT: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    PADDED: tl.constexpr,
-    SLACK: tl.constexpr,
-):
+def place_blocks(matrix, region, m, shift, zero, LAYOUT: tl.constexpr):
     """Where the blocks of this program lie, and which lanes hold real entries.
 
     For ``shift`` see :func:`locate`. ``zero`` is 0, and one that the compiler cannot foresee lets it forget
     the answer and ask again later: then no address occupies a register in between.
     """
-    index, block_row, block_col, live = locate(zero + shift, region, matrix.batch, BLOCKS)
-    i, j = row_index(ROWS_IN, ROWS_OUT) + zero, col_index(COLS_IN, COLS_OUT) + zero
+    index, block_row, block_col, live = locate(zero + shift, region, matrix.batch, LAYOUT.BLOCKS)
+    i = row_index(LAYOUT.ROWS_IN, LAYOUT.ROWS_OUT) + zero
+    j = col_index(LAYOUT.COLS_IN, LAYOUT.COLS_OUT) + zero
     height = tl.zeros_like(block_row).to(tl.int32) + m
     width = height
-    if SLACK:
+    if LAYOUT.SLACK:
         height = tl.minimum(matrix.rows - block_row * m, m).to(tl.int32)
         width = tl.minimum(matrix.cols - block_col * m, m).to(tl.int32)
     rows, cols = tl.minimum(height, width), tl.maximum(height, width)
     real_row = (i < rows) & live
     real_col = (j < cols) & live
     inside = live
-    if PADDED:
+    if LAYOUT.PADDED:
         inside = real_row & real_col
     return Blocks(
         index, block_row, block_col, live, i, j, rows, cols, height > width, rows < cols, real_row, real_col,
@@ -228,15 +228,15 @@ def power_of_two_scale(peak):
 
 
 @triton.jit
-def load_scaled(scores_ptr, matrix, blocks, m, PADDED: tl.constexpr, SLACK: tl.constexpr):
+def load_scaled(scores_ptr, matrix, blocks, m, LAYOUT: tl.constexpr):
     """Scores as float32 scaled to max 1 (padding lanes -inf), and the power of two that undoes it."""
     offsets = strided(
-        blocks, blocks.i, blocks.j, m, matrix.stride_batch, matrix.stride_row, matrix.stride_col, SLACK
+        blocks, blocks.i, blocks.j, m, matrix.stride_batch, matrix.stride_row, matrix.stride_col, LAYOUT.SLACK
     )
     raw = widen(tl.load(scores_ptr + offsets, mask=blocks.inside, other=0.0))
     scale, unscale = power_of_two_scale(max_rows(max_cols(tl.abs(raw))))
     scores = (raw * scale).to(tl.float32)
-    if PADDED:
+    if LAYOUT.PADDED:
         scores = tl.where(blocks.inside, scores, float("-inf"))
     return scores, unscale
 

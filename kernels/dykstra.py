@@ -22,6 +22,7 @@ Completion fills short rows one unit at a time by the move of largest gain: keep
 import triton
 import triton.language as tl
 from nmsolve.kernels._tile import (
+    Layout,
     Matrix,
     Region,
     col_index,
@@ -193,28 +194,12 @@ def complete(scores, kept, row_target, n):
 
 
 @triton.jit
-def load_blocks(
-    scores_ptr,
-    n,
-    m,
-    matrix,
-    region,
-    zero,
-    ROWS_IN: tl.constexpr,
-    COLS_IN: tl.constexpr,
-    ROWS_OUT: tl.constexpr,
-    COLS_OUT: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    PADDED: tl.constexpr,
-    SLACK: tl.constexpr,
-):
+def load_blocks(scores_ptr, n, m, matrix, region, zero, LAYOUT: tl.constexpr):
     """The blocks, their scores, what undoes the scaling, row and column targets. ``zero`` is 0."""
-    blocks = place_blocks(
-        matrix, region, m, 0, zero, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK
-    )
-    scores, unscale = load_scaled(scores_ptr, matrix, blocks, m, PADDED, SLACK)
+    blocks = place_blocks(matrix, region, m, 0, zero, LAYOUT)
+    scores, unscale = load_scaled(scores_ptr, matrix, blocks, m, LAYOUT)
     row_target, col_target = targets(blocks, n)
-    if PADDED:
+    if LAYOUT.PADDED:
         row_target = tl.where(blocks.real_row, row_target, 0)
         col_target = tl.where(blocks.real_col, col_target, 0)
     return blocks, scores, unscale, row_target, col_target
@@ -257,9 +242,8 @@ def dykstra_kernel(
     """One program: ``BLOCKS`` blocks from scores to mask. ``grid = (ceil(blocks / BLOCKS),)``."""
     matrix = Matrix(rows, cols, batch, stride_batch, stride_row, stride_col)
     region = Region(first_block_row, first_block_col, block_rows, block_cols)
-    blocks, scores, _, row_target, col_target = load_blocks(
-        scores_ptr, n, m, matrix, region, 0, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK
-    )
+    LAYOUT: tl.constexpr = Layout(ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK)
+    blocks, scores, _, row_target, col_target = load_blocks(scores_ptr, n, m, matrix, region, 0, LAYOUT)
     order = scores
     if TRANSPORT:
         order = dykstra(
@@ -275,8 +259,6 @@ def dykstra_kernel(
     bits, spent = take_greedily(order, n)
     # The scores are loaded anew (spent is 0, which the compiler does not know): neither they nor an address
     # occupy registers until here.
-    blocks, scores, unscale, row_target, _ = load_blocks(
-        scores_ptr, n, m, matrix, region, spent, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK
-    )
+    blocks, scores, unscale, row_target, _ = load_blocks(scores_ptr, n, m, matrix, region, spent, LAYOUT)
     kept = complete(scores, unpacked(bits, tl.where(unscale > 0, 0, 1), COLS_IN), row_target, n)
     store_mask(mask_ptr, kept, matrix, blocks, m, unit, PACKED, SLACK)

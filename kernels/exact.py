@@ -12,6 +12,7 @@ prove it optimal.
 import triton
 import triton.language as tl
 from nmsolve.kernels._tile import (
+    Layout,
     Matrix,
     Region,
     load_scaled,
@@ -66,13 +67,7 @@ def solve_blocks(
     grid,
     shift,
     unit,
-    ROWS_IN: tl.constexpr,
-    COLS_IN: tl.constexpr,
-    ROWS_OUT: tl.constexpr,
-    COLS_OUT: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    PADDED: tl.constexpr,
-    SLACK: tl.constexpr,
+    LAYOUT: tl.constexpr,
     WARM: tl.constexpr,
     SCHEDULE: tl.constexpr,
 ):
@@ -80,11 +75,11 @@ def solve_blocks(
 
     ``grid`` is how many block rows and columns a whole matrix has; for ``shift`` see :func:`locate`.
     """
-    M: tl.constexpr = ROWS_IN * ROWS_OUT
-    blocks = place_blocks(
-        matrix, region, m, shift, 0, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK
-    )
-    scores, unscale = load_scaled(scores_ptr, matrix, blocks, m, PADDED, SLACK)
+    PADDED: tl.constexpr = LAYOUT.PADDED
+    SLACK: tl.constexpr = LAYOUT.SLACK
+    M: tl.constexpr = LAYOUT.ROWS_IN * LAYOUT.ROWS_OUT
+    blocks = place_blocks(matrix, region, m, shift, 0, LAYOUT)
+    scores, unscale = load_scaled(scores_ptr, matrix, blocks, m, LAYOUT)
     row_each, col_each = targets(blocks, n)
     row_target = tl.where(blocks.real_row, row_each, 0) if PADDED else row_each
     col_target = tl.where(blocks.real_col, col_each, 0) if PADDED else col_each
@@ -132,21 +127,16 @@ def store_blocks(
     grid,
     shift,
     unit,
-    ROWS_IN: tl.constexpr,
-    COLS_IN: tl.constexpr,
-    ROWS_OUT: tl.constexpr,
-    COLS_OUT: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    PADDED: tl.constexpr,
-    SLACK: tl.constexpr,
+    LAYOUT: tl.constexpr,
     PACKED: tl.constexpr,
     SOLUTION: tl.constexpr,
 ):
     """Store the mask that :func:`solve_blocks` found, and where SOLUTION the duals, objective and bound."""
+    PADDED: tl.constexpr = LAYOUT.PADDED
+    SLACK: tl.constexpr = LAYOUT.SLACK
+    ROWS_IN: tl.constexpr = LAYOUT.ROWS_IN
     # Where everything lies is worked out anew: spent is 0, which the compiler does not know.
-    blocks = place_blocks(
-        matrix, region, m, shift, spent, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK
-    )
+    blocks = place_blocks(matrix, region, m, shift, spent, LAYOUT)
     kept = is_free(arcs) == 0
     store_mask(mask_ptr, kept, matrix, blocks, m, unit, PACKED, SLACK)
 
@@ -172,7 +162,7 @@ def store_blocks(
         bound = sum_cols(u) * row_each + sum_rows(v) * col_each
         objective = tl.zeros_like(bound)
         for r in range(ROWS_IN):
-            row = ROWS_IN * tl.arange(0, ROWS_OUT)[None, None, None, :, None] + r
+            row = ROWS_IN * tl.arange(0, LAYOUT.ROWS_OUT)[None, None, None, :, None] + r
             here = live
             if PADDED:
                 here = (row < blocks.rows) & blocks.real_col
@@ -237,12 +227,11 @@ def exact_kernel(
     matrix = Matrix(rows, cols, batch, stride_batch, stride_row, stride_col)
     region = Region(first_block_row, first_block_col, block_rows, block_cols)
     grid = grid_rows, grid_cols
+    LAYOUT: tl.constexpr = Layout(ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK)
     u, v, arcs, unscale, spent = solve_blocks(
-        scores_ptr, warm_row_ptr, warm_col_ptr, n, m, matrix, region, grid, 0, unit, ROWS_IN, COLS_IN,
-        ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK, WARM, SCHEDULE,
-    )  # fmt: skip
+        scores_ptr, warm_row_ptr, warm_col_ptr, n, m, matrix, region, grid, 0, unit, LAYOUT, WARM, SCHEDULE
+    )
     store_blocks(
         scores_ptr, mask_ptr, row_duals_ptr, col_duals_ptr, objective_ptr, bound_ptr, u, v, arcs, unscale,
-        spent, n, m, matrix, region, grid, 0, unit, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED,
-        SLACK, PACKED, SOLUTION,
+        spent, n, m, matrix, region, grid, 0, unit, LAYOUT, PACKED, SOLUTION,
     )  # fmt: skip

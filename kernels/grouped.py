@@ -10,7 +10,7 @@ sizes for each block would cost many.
 
 import triton
 import triton.language as tl
-from nmsolve.kernels._tile import Matrix, Region
+from nmsolve.kernels._tile import Layout, Matrix, Region
 from nmsolve.kernels.exact import solve_blocks, store_blocks
 from nmsolve.kernels.exhaustive import exhaust_blocks
 
@@ -75,9 +75,10 @@ def grouped_kernel(
     """One program: ``BLOCKS`` blocks of one region. ``grid = (sum of ceil(blocks / BLOCKS),)``."""
     row = region_of(table_ptr, regions, tl.program_id(0)) * FIELDS
     matrix, region, grid, shift = described(table_ptr + row, BLOCKS)
+    LAYOUT: tl.constexpr = Layout(ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK)
     u, v, arcs, unscale, spent = solve_blocks(
-        pointer(table_ptr + row + 1, ELEMENT), None, None, n, m, matrix, region, grid, shift, unit, ROWS_IN,
-        COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK, False, SCHEDULE,
+        pointer(table_ptr + row + 1, ELEMENT), None, None, n, m, matrix, region, grid, shift, unit, LAYOUT,
+        False, SCHEDULE,
     )  # fmt: skip
 
     # The row is read again (adding what is left, which is 0), so that during the search only its number
@@ -97,7 +98,7 @@ def grouped_kernel(
     store_blocks(
         pointer(row_ptr + 1, ELEMENT), pointer(row_ptr + 2, tl.int32 if PACKED else tl.uint8), row_duals_ptr,
         col_duals_ptr, objective_ptr, bound_ptr, u, v, arcs, unscale, spent, n, m, matrix, region, grid,
-        shift, unit, ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK, PACKED, SOLUTION,
+        shift, unit, LAYOUT, PACKED, SOLUTION,
     )  # fmt: skip
 
 
