@@ -245,8 +245,8 @@ def load_scaled(scores_ptr, matrix, blocks, m, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def store_mask(mask_ptr, kept, matrix, blocks, m, unit, PACKED: tl.constexpr, SLACK: tl.constexpr):
-    """Store 0 or 1 for each entry to the contiguous ``(batch, rows, cols)`` mask.
+def store_mask(mask_ptr, kept, matrix, blocks, i, j, m, unit, PACKED: tl.constexpr, SLACK: tl.constexpr):
+    """Store 0 or 1 for each entry (i, j) to the contiguous ``(batch, rows, cols)`` mask.
 
     ``PACKED`` says that 4 divides ``m`` and ``cols`` (and that a lane holds 4 or 8 columns side by side):
     4 each go in one 32-bit word. ``unit`` is 1, given at run time: knowing that entries are adjacent, the
@@ -258,7 +258,7 @@ def store_mask(mask_ptr, kept, matrix, blocks, m, unit, PACKED: tl.constexpr, SL
         col_in = tl.arange(0, kept.shape[1])[None, :, None, None, None]
         word = (kept.shape[1] // 4) * tl.arange(0, kept.shape[4])[None, None, None, None, :]
         pitch = matrix.cols // 4
-        out = strided(blocks, blocks.i, word, m, matrix.rows * pitch.to(tl.int64), pitch, unit, False)
+        out = strided(blocks, i, word, m, matrix.rows * pitch.to(tl.int64), pitch, unit, False)
         out -= blocks.block_col * (m - m // 4) * unit
         for k in tl.static_range(kept.shape[1] // 4):
             here = col_in // 4 == k
@@ -269,5 +269,5 @@ def store_mask(mask_ptr, kept, matrix, blocks, m, unit, PACKED: tl.constexpr, SL
             tl.store(mask_ptr + out + k * unit, words, mask=real)
     else:
         cols = matrix.cols.to(tl.int64)
-        out = strided(blocks, blocks.i, blocks.j, m, matrix.rows * cols, matrix.cols, unit, SLACK)
+        out = strided(blocks, i, j, m, matrix.rows * cols, matrix.cols, unit, SLACK)
         tl.store(mask_ptr + out, value.to(tl.uint8), mask=blocks.inside)

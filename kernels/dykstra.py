@@ -261,4 +261,6 @@ def dykstra_kernel(
     # occupy registers until here.
     blocks, scores, unscale, row_target, _ = load_blocks(scores_ptr, n, m, matrix, region, spent, LAYOUT)
     kept = complete(scores, unpacked(bits, tl.where(unscale > 0, 0, 1), COLS_IN), row_target, n)
-    store_mask(mask_ptr, kept, matrix, blocks, m, unit, PACKED, SLACK)
+    # blocks.i and blocks.j would be alive beside these, which complete uses.
+    i, j = row_index(ROWS_IN, ROWS_OUT), col_index(COLS_IN, COLS_OUT)
+    store_mask(mask_ptr, kept, matrix, blocks, i, j, m, unit, PACKED, SLACK)

@@ -138,13 +138,13 @@ def store_blocks(
     # Where everything lies is worked out anew: spent is 0, which the compiler does not know.
     blocks = place_blocks(matrix, region, m, shift, spent, LAYOUT)
     kept = is_free(arcs) == 0
-    store_mask(mask_ptr, kept, matrix, blocks, m, unit, PACKED, SLACK)
+    i, j, live, tall = blocks.i, blocks.j, blocks.live, blocks.tall
+    store_mask(mask_ptr, kept, matrix, blocks, i, j, m, unit, PACKED, SLACK)
 
     if SOLUTION:
         # Duals as the caller gets them.
         u = u.to(unscale.dtype) * unscale
         v = v.to(unscale.dtype) * unscale
-        i, j, live, tall = blocks.i, blocks.j, blocks.live, blocks.tall
         if PADDED:
             u = tl.where(blocks.real_row, u, 0.0)
             v = tl.where(blocks.real_col, v, 0.0)
