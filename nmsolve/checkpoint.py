@@ -37,8 +37,9 @@ __all__ = [
 INDEX_NAME = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
 
-# What ``nmsolve mask`` writes beside the weights.
+# What ``nmsolve mask`` and ``nmsolve prune`` write beside the weights.
 REPORT_NAME = "nmsolve_report.json"
+PICTURE_NAME = "nmsolve_report.png"
 MASKS_SUFFIX = ".masks.safetensors"
 MASKS_FOLDER = "masks"
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nmsolve.checkpoint import REPORT_NAME
+from nmsolve.checkpoint import INDEX_NAME, PICTURE_NAME, REPORT_NAME, open_checkpoint
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
 from nmsolve.staging import Interrupts, Staging, check_outside, check_replaceable
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_commands"]
 
-OK, INTERRUPTED = 0, 130
+OK, FAILED, INTERRUPTED = 0, 1, 130
 
 PRUNE_HELP = """\
 Prunes the linear layers of a transformers model to N:M, layer by layer, each calibrated on what the
@@ -51,7 +51,7 @@ layers are kept in a hidden folder beside OUT, which is removed at the end.
 
 exit codes:
   0    done
-  1    the work failed
+  1    the work failed; finished layers are kept
   2    an argument or the input is wrong; nothing was begun
   130  interrupted (SIGINT, SIGTERM, SIGHUP); the same command goes on
 """
@@ -131,7 +131,9 @@ def add_commands(add: AddCommand) -> None:
     evaluate.add_argument(
         "--text", metavar="FILE", type=Path, required=True, help="text, or tokens in a .safetensors file"
     )
-    evaluate.add_argument("--window", type=int, default=2048, help="tokens in a window (default 2048)")
+    evaluate.add_argument(
+        "--window", type=int, help="tokens in a window (default: what the model takes, 2048 at most)"
+    )
     evaluate.add_argument("--windows", type=int, help="use only the first so many windows")
     evaluate.add_argument("--batch-size", type=int, default=1, help="windows in a forward pass (default 1)")
     evaluate.add_argument("--json", action="store_true", help="machine-readable")
@@ -209,23 +211,42 @@ def _prune(args: argparse.Namespace) -> int:
                 **options,
             )
             result.save(model, staging.path, tokenizer=tokenizer, picture=not args.no_picture)
+            _copy_extras(args.model, staging.path)
             interrupts.hold()
-            staging.publish_folder()
+            staging.publish_folder(replace=args.overwrite)
     except KeyboardInterrupt:
-        print(
-            f"nmsolve: interrupted; finished layers are in {resume}; the same command goes on",
-            file=sys.stderr,
-        )
+        kept = f"finished layers are in {resume}; " if resume.exists() else ""
+        print(f"nmsolve: interrupted; {kept}the same command goes on", file=sys.stderr)
         return INTERRUPTED
+    except (NMSolveError, OSError) as error:
+        if not resume.exists():
+            raise
+        what = getattr(error, "strerror", None) or error
+        print(f"nmsolve: error: {what}; finished layers are in {resume}", file=sys.stderr)
+        return FAILED
     shutil.rmtree(resume, ignore_errors=True)
     if not args.quiet:
         _print_summary(result, args.out)
     return OK
 
 
+def _copy_extras(source: Path, out: Path) -> None:
+    """Copies what else a checkpoint folder holds: licence, image processor, model card."""
+    for path in open_checkpoint(source).extras:
+        target = out / path
+        ours = path.name in (INDEX_NAME, REPORT_NAME, PICTURE_NAME)
+        if not ours and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / path, target)
+
+
 def _evaluate(args: argparse.Namespace) -> int:
+    if not args.text.is_file():
+        raise NMSolveError(f"--text: {args.text} is not a file")
     device = _device(args.device)
     model = _load_model(args.model, args.dtype)
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise NMSolveError(f"{args.model}: {type(model).__name__} is no causal language model")
     tokenizer = _load_tokenizer(args.model, needed=args.text.suffix != ".safetensors")
 
     from nmsolve.prune.calibration import read_tokens
@@ -280,36 +301,69 @@ def _device(asked: str | None) -> str:
 
 
 def _load_model(folder: Path, dtype: str | None) -> Any:
-    """The model of a checkpoint folder, as the class that its config names; nothing is unpickled."""
+    """The model of a checkpoint folder, as the class that its config names; no code of it is run."""
     if importlib.util.find_spec("transformers") is None:
         raise NMSolveError("transformers is not installed: pip install 'nmsolve[hf]'")
     if not (folder / "config.json").is_file():
         raise NMSolveError(f"{folder}: expected a checkpoint folder with a config.json")
+    open_checkpoint(folder)
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        named = (config.architectures or ["AutoModel"])[0]
-        kind = getattr(transformers, named, None)
-        if kind is None:
-            raise NMSolveError(f"{folder}: transformers {transformers.__version__} has no {named}")
-        return kind.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
+    except (OSError, KeyError, ValueError) as error:
+        raise NMSolveError(f"{folder}: the configuration cannot be loaded: {error}") from None
+    named = config.architectures
+    if not named:
+        raise NMSolveError(f"{folder}: expected a config.json that names its architecture, found none")
+    kind = getattr(transformers, named[0], None)
+    if kind is None:
+        raise NMSolveError(f"{folder}: transformers {transformers.__version__} has no {named[0]}")
+    try:
+        model, found = kind.from_pretrained(
             folder,
-            local_files_only=True,
             use_safetensors=True,
             dtype="auto" if dtype is None else getattr(torch, dtype),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **_LOCAL,
         )
-    except (OSError, KeyError) as error:
-        raise NMSolveError(f"{folder}: cannot be loaded: {error}") from None
+    except (OSError, KeyError, ValueError) as error:
+        raise NMSolveError(f"{folder}: the model cannot be loaded: {error}") from None
+    _check_loaded(folder, named[0], found)
+    return model
+
+
+# Neither the network nor code that comes with a checkpoint.
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+def _check_loaded(folder: Path, kind: str, found: dict[str, Any]) -> None:
+    """Weights that the folder lacks would be random numbers; those that the model lacks are left behind."""
+    for name, held, expected in sorted(found["mismatched_keys"]):
+        raise NMSolveError(f"{folder}: {name}: expected shape {tuple(expected)} in {kind}, got {tuple(held)}")
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise NMSolveError(
+            f"{folder}: {kind} needs {missing[0]!r}, which is not there ({len(missing)} missing)"
+        )
+    unused = sorted(found["unexpected_keys"])
+    if unused:
+        print(
+            f"nmsolve: warning: {len(unused)} tensors in {folder} are no part of {kind}: {unused[0]}"
+            + (", ..." if len(unused) > 1 else ""),
+            file=sys.stderr,
+        )
 
 
 def _load_tokenizer(folder: Path, needed: bool) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
     except (OSError, ValueError, KeyError) as error:
         if needed:
             raise NMSolveError(f"{folder}: no tokenizer to read text with: {error}") from None
@@ -322,6 +376,8 @@ def _print_summary(result: PruneResult, out: Path) -> None:
     print(f"{settings['method']}, {settings['pattern']} {kind}: {totals['layers']} layers")
     share, retained = totals["kept"] / totals["weights"], totals["mean_retained"]
     print(f"{share:.2%} of {totals['weights']:,} weights kept, {retained:.2%} of the score (mean)")
+    dense = totals["parameters"] - totals["weights"]
+    print(f"{dense:,} of the model's {totals['parameters']:,} parameters are in no pruned layer")
     if totals["mean_relative_error"] is not None:
         print(f"mean relative reconstruction error {totals['mean_relative_error']:.4f}")
     print(f"certificate: no mask keeps more than {totals['gap']:.1e} (relative) above these")

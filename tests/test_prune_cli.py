@@ -166,4 +166,7 @@ def test_output_that_is_in_the_way(checkpoint, tmp_path, capsys):
 
 def test_a_folder_that_is_no_model(tmp_path, capsys):
     assert run("eval-ppl", tmp_path, "--text", tmp_path / "x") == 2
+    assert f"--text: {tmp_path / 'x'} is not a file" in capsys.readouterr().err
+    (tmp_path / "x").touch()
+    assert run("eval-ppl", tmp_path, "--text", tmp_path / "x") == 2
     assert "expected a checkpoint folder with a config.json" in capsys.readouterr().err

@@ -282,3 +282,33 @@ def test_the_tally_has_the_certificate():
 def test_a_rule_says_what_is_wrong(arguments, message):
     with pytest.raises(nmsolve.NMSolveError, match=message):
         MaskRule(**arguments)
+
+
+@pytest.mark.parametrize("method", [sparsegpt, alps])
+def test_a_parameter_is_pruned_without_gradients(method):
+    weight, inputs = problem(8, 8)
+    pruned = method(torch.nn.Parameter(weight), inputs.T @ inputs, rule("2:4", True))
+    assert not pruned.weight.requires_grad
+    assert torch.equal(pruned.weight, method(weight, inputs.T @ inputs, rule("2:4", True)).weight)
+
+
+@pytest.mark.parametrize("method", [sparsegpt, alps])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"weight": torch.ones(8)},
+            r"weight: expected a floating-point tensor \(out, in\), got float32 \(8,\)",
+        ),
+        ({"weight": torch.ones(8, 6)}, r"hessian: expected \(in, in\) with in=6, got \(8, 8\)"),
+        ({"hessian": torch.ones(8, 6)}, r"hessian: expected a tensor \(in, in\), got float32 \(8, 6\)"),
+        ({"hessian": torch.eye(8).bfloat16()}, "hessian: expected float32 or float64, got bfloat16"),
+        ({"hessian": torch.full((8, 8), torch.nan)}, "hessian: expected finite values"),
+        ({"positions": 3}, "positions: expected a divisor of in=8, got 3"),
+        ({"allowed": torch.ones(8, 8)}, r"allowed: expected a bool tensor of shape \(8, 8\)"),
+    ],
+)
+def test_arguments_that_do_not_fit(method, changes, message):
+    given = {"weight": torch.ones(8, 8), "hessian": torch.eye(8), "rule": rule("2:4", True), **changes}
+    with pytest.raises(nmsolve.NMSolveError, match=message):
+        method(**given)

@@ -1,48 +1,25 @@
-"""Whole models: every layer N:M, calibrated on what comes before it, resumable, loadable."""
+"""Transformer models: every layer N:M, calibrated on what comes before it, loadable, reported."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from contextlib import nullcontext
 
 import pytest
 import tiny_models
 import torch
-from torch import nn
+import torch.nn.utils.prune
+from pruning import inputs_of, mlp, prune, weights
 
 import nmsolve
 from nmsolve.packed import load_masks
-from nmsolve.prune import magnitude_scores, prune_model, ria_scores, wanda_scores
+from nmsolve.prune import magnitude_scores, ria_scores, wanda_scores
 from nmsolve.prune.calibration import call_model, make_batches
-from nmsolve.prune.layers import Layer, find_layers
-from nmsolve.prune.walk import Chain, Loose, make_plan, quiet_model
+from nmsolve.prune.layers import find_layers
+from nmsolve.prune.walk import Chain, make_plan, quiet_model
 
 pytest.importorskip("transformers")
-
-QUICK = {"backend": "torch", "progress": False}
-
-
-def prune(model, data, pattern="4:8", **options):
-    return prune_model(model, data, pattern, **{"method": "wanda", **QUICK, **options})
-
-
-def weights(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def mlp(width: int = 16, depth: int = 3) -> nn.Sequential:
-    torch.manual_seed(0)
-    steps: list[nn.Module] = []
-    for _ in range(depth):
-        steps += [nn.Linear(width, width), nn.ReLU(inplace=True)]
-    return nn.Sequential(*steps)
-
-
-# --- architectures ------------------------------------------------------------------------------------------
 
 
 LAYERS = {"llama": 14, "qwen2": 14, "opt": 14, "gpt2": 8, "bert": 13, "vit": 12, "t5": 32}
@@ -157,16 +134,6 @@ def test_a_bfloat16_model_stays_one():
 # --- inputs -------------------------------------------------------------------------------------------------
 
 
-def inputs_of(model, name, batches):
-    seen = []
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    with torch.no_grad():
-        for batch in batches:
-            call_model(model, batch)
-    hook.remove()
-    return torch.cat([x.reshape(-1, x.shape[-1]) for x in seen]).double()
-
-
 @pytest.mark.parametrize("sequential", ["layer", "block", "off"])
 @pytest.mark.parametrize("method", ["wanda", "ria"])
 def test_a_layer_sees_what_is_pruned_before_it(sequential, method):
@@ -239,156 +206,100 @@ def test_magnitude_needs_no_calibration():
         assert torch.equal(mask, expected)
 
 
-def test_a_model_is_left_as_it_was_found():
-    model = tiny_models.make("llama").train()
+@pytest.mark.parametrize("calls", [None, 1, 20])
+def test_a_model_is_left_as_it_was_found(calls):
+    """After a whole run, and after one that an exception has ended."""
+    model = tiny_models.make("llama", attention_dropout=0.5).train()
     model.config.use_cache = True
-    prune(model, tiny_models.tokens())
+    left, state = calls, torch.get_rng_state()
+
+    def check():
+        nonlocal left
+        if left is not None:
+            left -= 1
+            if left == 0:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) if calls else nullcontext():
+        prune(model, tiny_models.tokens(), check=check)
     assert all(module.training for module in model.modules())
     assert model.config.use_cache
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
 
 
-# --- any module ---------------------------------------------------------------------------------------------
-
-
-class Residual(nn.Module):
-    """Its first layer is in place, and it is no chain: blocks are called twice and skipped over."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)])
-        self.unused = nn.Linear(16, 16)
-
-    def forward(self, x):
-        for layer in (self.inner[0], self.inner[2], self.inner[0]):
-            x = x + torch.relu(layer(x))
-        return self.inner[1](x)
-
-
-def test_any_module_is_walked():
-    torch.manual_seed(0)
-    model, data = Residual(), torch.randn(40, 16)
-    dense = copy.deepcopy(model)
-    result = prune(model, data, "2:4", batch_size=8)
-    assert sorted(result.masks) == ["inner.0.weight", "inner.1.weight", "inner.2.weight"]
-    assert result.report.skipped == {"unused": "not called in the forward pass of the first batch"}
-    rows = {row.name: row for row in result.report.layers}
-    assert rows["inner.0"].tokens == 80
-    x = inputs_of(dense, "inner.0", [data])
-    expected = nmsolve.transposable_mask(
-        (dense.inner[0].weight.detach().abs() * x.norm(dim=0)).float(), 2, 4, backend="torch"
-    )
-    assert torch.equal(result.masks["inner.0.weight"], expected)
-    halfway = copy.deepcopy(dense)
-    halfway.inner[0].weight.data.mul_(expected)
-    x = inputs_of(halfway, "inner.2", [data])
-    scores = halfway.inner[2].weight.detach().abs() * x.norm(dim=0)
-    assert torch.equal(
-        result.masks["inner.2.weight"], nmsolve.transposable_mask(scores.float(), 2, 4, backend="torch")
-    )
-
-
-def test_a_sequential_is_a_chain_and_may_work_in_place():
-    model, data = mlp(), torch.randn(64, 16)
-    with quiet_model(model):
-        (stage,) = make_plan(model, find_layers(model), data).stages
-    assert isinstance(stage, Chain)
-    dense = copy.deepcopy(model)
-    result = prune(model, data, "2:4", batch_size=16)
-    x = data
-    for k in (0, 2, 4):
-        scores = dense[k].weight.detach().abs() * x.norm(dim=0)
-        expected = nmsolve.transposable_mask(scores, 2, 4, backend="torch")
-        assert (result.masks[f"{k}.weight"] != expected).float().mean() < 0.02
-        x = torch.relu(model[k](x)).detach()
-
-
-CONVOLUTIONS = {
-    "plain": nn.Conv2d(8, 16, 3, padding=1, stride=2),
-    "dilated": nn.Conv2d(8, 16, (3, 2), dilation=2, padding=(1, 2)),
-    "grouped": nn.Conv2d(16, 24, 3, groups=2),
-    "same": nn.Conv2d(8, 16, (2, 3), padding="same"),
-    "circular": nn.Conv2d(8, 16, 3, padding=1, padding_mode="circular"),
-    "1d": nn.Conv1d(8, 16, 3, padding=1, stride=2),
-}
-
-
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_inputs_of_a_convolution(kind):
-    """The matrices and the inputs of a layer multiply to what the layer computes."""
-    module = copy.deepcopy(CONVOLUTIONS[kind]).double()
-    layer = Layer("conv", module)
-    shape = (2, module.in_channels, *[9, 7][: len(module.kernel_size)])
-    x = torch.randn(shape, dtype=torch.float64)
-    rows = layer.inputs(x) @ layer.matrices(module.weight).transpose(1, 2)
-    expected = module(x) - module.bias.view(-1, *[1] * len(module.kernel_size))
-    expected = expected.flatten(2).unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
-    torch.testing.assert_close(rows, expected)
-    assert torch.equal(layer.from_matrices(layer.matrices(module.weight)), module.weight)
-
-
-@pytest.mark.parametrize("method", ["wanda", "ria", "sparsegpt", "alps"])
-@pytest.mark.parametrize("kind", ["plain", "grouped", "1d"])
-def test_convolutions_have_a_mask_for_each_kernel_position(kind, method):
-    torch.manual_seed(0)
-    module = copy.deepcopy(CONVOLUTIONS[kind])
-    data = torch.randn(6, module.in_channels, *[9, 9][: len(module.kernel_size)])
-    result = prune(nn.Sequential(module), data, "2:4", method=method)
-    mask = result.masks["0.weight"]
-    assert torch.equal(module.weight != 0, mask)
-    for position in mask.flatten(2).unbind(-1):
-        for group in position.chunk(module.groups):
-            nmsolve.check_mask(group, 2, 4)
-    assert 0 < result.report.layers[0].relative_error < 0.5
-
-
-# --- patterns -----------------------------------------------------------------------------------------------
-
-
-def test_patterns_by_glob():
-    model = tiny_models.make("llama")
-    patterns = {"*": "2:4", "mlp.*": "4:8", "model.layers.1.mlp.down_proj": None, "q_proj": "1:4"}
-    result = prune(model, tiny_models.tokens(), patterns, transposable=False, dense=["layers.0.*.v_proj"])
-    found = {row.name: row.pattern for row in result.report.layers}
-    assert found["model.layers.0.self_attn.k_proj"] == "2:4"
-    assert found["model.layers.0.self_attn.q_proj"] == "1:4"
-    assert found["model.layers.1.mlp.up_proj"] == "4:8"
-    assert "model.layers.1.mlp.down_proj" not in found
-    assert "model.layers.0.self_attn.v_proj" not in found
+@pytest.mark.parametrize("compiled", ["model", "warm", "blocks"])
+def test_a_compiled_model_is_pruned_as_it_is_written(compiled):
+    plain, model = tiny_models.make("llama"), tiny_models.make("llama")
+    data = tiny_models.tokens()
+    expected = prune(plain, data)
+    given = model
+    if compiled == "blocks":
+        for block in model.model.layers:
+            block.compile(backend="eager")
+    else:
+        given = torch.compile(model, backend="eager")
+    if compiled != "model":
+        given(data[:1])
+    result = prune(given, data)
+    assert list(result.masks) == list(expected.masks)
     for name, mask in result.masks.items():
-        pattern = nmsolve.NMPattern.parse(found[name.removesuffix(".weight")])
-        nmsolve.check_mask(mask, pattern.n, pattern.m, transposable=False)
+        assert torch.equal(mask, expected.masks[name]), name
+        assert torch.equal(model.state_dict()[name] != 0, mask)
 
 
-def test_a_head_is_pruned_when_it_is_named():
-    model = tiny_models.make("llama")
-    result = prune(model, tiny_models.tokens(), {"lm_head": "4:8"})
-    assert list(result.masks) == ["lm_head.weight"]
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps"])
+def test_autocast_does_not_reach_the_arithmetic(method):
+    """The first layer's input is the data itself: its statistics do not depend on the forward pass."""
+    data = torch.randn(40, 16)
+    expected, found = mlp(depth=1), mlp(depth=1)
+    prune(expected, data, "2:4", method=method)
+    with torch.autocast("cpu", torch.bfloat16):
+        prune(found, data, "2:4", method=method)
+    assert torch.equal(found[0].weight, expected[0].weight)
 
 
-def test_masks_of_several_patterns_are_saved_and_read(tmp_path):
-    model = tiny_models.make("llama")
-    result = prune(model, tiny_models.tokens(), {"*": "2:4", "mlp.*": "4:8"})
-    result.save(model, tmp_path, picture=False)
-    assert {file.name for file in (tmp_path / "masks").iterdir()} == {
-        "2of4.masks.safetensors",
-        "4of8.masks.safetensors",
-    }
-    assert load_masks(tmp_path).keys() == result.masks.keys()
+def test_padding_does_not_count():
+    """Two sequences padded to one length give the same masks as each by itself."""
+    short, long = tiny_models.tokens(2, 24)
+    alone = [short[None, :9], long[None]]
+    mask = torch.ones(2, 24, dtype=torch.int64)
+    mask[0, 9:] = 0
+    padded = [{"input_ids": torch.stack([short, long]), "attention_mask": mask}]
+    for kind in ("llama", "bert"):
+        expected, found = tiny_models.make(kind), tiny_models.make(kind)
+        one, other = prune(expected, alone), prune(found, padded)
+        assert {row.tokens for row in other.report.layers} == {33}
+        for a, b in zip(one.report.layers, other.report.layers, strict=True):
+            assert b.relative_error == pytest.approx(a.relative_error, rel=1e-2)
+        differing = [(one.masks[name] != other.masks[name]).float().mean() for name in one.masks]
+        assert max(differing) < 0.02
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "sparsegpt", "alps"])
-def test_an_earlier_mask_is_kept(method, tmp_path):
-    model = tiny_models.make("gpt2")
-    first = prune(model, tiny_models.tokens(), "6:8", method="magnitude", transposable=False)
-    first.save(model, tmp_path, picture=False)
-    options = {"iterations": 10} if method == "alps" else {}
-    result = prune(model, tiny_models.tokens(), "4:8", method=method, initial_masks=tmp_path, **options)
-    for name, mask in result.masks.items():
-        assert not (mask & ~first.masks[name]).any()
-        assert (model.state_dict()[name][~mask] == 0).all()
-        for lines in (mask.unflatten(0, (-1, 8)).sum(1), mask.unflatten(1, (-1, 8)).sum(2)):
-            assert (lines <= 4).all()
+def test_experts_that_are_no_layers_are_reported():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=tiny_models.VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    model = transformers.MixtralForCausalLM(config)
+    result = prune(model, tiny_models.tokens())
+    assert {name.split(".")[-2] for name in result.masks} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    reason = result.report.skipped["model.layers.0.mlp.experts.gate_up_proj"]
+    assert reason == "a parameter of MixtralExperts, which is no layer that can be pruned"
+    totals = result.report.totals()
+    assert totals["parameters"] == sum(p.numel() for p in model.parameters()) > 5 * totals["weights"]
+    with pytest.raises(
+        nmsolve.NMSolveError, match=r"'experts\.\*' matches none .*a parameter of MixtralExperts"
+    ):
+        prune(model, tiny_models.tokens(), {"experts.*": "2:4"})
 
 
 # --- report -------------------------------------------------------------------------------------------------
@@ -413,6 +324,24 @@ def test_report_and_picture(tmp_path):
     assert (tmp_path / "nmsolve_report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_saving_again_leaves_no_earlier_masks(tmp_path):
+    for pattern in ("4:8", "2:4"):
+        model = tiny_models.make("llama")
+        result = prune(model, tiny_models.tokens(), pattern)
+        result.save(model, tmp_path, picture=False)
+    assert [file.name for file in (tmp_path / "masks").iterdir()] == ["2of4.masks.safetensors"]
+    masks = load_masks(tmp_path)
+    assert all(torch.equal(mask, result.masks[name]) for name, mask in masks.items())
+
+
+def test_what_has_no_save_pretrained_says_so(tmp_path):
+    model = mlp()
+    result = prune(model, torch.randn(8, 16), "2:4")
+    with pytest.raises(nmsolve.NMSolveError, match="expected a transformers model, got Sequential"):
+        result.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_exact_masks_retain_most():
     """One set of statistics, so the scores are the same: exact >= tsenor and greedy in every layer."""
     rows = {}
@@ -424,196 +353,3 @@ def test_exact_masks_retain_most():
         assert exact.retained >= tsenor.retained - 1e-7
         assert exact.retained >= greedy.retained - 1e-7
         assert greedy.gap >= exact.gap - 1e-9
-
-
-# --- resuming -----------------------------------------------------------------------------------------------
-
-
-VICTIM = """
-import os, signal, sys
-import torch
-import tiny_models
-from nmsolve.prune import prune_model
-torch.set_num_threads(1)
-calls = int(sys.argv[2])
-def check():
-    global calls
-    calls -= 1
-    if calls == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-prune_model(tiny_models.make("llama"), tiny_models.tokens(), "4:8", method=sys.argv[3],
-            sequential=sys.argv[4], iterations=20, resume=sys.argv[1], backend="torch", check=check)
-"""
-
-
-@pytest.mark.parametrize(
-    ("method", "sequential", "calls"),
-    [("alps", "layer", 44), ("sparsegpt", "block", 21), ("wanda", "off", 21)],
-)
-def test_a_killed_run_goes_on(method, sequential, calls, tmp_path):
-    options = {"method": method, "sequential": sequential, "iterations": 20}
-    data = tiny_models.tokens()
-    folder = tmp_path / "layers"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-c", VICTIM, str(folder), str(calls), method, sequential],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == -9, done.stderr
-    finished = len(list((folder / "layers").glob("*.safetensors")))
-    assert 7 < finished < 14
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        undisturbed, resumed = tiny_models.make("llama"), tiny_models.make("llama")
-        expected = prune(undisturbed, data, **options)
-        result = prune(resumed, data, resume=folder, **options)
-        assert result.report.resumed == finished
-        for name, value in undisturbed.state_dict().items():
-            assert torch.equal(value, resumed.state_dict()[name]), name
-        assert all(torch.equal(mask, result.masks[name]) for name, mask in expected.masks.items())
-        for a, b in zip(expected.report.layers, result.report.layers, strict=True):
-            assert (a.name, a.relative_error, a.retained) == (b.name, b.relative_error, b.retained)
-
-        once_more = tiny_models.make("llama")
-        assert prune(once_more, data, resume=folder, **options).report.resumed == 14
-        assert torch.equal(once_more.lm_head.weight, resumed.lm_head.weight)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_layers_of_another_run_are_refused(tmp_path):
-    data = torch.randn(8, 16)
-    prune(mlp(), data, "2:4", resume=tmp_path / "a")
-    for changes, what in (
-        ({"pattern": "1:4"}, "pattern"),
-        ({"method": "ria"}, "method"),
-        ({"calibration": data + 1}, "calibration"),
-        ({"transposable": False}, "transposable"),
-    ):
-        given = {"calibration": data, "pattern": "2:4", "method": "wanda", **changes}
-        with pytest.raises(nmsolve.NMSolveError, match=f"holds layers of another run: {what} was"):
-            prune_model(mlp(), resume=tmp_path / "a", **QUICK, **given)
-    other = mlp()
-    other[0].weight.data += 1
-    with pytest.raises(nmsolve.NMSolveError, match="model was"):
-        prune(other, data, "2:4", resume=tmp_path / "a")
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "file").touch()
-    with pytest.raises(nmsolve.NMSolveError, match="is not empty"):
-        prune(mlp(), data, "2:4", resume=tmp_path / "b")
-
-
-# --- memory -------------------------------------------------------------------------------------------------
-
-
-MEMORY = """
-import resource
-import torch
-from torch import nn
-from nmsolve.prune import prune_model
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-def model(depth):
-    return nn.Sequential(*[nn.Linear(512, 512) for _ in range(depth)])
-options = dict(pattern="2:4", transposable=False, method="sparsegpt", backend="torch", progress=False)
-prune_model(model(2), torch.randn(512, 512), batch_size=256, **options)
-big = model(40)
-data = torch.randn(16384, 512)
-before = peak()
-prune_model(big, data, batch_size=256, samples=16384, **options)
-print(peak() - before)
-"""
-
-
-def test_memory_does_not_grow_with_the_depth(tmp_path):
-    done = subprocess.run([sys.executable, "-c", MEMORY], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    activations, hessian, batch = 16384 * 512 * 4, 512 * 512 * 4, 256 * 512 * 4
-    # One block's inputs, the Hessian and its factors, a layer's working copies; all inputs would be 1.3 GB.
-    assert int(done.stdout) < activations + 12 * hessian + 8 * batch + 32 * 2**20
-
-
-# --- arguments ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model": 3}, "model: expected a torch.nn.Module, got int"),
-        ({"method": "best"}, "method: expected one of magnitude"),
-        ({"sequential": "no"}, "sequential: expected one of"),
-        ({"mask_method": "no"}, "mask_method: expected one of"),
-        ({"transposable": False, "mask_method": "greedy"}, "needs transposable=True"),
-        ({"pattern": "2/4"}, "pattern: expected 'N:M'"),
-        ({"pattern": {}}, "pattern: expected at least one"),
-        ({"pattern": {"*": 3}}, "pattern: expected 'N:M' or a mapping"),
-        ({"pattern": {"nothing.*": "2:4"}}, "pattern: 'nothing.*' matches none of the model's 3 layers"),
-        ({"dense": ["nothing"]}, "dense: 'nothing' matches none"),
-        ({"pattern": "32:64"}, "no layer to prune among 3 .*smaller than one block of 64"),
-        ({"calibration": None}, "calibration: needed for method 'wanda'"),
-        ({"calibration": []}, "calibration: expected at least one batch"),
-        ({"calibration": 5}, "calibration: expected a path, a tensor or an iterable of batches, got int"),
-        ({"calibration": [5]}, "calibration: expected batches that are tensors"),
-        ({"calibration": torch.empty(0, 16)}, "empty tensor"),
-        ({"calibration": "missing.txt"}, "missing.txt: expected a text file"),
-        ({"samples": 0}, "samples: expected an integer of at least 1, got 0"),
-        ({"damping": 0.0}, "damping: expected a positive number"),
-        ({"iterations": 0}, "iterations: expected an integer"),
-        ({"backend": "no"}, "backend: expected"),
-        ({"initial_masks": {"x": torch.ones(1, dtype=torch.bool)}}, "initial_masks: 'x' is no weight"),
-        ({"initial_masks": {"0.weight": torch.ones(2, 2)}}, "expected a bool tensor of shape"),
-    ],
-)
-def test_wrong_arguments_are_refused_before_any_work(changes, message):
-    model = mlp()
-    before = weights(model)
-    given = {"model": model, "calibration": torch.randn(8, 16), "pattern": "2:4", "method": "wanda", **QUICK}
-    with pytest.raises(nmsolve.NMSolveError, match=message):
-        prune_model(**{**given, **changes})
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_tokens_that_the_model_does_not_know():
-    with pytest.raises(nmsolve.NMSolveError, match="expected tokens from 0 to 95, got 96"):
-        prune(tiny_models.make("llama"), torch.full((2, 8), 96))
-
-
-def test_inputs_that_are_not_finite():
-    data = torch.randn(8, 16)
-    data[3, 5] = torch.nan
-    with pytest.raises(nmsolve.NMSolveError, match="the inputs of 0 hold NaN"):
-        prune(mlp(), data, "2:4")
-
-
-def test_calibration_text_and_tokens(tmp_path):
-    def tokenizer(text):
-        return {"input_ids": [ord(c) % 96 for c in text]}
-
-    file = tmp_path / "text.txt"
-    file.write_text("abcdefghij" * 10)
-    batches = make_batches(file, tokenizer=tokenizer, samples=3, sequence_length=8, batch_size=2)
-    assert [tuple(batch.shape) for batch in batches] == [(2, 8), (1, 8)]
-    again = make_batches(file, tokenizer=tokenizer, samples=3, sequence_length=8, batch_size=2)
-    other = make_batches(file, tokenizer=tokenizer, samples=3, sequence_length=8, batch_size=2, seed=1)
-    assert torch.equal(batches[0], again[0])
-    assert not torch.equal(torch.cat(batches), torch.cat(other))
-    with pytest.raises(nmsolve.NMSolveError, match="tokenizer: needed"):
-        make_batches(file)
-    assert [tuple(b.shape) for b in make_batches(torch.arange(10), sequence_length=99)] == [(1, 10)]
-    assert isinstance(make_batches([[torch.ones(1), 2]])[0], tuple)
-
-
-def test_loose_layers_around_a_chain():
-    """OPT's projections stand before and after its blocks; each stage is calibrated in its turn."""
-    model = tiny_models.make("opt")
-    result = prune(model, tiny_models.tokens(), {"*": "4:8"})
-    names = [row.name.rpartition(".")[2] for row in result.report.layers]
-    assert "project_in" in names
-    with quiet_model(model):
-        plan = make_plan(model, [x for x in find_layers(model) if x.name != "lm_head"], tiny_models.tokens())
-    assert [type(stage) for stage in plan.stages] == [Loose, Chain, Loose]

@@ -19,6 +19,10 @@ OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.5),
     "adamw amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.5, fused=True),
+    "groups": lambda p: torch.optim.SGD(
+        [{"params": [next(p)], "lr": 0.2}, {"params": list(p), "weight_decay": 0.5}], lr=0.1, momentum=0.9
+    ),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
     "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
 }
@@ -107,6 +111,77 @@ def test_operands_of_a_convolution_are_those_of_its_kernel_positions():
     assert found is None
 
 
+def test_restored_moments_of_an_optimizer_do_not_bring_weights_back():
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    train(model, optimizer)
+    dense = copy.deepcopy(optimizer.state_dict())
+    fixed = FixedMasks(model, masks_of(model), optimizer)
+    optimizer.load_state_dict(dense)
+    train(model, optimizer)
+    assert all((x.forward, x.backward, x.stray) == (True, True, 0) for x in fixed.operands("2:4"))
+
+
+@pytest.mark.parametrize("replace", ["assign", "parameter", "dtype", "overwrite", "unfrozen"])
+def test_parameters_that_are_replaced_are_masked_as_well(replace):
+    """What operands() reports is what the model computes with, whichever tensors that are by now."""
+    model = network()
+    dense, masks, dtype = copy.deepcopy(model.state_dict()), masks_of(model), torch.float32
+    if replace == "unfrozen":
+        model.requires_grad_(False)
+    fixed = FixedMasks(model, masks)
+    match replace:
+        case "assign":
+            model.load_state_dict(dense, assign=True)
+        case "parameter":
+            model[0].weight = nn.Parameter(torch.ones(32, 16))
+        case "dtype":
+            dtype = torch.bfloat16
+            model.to(dtype)
+        case "overwrite":
+            dtype = torch.float64
+            torch.__future__.set_overwrite_module_params_on_conversion(True)
+            try:
+                model.to(dtype)
+            finally:
+                torch.__future__.set_overwrite_module_params_on_conversion(False)
+        case "unfrozen":
+            model.requires_grad_(True)
+    assert sum(x.stray for x in fixed.operands("2:4")) == sum(
+        int((model.state_dict()[name] != 0)[~mask].sum()) for name, mask in masks.items()
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    fixed.attach(optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.ones(2, 16, dtype=dtype)).square().sum().backward()
+        optimizer.step()
+    for name, mask in masks.items():
+        parameter = model.get_parameter(name)
+        assert not (parameter != 0)[~mask].any()
+        assert (parameter != 0)[mask].any()
+        assert not parameter.grad[~mask].any()
+    assert all((x.forward, x.backward, x.stray) == (True, True, 0) for x in fixed.operands("2:4"))
+
+
+def test_operands_with_a_pattern_for_each_weight():
+    model = network()
+    fixed = FixedMasks(model, masks_of(model))
+    patterns = {"0.weight": nmsolve.NMPattern(2, 4), "2.weight": nmsolve.NMPattern(1, 4)}
+    found = [(x.name, x.pattern, x.forward) for x in fixed.operands(patterns)]
+    assert found == [("0.weight", "2:4", True), ("2.weight", "1:4", False)]
+    with pytest.raises(nmsolve.NMSolveError, match=r"pattern: expected one for '2\.weight'"):
+        fixed.operands({"0.weight": nmsolve.NMPattern(2, 4)})
+
+
+def test_masks_of_a_compiled_model():
+    model = network()
+    masks = masks_of(model)
+    fixed = FixedMasks(torch.compile(model, backend="eager"), masks)
+    assert torch.equal(model[0].weight != 0, masks["0.weight"])
+    assert fixed.operands("2:4")[0].stray == 0
+
+
 def test_remove_ends_it():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -129,6 +204,8 @@ def test_frozen_weights_are_masked_too():
         ({"missing": torch.ones(1, dtype=torch.bool)}, "no parameter 'missing'"),
         ({"0.weight": torch.ones(3, 3, dtype=torch.bool)}, r"expected a bool tensor of shape \(32, 16\)"),
         ({"0.weight": torch.ones(32, 16)}, "expected a bool tensor"),
+        ({"0.bias.weight": torch.ones(1, dtype=torch.bool)}, "no parameter '0.bias.weight'"),
+        ("folder", "masks: expected names and bool tensors, got str"),
     ],
 )
 def test_wrong_masks(masks, message):
@@ -208,6 +285,28 @@ def test_perplexity_is_the_definition(batch_size):
     assert found.perplexity == pytest.approx(math.exp(sum(lost) / len(lost)), rel=1e-6)
     assert (found.windows, found.window) == (4, 5)
     assert perplexity(model, tokens, window=5, windows=2, progress=False).windows == 2
+
+
+def test_perplexity_windows_are_what_the_model_takes():
+    class Positions(Bigram):
+        """Has learned positions for four tokens."""
+
+        config = type("Config", (), {"max_position_embeddings": 4})
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return super().forward(tokens) + torch.zeros(4)[torch.arange(tokens.shape[1])][:, None]
+
+    tokens = torch.zeros(9, dtype=torch.int64)
+    assert perplexity(Positions(), tokens, progress=False)[1:] == (2, 4)
+    with pytest.raises(nmsolve.NMSolveError, match="window: the model cannot be called on windows of 5"):
+        perplexity(Positions(), tokens, window=5, progress=False)
+
+
+def test_a_model_that_puts_out_nan_has_no_perplexity():
+    model = Bigram()
+    model.table.data[0, 0] = torch.nan
+    with pytest.raises(nmsolve.NMSolveError, match="expected finite logits, got NaN"):
+        perplexity(model, torch.zeros(9, dtype=torch.int64), window=3, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nmsolve.masks import nm_mask, transposable_mask
 from nmsolve.pattern import NMPattern
+from nmsolve.prune.rule import MaskRule
 
 __all__ = ["prune_mask"]
 
@@ -51,6 +51,4 @@ def prune_mask(
     >>> nmsolve.check_mask(weight != 0, 1, 4)
     """
     pattern = NMPattern.from_pruned(prune_n, prune_m)
-    if transposable:
-        return ~transposable_mask(w_metric, pattern.n, pattern.m, method=method, backend=backend)
-    return ~nm_mask(w_metric, pattern.n, pattern.m, backend=backend)
+    return ~MaskRule(pattern, transposable, method, backend).step(w_metric)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from nmsolve.errors import NMSolveError
+from nmsolve.prune.problem import Pruned
 from nmsolve.prune.rule import MaskRule
-from nmsolve.prune.sparsegpt import Pruned, sparsegpt
+from nmsolve.prune.sparsegpt import sparsegpt
 
 __all__ = ["sparsegpt_weight", "weight_mask"]
 

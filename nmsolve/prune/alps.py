@@ -23,8 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nmsolve.errors import NMSolveError
+from nmsolve.prune.problem import DAMPING, Pruned, check_hessian, check_problem
 from nmsolve.prune.rule import MaskRule
-from nmsolve.prune.sparsegpt import DAMPING, Pruned
 
 __all__ = ["AlpsSystem", "alps", "alps_system"]
 
@@ -49,7 +50,14 @@ class AlpsSystem(NamedTuple):
 
 
 def alps_system(hessian: Tensor, damping: float = DAMPING) -> AlpsSystem:
-    """What ALPS needs of ``hessian``; layers that see the same inputs share it."""
+    """What ALPS needs of ``hessian``; layers that see the same inputs share it.
+
+    Raises
+    ------
+    NMSolveError
+        If it is no finite square matrix in float32 or float64.
+    """
+    check_hessian(hessian)
     diagonal = hessian.diagonal()
     # Without any input all weights count alike.
     damp = damping * diagonal.mean() if bool(diagonal.any()) else torch.ones_like(diagonal[0])
@@ -60,6 +68,7 @@ def alps_system(hessian: Tensor, damping: float = DAMPING) -> AlpsSystem:
     return AlpsSystem(scale, scaled, values.clamp_min_(0), vectors)
 
 
+@torch.no_grad()
 def alps(
     weight: Tensor,
     hessian: Tensor | AlpsSystem,
@@ -95,6 +104,11 @@ def alps(
     Pruned
         Weight in the Hessian's dtype, and mask.
 
+    Raises
+    ------
+    NMSolveError
+        If an argument is not as described.
+
     Examples
     --------
     >>> inputs = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -105,6 +119,9 @@ def alps(
     True
     """
     system = hessian if isinstance(hessian, AlpsSystem) else alps_system(hessian, damping)
+    check_problem(weight, len(system.scale), positions, allowed)
+    if iterations < 1:
+        raise NMSolveError(f"iterations: expected at least 1, got {iterations!r}")
     dense = weight.to(system.hessian.dtype) * system.scale
     target = dense @ system.hessian
     b, mask = _admm(dense, target, system, rule, iterations, positions, allowed)

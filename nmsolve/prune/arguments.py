@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ __all__ = [
     "check_initial_masks",
     "check_settings",
     "check_tokens",
+    "check_weights",
     "fingerprints",
     "parse_patterns",
     "sequence_length_of",
@@ -86,6 +88,17 @@ def parse_patterns(pattern: Patterns) -> dict[str, NMPattern | None]:
     return found
 
 
+def check_weights(selected: Selected) -> None:
+    for layer in selected.layers:
+        weight = layer.weight.detach()
+        wrong = weight.numel() - int(torch.isfinite(weight).sum())
+        if wrong:
+            raise NMSolveError(
+                f"model: {layer.weight_name}: expected finite values, got {wrong} NaN or infinite of "
+                f"{weight.numel()}"
+            )
+
+
 def check_initial_masks(
     given: Mapping[str, Tensor] | str | os.PathLike[str] | None, selected: Selected
 ) -> dict[Layer, Tensor]:
@@ -108,9 +121,13 @@ def check_initial_masks(
 
 
 def sequence_length_of(model: nn.Module, asked: int | None) -> int:
+    """``asked``, or else as many tokens as the model takes, 2048 at most."""
     if asked is not None:
         return asked
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    config = getattr(model, "config", None)
+    text_config = getattr(config, "get_text_config", None)
+    text = text_config() if callable(text_config) else config
+    longest = getattr(text, "max_position_embeddings", None)
     return min(2048, longest) if isinstance(longest, int) and longest > 0 else 2048
 
 
@@ -132,14 +149,15 @@ def check_tokens(model: nn.Module, batches: Iterable[Batch]) -> None:
 
 
 def fingerprints(
-    selected: Selected, batches: Iterable[Batch], allowed: Mapping[Layer, Tensor]
+    model: nn.Module, selected: Selected, batches: Iterable[Batch], allowed: Mapping[Layer, Tensor]
 ) -> dict[str, str]:
-    weights = fingerprint([{layer.weight_name: layer.weight} for layer in selected.layers])
+    """What tells a run's inputs from those of another: all that its results depend on but the settings."""
+    tensors = chain(model.named_parameters(), model.named_buffers())
     return {
-        "model": weights,
+        "model": fingerprint({name: value} for name, value in tensors if not value.is_meta),
         "calibration": fingerprint(batches),
         "initial_masks": fingerprint([{layer.weight_name: mask} for layer, mask in allowed.items()]),
         "patterns of the layers": hashlib.sha256(
             repr([(x.name, str(p)) for x, p in selected.layers.items()]).encode()
-        ).hexdigest(),
+        ).hexdigest()[:16],
     }

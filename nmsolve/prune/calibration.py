@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from nmsolve.errors import NMSolveError
 
-__all__ = ["Batch", "call_model", "make_batches", "read_tokens"]
+__all__ = [
+    "Batch",
+    "call_model",
+    "describe",
+    "fingerprint",
+    "make_batches",
+    "read_tokens",
+    "real_positions",
+]
 
 # A tensor, the positional arguments of the model, or its keyword arguments.
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -36,9 +44,7 @@ def read_tokens(path: str | os.PathLike[str], tokenizer: Tokenizer | None) -> Te
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            tensors = list(load_file(path).values())
+            tensors = list(_load_safetensors(path).values())
             if len(tensors) != 1:
                 raise NMSolveError(f"{path}: expected one tensor of tokens, got {len(tensors)}")
             return tensors[0]
@@ -48,6 +54,16 @@ def read_tokens(path: str | os.PathLike[str], tokenizer: Tokenizer | None) -> Te
     if tokenizer is None:
         raise NMSolveError(f"tokenizer: needed to read the text of {path}")
     return torch.as_tensor(tokenizer(text)["input_ids"], dtype=torch.int64).reshape(-1)
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise NMSolveError(f"{path}: expected a .safetensors file: {error}") from None
 
 
 def make_batches(
@@ -67,8 +83,8 @@ def make_batches(
         A text file (or .safetensors file of tokens) is read; token tensors ``(T,)`` are cut into windows of
         ``sequence_length``, of which ``samples`` are drawn without overlap; token tensors ``(S, T)`` are
         taken as they are, row by row, the first ``samples``; floating-point tensors are split along their
-        first dimension. The items of any other iterable are batches already: tensors, tuples of positional
-        arguments or mappings of keyword arguments.
+        first dimension. The items of any other iterable are batches already, and may differ in length:
+        tensors, tuples of positional arguments or mappings of keyword arguments.
     tokenizer : callable, optional
         For text: ``tokenizer(text)["input_ids"]``.
     samples, sequence_length, batch_size, seed : int
@@ -97,10 +113,11 @@ def make_batches(
         )
     batches: list[Batch] = []
     for item in calibration:
-        if not isinstance(item, Tensor | Mapping | tuple | list):
+        numbers = isinstance(item, tuple | list) and all(isinstance(x, int | float) for x in item)
+        if numbers or not isinstance(item, Tensor | Mapping | tuple | list):
+            got = f"a {type(item).__name__}{' of numbers' if numbers else ''}"
             raise NMSolveError(
-                "calibration: expected batches that are tensors, tuples or mappings, "
-                f"got {type(item).__name__}"
+                f"calibration: expected batches that are tensors, tuples or mappings of them, got {got}"
             )
         batches.append(tuple(item) if isinstance(item, list) else item)
     if not batches:
@@ -137,6 +154,30 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
     return model(moved(batch))
 
 
+def real_positions(model: nn.Module, batch: Batch) -> Tensor | None:
+    """Which of the positions ``(B, T)`` of a batch are no padding, bool; None where all count.
+
+    A batch tells by its ``attention_mask``. That of an encoder-decoder model belongs to one of its two sides
+    only, so that there all positions count.
+    """
+    given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    two_sided = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not isinstance(given, Tensor) or given.ndim != 2 or two_sided or bool((given != 0).all()):
+        return None
+    return given != 0
+
+
+def describe(value: object) -> str:
+    """The types and shapes in a batch, in a line."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {describe(part)}" for name, part in value.items()) + "}"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(describe(part) for part in value) + ")"
+    return type(value).__name__
+
+
 def fingerprint(batches: Iterable[Batch]) -> str:
     """A hash of the batches' contents."""
     digest = hashlib.sha256()
@@ -157,4 +198,4 @@ def fingerprint(batches: Iterable[Batch]) -> str:
 
     for batch in batches:
         add(batch)
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]

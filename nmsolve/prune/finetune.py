@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
-from nmsolve.prune.layers import Layer, find_layers
+from nmsolve.prune.layers import Layer, find_layers, uncompiled
 
 __all__ = ["FixedMasks", "Operands", "to_semi_structured"]
 
@@ -35,7 +35,8 @@ class FixedMasks:
 
     Gradients of masked weights are cleared as soon as they are accumulated, so that momentum and second
     moments of optimizers never see them, and the weights themselves are cleared after every step, so that
-    nothing that an optimizer does (weight decay, noise, momentum of an earlier phase) survives.
+    nothing that an optimizer does (weight decay, noise, momentum of an earlier phase) survives. Parameters
+    are looked up by name: one that is replaced (``load_state_dict(assign=True)``) is masked like the first.
 
     Parameters
     ----------
@@ -69,62 +70,107 @@ class FixedMasks:
         masks: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        if not isinstance(masks, Mapping):
+            raise NMSolveError(f"masks: expected names and bool tensors, got {type(masks).__name__}")
+        model = uncompiled(model)
         self._layers = {layer.weight_name: layer for layer in find_layers(model)}
-        self._held: dict[str, tuple[nn.Parameter, Tensor]] = {}
+        self._held: dict[str, _Held] = {}
         for name, mask in masks.items():
-            parameter = parameters.get(name)
-            if parameter is None:
-                raise NMSolveError(f"masks: the model has no parameter {name!r}")
+            owner, _, leaf = name.rpartition(".")
+            try:
+                held = _Held(model.get_submodule(owner), leaf, mask)
+                parameter = held.parameter
+            except (AttributeError, KeyError):
+                raise NMSolveError(f"masks: the model has no parameter {name!r}") from None
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != parameter.shape:
                 raise NMSolveError(
                     f"masks: {name}: expected a bool tensor of shape {tuple(parameter.shape)}, got "
                     + (f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask))
                 )
-            self._held[name] = (parameter, mask.to(parameter.device))
+            self._held[name] = held
         self._handles: list[Any] = []
-        for parameter, mask in self._held.values():
-            if parameter.requires_grad:
-                self._handles.append(parameter.register_post_accumulate_grad_hook(_clearing(mask)))
+        self._watching = True
         self.apply()
         if optimizer is not None:
             self.attach(optimizer)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Clears masked weights after every step of this optimizer as well."""
+        self._watching = True
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self.apply()))
 
     @torch.no_grad()
     def apply(self) -> None:
         """Sets masked weights to zero."""
-        for parameter, mask in self._held.values():
-            parameter.masked_fill_(~mask, 0)
+        for held in self._held.values():
+            if self._watching:
+                held.watch()
+            held.apply()
 
     def remove(self) -> None:
         """Removes all hooks; the weights stay as they are."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._watching = [], False
+        for held in self._held.values():
+            held.release()
 
-    def operands(self, pattern: NMPattern | str) -> list[Operands]:
+    def operands(self, pattern: NMPattern | str | Mapping[str, NMPattern]) -> list[Operands]:
         """Checks the weights as they are now against N:M, along the input and along the output.
 
         Parameters
         ----------
-        pattern : NMPattern or str
-            Groups with fewer than N weights pass, as they do in hardware.
+        pattern : NMPattern, str or mapping of weight name to NMPattern
+            One for all, or such as :attr:`PruneResult.patterns`. Groups with fewer than N weights pass, as
+            they do in hardware.
         """
-        pattern = NMPattern.parse(pattern) if isinstance(pattern, str) else pattern
+        one = NMPattern.parse(pattern) if isinstance(pattern, str) else pattern
         found = []
-        for name, (parameter, mask) in self._held.items():
-            layer = self._layers.get(name)
-            there = parameter.detach() != 0
+        for name, held in self._held.items():
+            expected = one if isinstance(one, NMPattern) else one.get(name)
+            if expected is None:
+                raise NMSolveError(f"pattern: expected one for {name!r}, got none")
+            there = held.parameter.detach() != 0
             forward = backward = True
-            for matrix in _matrices(there, layer):
-                forward = forward and _holds(matrix, pattern)
-                backward = backward and _holds(matrix.T, pattern)
-            found.append(Operands(name, str(pattern), forward, backward, int((there & ~mask).sum())))
+            for matrix in _matrices(there, self._layers.get(name)):
+                forward = forward and _holds(matrix, expected)
+                backward = backward and _holds(matrix.T, expected)
+            stray = int((there & ~held.mask.to(there.device)).sum())
+            found.append(Operands(name, str(expected), forward, backward, stray))
         return found
+
+
+class _Held:
+    """A parameter under its name, its mask, and the hook that clears its gradient."""
+
+    def __init__(self, module: nn.Module, leaf: str, mask: Tensor) -> None:
+        self.module, self.leaf, self.mask = module, leaf, mask
+        self._hooked: nn.Parameter | None = None
+        self._handle: Any = None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        parameter = self.module._parameters[self.leaf]
+        if parameter is None:
+            raise KeyError(self.leaf)
+        return parameter
+
+    def watch(self) -> None:
+        parameter = self.parameter
+        if parameter.requires_grad and parameter is not self._hooked:
+            self.release()
+            self._hooked = parameter
+            self._handle = parameter.register_post_accumulate_grad_hook(_clearing(self.mask))
+
+    def apply(self) -> None:
+        parameter = self.parameter
+        self.mask = self.mask.to(parameter.device)
+        parameter.masked_fill_(~self.mask, 0)
+
+    def release(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._hooked = self._handle = None
 
 
 def _clearing(mask: Tensor) -> Any:
@@ -173,7 +219,7 @@ def to_semi_structured(model: nn.Module, masks: Mapping[str, Tensor]) -> list[st
     NMSolveError
         If a layer cannot be converted; then none has been.
     """
-    layers = {layer.weight_name: layer for layer in find_layers(model)}
+    layers = {layer.weight_name: layer for layer in find_layers(uncompiled(model))}
     chosen = []
     for name in masks:
         layer = layers.get(name)

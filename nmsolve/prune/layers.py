@@ -26,7 +26,7 @@ from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
 from nmsolve.selection import DENSE_BY_DEFAULT
 
-__all__ = ["Layer", "Selected", "find_layers", "select_layers"]
+__all__ = ["Layer", "Selected", "find_layers", "select_layers", "uncompiled"]
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -53,6 +53,10 @@ class Layer:
     def input_first(self) -> bool:
         """Whether the weight is stored ``(in, out)``."""
         return _is_transposed(self.module)
+
+    @property
+    def is_convolution(self) -> bool:
+        return isinstance(self.module, _Convolution)
 
     @property
     def groups(self) -> int:
@@ -137,7 +141,11 @@ def find_layers(model: nn.Module) -> list[Layer]:
 
 @dataclass(frozen=True)
 class Selected:
-    """What to prune, in the order of the model's modules, and the other layers with the reason why not."""
+    """What to prune, in the order of the model's modules, and what stays dense with the reason why.
+
+    ``skipped`` has the other layers, and parameters that hold matrices but belong to no layer, such as the
+    stacked experts of a mixture of experts.
+    """
 
     layers: Mapping[Layer, NMPattern]
     skipped: Mapping[str, str]
@@ -164,12 +172,17 @@ def select_layers(
         If a glob matches no layer, or no layer is left to prune.
     """
     layers = find_layers(model)
+    if not layers:
+        raise NMSolveError("model: expected linear layers or convolutions, found none")
+    others = _other_matrices(model, layers)
     for option, globs in (("pattern", patterns), ("dense", dense)):
         for glob in globs:
             if not any(_matches(layer.name, glob) for layer in layers):
                 names = ", ".join(layer.name for layer in layers[:3])
+                meant = (f"; {name} is {what}" for name, what in others.items() if _matches(name, glob))
                 raise NMSolveError(
                     f"{option}: {glob!r} matches none of the model's {len(layers)} layers ({names}, ...)"
+                    + next(meant, "")
                 )
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = _output_head(model)
@@ -188,6 +201,8 @@ def select_layers(
             reason = f"dtype {str(layer.weight.dtype).removeprefix('torch.')}"
         elif layer.weight.numel() == 0 or layer.weight.is_meta:
             reason = "no weights in memory"
+        elif layer.module._parameters.get("weight") is None:
+            reason = "its weight is computed from other parameters"
         elif id(layer.weight) in seen:
             reason = f"shares its weight with {seen[id(layer.weight)]}"
         elif found == "*":
@@ -208,7 +223,26 @@ def select_layers(
             f"model: no layer to prune among {len(layers)} linear layers and convolutions"
             + (f" ({reasons})" if reasons else "")
         )
-    return Selected(chosen, skipped)
+    return Selected(chosen, skipped | others)
+
+
+def _other_matrices(model: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
+    """Parameters that hold matrices but belong to no layer and no embedding, with what they are."""
+    known = {id(layer.module) for layer in layers}
+    found = {}
+    for prefix, module in model.named_modules():
+        if id(module) in known or isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            continue
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if parameter.ndim == 2 or (parameter.ndim > 2 and len(parameter) > 1):
+                found[name] = f"a parameter of {type(module).__name__}, which is no layer that can be pruned"
+    return found
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` has wrapped, whose names are those of the checkpoint."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def _matches(name: str, glob: str) -> bool:

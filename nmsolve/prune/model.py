@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from nmsolve.checkpoint import MASKS_FOLDER, MASKS_SUFFIX, REPORT_NAME
+from nmsolve.checkpoint import MASKS_FOLDER, MASKS_SUFFIX, PICTURE_NAME, REPORT_NAME
 from nmsolve.dispatch import select
 from nmsolve.errors import NMSolveError
 from nmsolve.packed import save_masks
@@ -22,21 +25,20 @@ from nmsolve.prune.arguments import (
     check_initial_masks,
     check_settings,
     check_tokens,
+    check_weights,
     fingerprints,
     parse_patterns,
     sequence_length_of,
 )
 from nmsolve.prune.calibration import Batch, make_batches
-from nmsolve.prune.layers import select_layers
-from nmsolve.prune.report import PruneReport
+from nmsolve.prune.layers import select_layers, uncompiled
+from nmsolve.prune.problem import DAMPING
+from nmsolve.prune.report import PruneReport, need_matplotlib
 from nmsolve.prune.run import Run
-from nmsolve.prune.sparsegpt import DAMPING
 from nmsolve.prune.store import LayerStore
 from nmsolve.prune.walk import quiet_model
 
 __all__ = ["PruneResult", "prune_model"]
-
-PICTURE_NAME = "nmsolve_report.png"
 
 
 @dataclass
@@ -63,13 +65,27 @@ class PruneResult:
         """Saves a transformers model with ``save_pretrained``; masks, report and picture beside it.
 
         The masks are packed to bits, one file for each pattern in ``masks/``;
-        :func:`nmsolve.packed.load_masks` reads the folder.
+        :func:`nmsolve.packed.load_masks` reads the folder. Masks of an earlier ``save`` there are removed.
+
+        Raises
+        ------
+        NMSolveError
+            If the model has no ``save_pretrained``, or a picture is asked for and matplotlib is missing.
         """
+        if not hasattr(model, "save_pretrained"):
+            raise NMSolveError(
+                f"model: expected a transformers model, got {type(model).__name__} without save_pretrained; "
+                "nmsolve.save_masks saves the masks of any"
+            )
+        if picture:
+            need_matplotlib()
         folder = Path(folder)
         model.save_pretrained(folder)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         (folder / MASKS_FOLDER).mkdir(exist_ok=True)
+        for earlier in (folder / MASKS_FOLDER).glob(f"*{MASKS_SUFFIX}"):
+            earlier.unlink()
         for pattern in dict.fromkeys(self.patterns.values()):
             masks = {name: mask for name, mask in self.masks.items() if self.patterns[name] == pattern}
             file = folder / MASKS_FOLDER / f"{pattern.n}of{pattern.m}{MASKS_SUFFIX}"
@@ -77,6 +93,13 @@ class PruneResult:
         self.report.write(folder / REPORT_NAME)
         if picture:
             self.report.draw(folder / PICTURE_NAME)
+
+
+def _uncompiled_calls() -> AbstractContextManager[object]:
+    """Modules that torch.compile has compiled run as they are written: compiled code may skip hooks."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def prune_model(
@@ -107,7 +130,8 @@ def prune_model(
     Parameters
     ----------
     model : nn.Module
-        A transformers model or any other; on any device. It runs in evaluation mode, as it is.
+        A transformers model or any other; on any device. It runs in evaluation mode, as it is, and not
+        compiled; of a model from ``torch.compile`` the module inside is pruned.
     calibration : path, Tensor or iterable
         What the layers' inputs are measured on; see :func:`nmsolve.prune.make_batches`. Only "magnitude" does
         without (and then reports no reconstruction error).
@@ -153,8 +177,8 @@ def prune_model(
     Raises
     ------
     NMSolveError
-        If an argument is not as described, before the model is touched; or if a layer's inputs are not
-        finite.
+        If an argument is not as described, before the model is touched; or, while it works, if the inputs
+        of a layer are not finite or its Hessian cannot be factored.
 
     Examples
     --------
@@ -165,6 +189,8 @@ def prune_model(
     >>> nmsolve.check_mask(model[0].weight != 0, 2, 4)
     """
     start = time.perf_counter()
+    if isinstance(model, nn.Module):
+        model = uncompiled(model)
     settings = check_settings(
         method, transposable, mask_method, backend, sequential, damping, iterations, model
     )
@@ -172,6 +198,7 @@ def prune_model(
     selected = select_layers(model, patterns, dense)
     for layer, layer_pattern in selected.layers.items():
         select(backend, layer.weight.device, layer_pattern.m)
+    check_weights(selected)
     allowed = check_initial_masks(initial_masks, selected)
     batches: list[Batch] = []
     if calibration is None:
@@ -197,12 +224,16 @@ def prune_model(
             "seed": seed,
         },
         skipped=dict(selected.skipped),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
-    store = None
-    if resume is not None:
-        store = LayerStore(resume, {**report.settings, **fingerprints(selected, batches, allowed)})
-    run = Run(model, settings, selected, allowed, batches, report, store, progress, check)
-    with quiet_model(model):
+    with ExitStack() as stack:
+        store = None
+        if resume is not None:
+            prints = fingerprints(model, selected, batches, allowed)
+            store = stack.enter_context(LayerStore(resume, {**report.settings, **prints}))
+        stack.enter_context(quiet_model(model))
+        stack.enter_context(_uncompiled_calls())
+        run = Run(model, settings, selected, allowed, batches, report, store, progress, check)
         run.all()
     report.seconds = time.perf_counter() - start
     return PruneResult(run.masks, {layer.weight_name: p for layer, p in run.pruned.items()}, report)

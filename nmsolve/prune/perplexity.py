@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from nmsolve.errors import NMSolveError
+from nmsolve.prune.arguments import sequence_length_of
 from nmsolve.prune.walk import quiet_model
 
 __all__ = ["Perplexity", "perplexity"]
@@ -25,7 +26,7 @@ def perplexity(
     model: nn.Module,
     tokens: Tensor,
     *,
-    window: int = 2048,
+    window: int | None = None,
     windows: int | None = None,
     batch_size: int = 1,
     progress: bool | None = None,
@@ -42,8 +43,8 @@ def perplexity(
         ``(B, T, vocabulary)``.
     tokens : Tensor
         ``(T,)`` integers; what does not fill a window at the end is left out.
-    window : int
-        Tokens in a window, at least 2.
+    window : int, optional
+        Tokens in a window, at least 2. By default as many as the model takes, 2048 at most.
     windows : int, optional
         Use only the first so many.
     batch_size : int
@@ -54,7 +55,8 @@ def perplexity(
     Raises
     ------
     NMSolveError
-        If an argument is not as described, or the tokens do not fill one window.
+        If an argument is not as described, the tokens do not fill one window, the model does not take a
+        window, or its logits are NaN.
 
     Examples
     --------
@@ -68,6 +70,7 @@ def perplexity(
 
     if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.is_floating_point():
         raise NMSolveError("tokens: expected a tensor (T,) of integers")
+    window = sequence_length_of(model, window)
     for name, value, least in (("window", window, 2), ("windows", windows, 1), ("batch_size", batch_size, 1)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise NMSolveError(f"{name}: expected an integer of at least {least}, got {value!r}")
@@ -85,9 +88,21 @@ def perplexity(
     with quiet_model(model):
         for start in trange(0, count, batch_size, unit="batch", disable=disable):
             part = cut[start : start + batch_size].to(device)
-            output = model(part)
+            output = _call(model, part)
             logits = output if isinstance(output, Tensor) else output.logits
             for row, targets in zip(logits[:, :-1], part[:, 1:], strict=True):
                 total += float(nn.functional.cross_entropy(row.float(), targets, reduction="sum"))
     mean = total / (count * (window - 1))
+    if math.isnan(mean):
+        raise NMSolveError("model: expected finite logits, got NaN")
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, count, window)
+
+
+def _call(model: nn.Module, tokens: Tensor) -> Any:
+    try:
+        return model(tokens)
+    except Exception as error:
+        raise NMSolveError(
+            f"window: the model cannot be called on windows of {tokens.shape[1]} tokens: "
+            f"{type(error).__name__}: {error}"
+        ) from error

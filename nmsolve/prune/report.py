@@ -53,14 +53,15 @@ class PruneReport:
 
     ``memory`` is in bytes: ``model`` (its parameters), ``activations`` (the inputs of one block, for all
     batches), ``statistics`` (the largest Hessians held at a time) and ``peak``, the process's peak of
-    resident memory, plus ``peak_gpu`` where there is a GPU. ``resumed`` counts the layers that an earlier
-    run had finished.
+    resident memory, plus ``peak_gpu`` where there is a GPU. ``parameters`` counts those of the whole model,
+    ``skipped`` says what stays dense and why, ``resumed`` counts the layers that an earlier run had finished.
     """
 
     settings: Mapping[str, object]
     layers: list[LayerReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    parameters: int = 0
     resumed: int = 0
     seconds: float = 0.0
 
@@ -73,6 +74,7 @@ class PruneReport:
         errors = [layer.relative_error for layer in self.layers if layer.relative_error is not None]
         return {
             "layers": len(self.layers),
+            "parameters": self.parameters,
             "weights": sum(layer.weights for layer in self.layers),
             "kept": sum(layer.kept for layer in self.layers),
             "mean_relative_error": math.fsum(errors) / len(errors) if errors else None,

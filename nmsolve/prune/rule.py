@@ -101,7 +101,7 @@ class MaskRule:
         return mask
 
     def step(self, scores: Tensor) -> Tensor:
-        """The mask of scores of one iteration, which throws it away: the tally counts the time alone."""
+        """The mask of scores of any sign without its certificate: the tally counts the time alone."""
         start = time.perf_counter()
         n, m = self.pattern.n, self.pattern.m
         if self.transposable:

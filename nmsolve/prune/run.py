@@ -18,7 +18,7 @@ from nmsolve.packed import pack_mask, unpack_mask
 from nmsolve.pattern import NMPattern
 from nmsolve.prune.alps import alps, alps_system
 from nmsolve.prune.arguments import Settings
-from nmsolve.prune.calibration import Batch, call_model
+from nmsolve.prune.calibration import Batch, call_model, real_positions
 from nmsolve.prune.layers import Layer, Selected
 from nmsolve.prune.report import LayerReport, PruneReport
 from nmsolve.prune.rule import MaskRule
@@ -51,13 +51,28 @@ class PackedMasks(Mapping[str, Tensor]):
 
 @dataclass
 class Hessian:
-    """``X.T @ X`` ``(groups, in, in)`` over the inputs of a group of layers, and how many there were."""
+    """``X.T @ X`` ``(groups, in, in)`` over the inputs of a group of layers, and how many there were.
 
+    ``real`` tells for the batch at hand which of its positions ``(B, T)`` are no padding.
+    """
+
+    layer: Layer
     matrix: Tensor
     tokens: int = 0
+    real: Tensor | None = None
+
+    @classmethod
+    def of(cls, layer: Layer) -> Hessian:
+        size = layer.matrices(layer.weight).shape[2]
+        dtype, device = _work_dtype(layer.weight), layer.weight.device
+        return cls(layer, torch.zeros((layer.groups, size, size), dtype=dtype, device=device))
 
     def add(self, x: Tensor) -> None:
-        x = x.to(self.matrix.dtype)
+        if self.real is not None and not self.layer.is_convolution:
+            real = self.real.flatten().to(x.device)
+            if x.shape[:-1] in (self.real.shape, real.shape):
+                x = x.reshape(-1, x.shape[-1])[real]
+        x = self.layer.inputs(x).to(self.matrix.dtype)
         self.matrix.baddbmm_(x.transpose(1, 2), x)
         self.tokens += x.shape[1]
 
@@ -108,7 +123,8 @@ class Run:
             self.bar.total -= layer.weight.numel()
         # Inputs of the dense model need it dense to the end, unless one chain is all there is: its blocks
         # are left behind one by one.
-        self.delay = self.settings.sequential == "off" and len(plan.stages) > 1
+        one_chain = len(plan.stages) == 1 and isinstance(plan.stages[0], Chain)
+        self.delay = self.settings.sequential == "off" and not one_chain
         for stage in plan.stages:
             if isinstance(stage, Loose):
                 for group in stage.groups:
@@ -175,21 +191,18 @@ class Run:
         with ExitStack() as hooks:
             for group in groups:
                 first = group.layers[0]
-                size = first.matrices(first.weight).shape[2]
-                matrix = torch.zeros(
-                    (first.groups, size, size), dtype=_work_dtype(first.weight), device=first.weight.device
-                )
-                hessian = Hessian(matrix)
+                hessian = Hessian.of(first)
                 early = stop and len(groups) == 1 and group.once
-                hook = first.module.register_forward_pre_hook(
-                    _measuring(first, hessian, early), with_kwargs=True
-                )
+                hook = first.module.register_forward_pre_hook(_measuring(hessian, early), with_kwargs=True)
                 hooks.callback(hook.remove)
                 hessians.append(hessian)
             self._memory(statistics=sum(h.matrix.numel() * h.matrix.element_size() for h in hessians))
             for batch in range(len(self.batches)):
                 if self.check is not None:
                     self.check()
+                real = real_positions(self.model, self.batches[batch])
+                for hessian in hessians:
+                    hessian.real = real
                 with suppress(Stop):
                     forward(batch)
         for group, hessian in zip(groups, hessians, strict=True):
@@ -237,11 +250,15 @@ class Run:
         allowed = self.allowed.get(layer)
         keep = None if allowed is None else layer.matrices(allowed.to(layer.weight.device))
         dense = layer.matrices(layer.weight.detach()).to(_work_dtype(layer.weight))
-        pruned, mask = self._prune_matrices(layer, dense, hessian, rule, keep, system)
-        weight = layer.from_matrices(pruned).to(layer.weight.dtype)
         error = None
-        if hessian is not None:
-            error = _relative_error(dense, layer.matrices(weight), hessian.matrix)
+        with torch.autocast(dense.device.type, enabled=False):
+            try:
+                pruned, mask = self._prune_matrices(layer, dense, hessian, rule, keep, system)
+            except NMSolveError as problem:
+                raise NMSolveError(f"{layer.name}: {problem}") from None
+            weight = layer.from_matrices(pruned).to(layer.weight.dtype)
+            if hessian is not None:
+                error = _relative_error(dense, layer.matrices(weight), hessian.matrix)
         full_mask = layer.from_matrices(mask)
         tally = rule.tally
         report = LayerReport(
@@ -319,9 +336,9 @@ def _work_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _measuring(layer: Layer, hessian: Hessian, stop: bool) -> Callable[..., None]:
+def _measuring(hessian: Hessian, stop: bool) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        hessian.add(layer.inputs(input_of(args, kwargs).detach()))
+        hessian.add(input_of(args, kwargs).detach())
         if stop:
             raise Stop
 
@@ -333,4 +350,4 @@ def _relative_error(dense: Tensor, pruned: Tensor, hessian: Tensor) -> float:
     lost = dense - pruned.to(dense.dtype)
     top = ((lost @ hessian) * lost).sum(dtype=torch.float64)
     whole = ((dense @ hessian) * dense).sum(dtype=torch.float64)
-    return float(top / whole) if whole > 0 else 0.0
+    return max(0.0, float(top / whole)) if whole > 0 else 0.0

@@ -23,21 +23,13 @@ import torch
 from torch import Tensor
 
 from nmsolve.errors import NMSolveError
+from nmsolve.prune.problem import DAMPING, Pruned, check_hessian, check_problem
 from nmsolve.prune.rule import MaskRule
 
-__all__ = ["Pruned", "SparseGPTFactor", "sparsegpt", "sparsegpt_factor"]
-
-DAMPING = 0.01
+__all__ = ["SparseGPTFactor", "sparsegpt", "sparsegpt_factor"]
 
 # Columns whose updates of the columns to their right are gathered into one matrix product.
 _LAZY = 128
-
-
-class Pruned(NamedTuple):
-    """``weight`` ``(out, in)`` with zeros where ``mask`` (bool, True = keep) is False."""
-
-    weight: Tensor
-    mask: Tensor
 
 
 class SparseGPTFactor(NamedTuple):
@@ -53,8 +45,10 @@ def sparsegpt_factor(hessian: Tensor, damping: float = DAMPING) -> SparseGPTFact
     Raises
     ------
     NMSolveError
-        If the damped Hessian is not positive definite in its precision.
+        If it is no finite square matrix in float32 or float64, or the damped Hessian is not positive definite
+        in its precision.
     """
+    check_hessian(hessian)
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     damped = hessian + torch.diag(damping * diagonal.mean() + dead)
@@ -69,6 +63,7 @@ def sparsegpt_factor(hessian: Tensor, damping: float = DAMPING) -> SparseGPTFact
     return SparseGPTFactor(upper, dead)
 
 
+@torch.no_grad()
 def sparsegpt(
     weight: Tensor,
     hessian: Tensor | SparseGPTFactor,
@@ -101,6 +96,11 @@ def sparsegpt(
     Pruned
         Weight in the Hessian's dtype, and mask.
 
+    Raises
+    ------
+    NMSolveError
+        If an argument is not as described, or the damped Hessian is not positive definite.
+
     Examples
     --------
     >>> inputs = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -111,7 +111,8 @@ def sparsegpt(
     True
     """
     upper, dead = hessian if isinstance(hessian, SparseGPTFactor) else sparsegpt_factor(hessian, damping)
-    size = weight.shape[1]
+    size = len(upper)
+    check_problem(weight, size, positions, allowed)
     columns = weight.to(upper.dtype).T.clone(memory_format=torch.contiguous_format)  # row j is column j of W
     columns[dead] = 0
     keep = torch.empty(columns.shape, dtype=torch.bool, device=columns.device)

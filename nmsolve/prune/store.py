@@ -7,10 +7,14 @@ so a layer is there whole or not at all.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -20,41 +24,93 @@ from nmsolve.packed import pack_mask, unpack_mask
 
 __all__ = ["LayerStore"]
 
+_RECORD, _LAYERS = "run.json", "layers"
+
 
 class LayerStore:
-    """The finished layers of one run.
+    """The finished layers of one run; a context manager that holds the folder for this process.
 
     Parameters
     ----------
     folder : path
-        Made if it is not there. One that a run with other settings, another model or other calibration data
-        has left is refused.
+        Made if it is not there, and removed at the end if it has no layer. One with layers of a run with
+        other settings, another model or other calibration data is refused, and so is one in use.
     run : mapping
         JSON data that says what is being done.
+
+    Raises
+    ------
+    NMSolveError
+        If the folder is refused or cannot be made.
     """
 
     def __init__(self, folder: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
-        record = self.folder / "run.json"
-        if record.exists():
-            found = json.loads(record.read_text(encoding="utf-8"))
-            names = dict.fromkeys([*run, *found])
-            differing = [name for name in names if run.get(name) != found.get(name)]
-            if differing:
-                name = differing[0]
-                raise NMSolveError(
-                    f"resume: {self.folder} holds layers of another run: {name} was {found.get(name)!r} "
-                    f"there and is {run.get(name)!r} now; remove the folder or name another"
-                )
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise NMSolveError(f"resume: {self.folder} is not empty and holds no run of nmsolve")
-        (self.folder / "layers").mkdir(parents=True, exist_ok=True)
+        self._lock: int | None = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._hold()
+            self._check(run)
+            _write_atomically(self.folder / _RECORD, json.dumps(run, indent=2).encode())
+            (self.folder / _LAYERS).mkdir(exist_ok=True)
+        except OSError as error:
+            self._release()
+            raise NMSolveError(f"resume: {self.folder}: {error.strerror or error}") from None
+        except BaseException:
+            self._release()
+            raise
+
+    def __enter__(self) -> LayerStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._names():
+            with suppress(OSError):
+                shutil.rmtree(self.folder / _LAYERS)
+                (self.folder / _RECORD).unlink()
+                self.folder.rmdir()
+        self._release()
+
+    def _names(self) -> list[str]:
+        return sorted(path.stem for path in (self.folder / _LAYERS).glob("[!.]*.safetensors"))
+
+    def _check(self, run: Mapping[str, Any]) -> None:
+        record = self.folder / _RECORD
         if not record.exists():
-            _write_atomically(record, json.dumps(run, indent=2).encode())
+            # Where a run was killed while it wrote its record, only the beginning of that is here.
+            if any(path != _partial(record) for path in self.folder.iterdir()):
+                raise NMSolveError(f"resume: {self.folder} is not empty and holds no run of nmsolve")
+            return
+        found = json.loads(record.read_text(encoding="utf-8"))
+        names = dict.fromkeys([*run, *found])
+        differing = [name for name in names if run.get(name) != found.get(name)]
+        if differing and self._names():
+            name = differing[0]
+            raise NMSolveError(
+                f"resume: {self.folder} holds layers of another run: {name} was {found.get(name)!r} "
+                f"there and is {run.get(name)!r} now; remove it to begin anew"
+            )
+
+    def _hold(self) -> None:
+        """Locks the folder, where the file system has locks."""
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise NMSolveError(f"resume: {self.folder} is in use by another run") from None
+        except OSError:
+            pass
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def path(self, name: str) -> Path:
         """The file of a layer; dots are no separators, so any module name is a file name."""
-        return self.folder / "layers" / f"{name.replace('/', '_') or 'model'}.safetensors"
+        return self.folder / _LAYERS / f"{name.replace('/', '_') or 'model'}.safetensors"
 
     def __contains__(self, name: str) -> bool:
         return self.path(name).exists()
@@ -76,10 +132,13 @@ class LayerStore:
             return weight, mask, json.loads(file.metadata()["report"])
 
 
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
 def _write_atomically(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    with _partial(path).open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
+    os.replace(_partial(path), path)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmsolve.prune.calibration import Batch, call_model
+from nmsolve.errors import NMSolveError
+from nmsolve.prune.calibration import Batch, call_model, describe
 from nmsolve.prune.layers import Layer
 
 __all__ = ["Chain", "Group", "Loose", "Plan", "make_plan", "quiet_model"]
@@ -66,6 +67,22 @@ def _hidden_of(output: Any) -> Tensor | None:
     if isinstance(output, tuple) and output:
         output = output[0]
     return output if isinstance(output, Tensor) else None
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A value as it was at some time: a tensor that has been written to since is not the same any more."""
+
+    value: Any = None
+    version: int = 0
+
+    @classmethod
+    def now(cls, value: Any) -> _Seen:
+        told = isinstance(value, Tensor) and not value.is_inference()
+        return cls(value, value._version if told else 0)
+
+    def is_still(self, value: Any) -> bool:
+        return value is self.value and self.now(value).version == self.version
 
 
 @dataclass
@@ -204,32 +221,38 @@ class _Watched:
     name: str
     blocks: list[nn.Module]
     calls: list[Call] = field(default_factory=list)
-    last: Tensor | None = None
+    last: _Seen = field(default_factory=_Seen)
     chained: bool = True
     first_call: int = -1
 
     def enter(self, index: int, time: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         hidden, call = _split_call(args, kwargs)
         in_turn = index == len(self.calls) and hidden is not None
-        if not in_turn or (index > 0 and hidden is not self.last):
+        if not in_turn or (index > 0 and not self.last.is_still(hidden)):
             self.chained = False
         if index == 0:
             self.first_call = time
         self.calls.append(call)
-        self.last = None
+        self.last = _Seen()
 
     def leave(self, output: Any) -> None:
-        self.last = _hidden_of(output)
+        self.last = _Seen.now(_hidden_of(output))
 
 
 def make_plan(model: nn.Module, layers: Sequence[Layer], first: Batch) -> Plan:
-    """Runs the model on its first batch and decides how to walk it."""
+    """Runs the model on its first batch and decides how to walk it.
+
+    Raises
+    ------
+    NMSolveError
+        If the model does not take the batch, or calls none of the layers.
+    """
     watched = [_Watched(name, blocks) for name, blocks in _containers(model, layers)]
     by_module = {layer.module: layer for layer in layers}
     order: dict[Layer, int] = {}
     counts: dict[Layer, int] = dict.fromkeys(layers, 0)
     groups: list[Group] = []
-    last_input: list[Any] = [None]
+    last_input = [_Seen()]
     clock = [0]
 
     def called(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -240,11 +263,11 @@ def make_plan(model: nn.Module, layers: Sequence[Layer], first: Batch) -> Plan:
             return
         order[layer] = clock[0]
         given = input_of(args, kwargs)
-        if groups and given is last_input[0] and _sees_alike(groups[-1].layers[0], layer):
+        if groups and last_input[0].is_still(given) and _sees_alike(groups[-1].layers[0], layer):
             groups[-1].layers.append(layer)
         else:
             groups.append(Group([layer]))
-        last_input[0] = given
+        last_input[0] = _Seen.now(given)
 
     def entered(w: _Watched, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -265,7 +288,11 @@ def make_plan(model: nn.Module, layers: Sequence[Layer], first: Batch) -> Plan:
                 handle = block.register_forward_pre_hook(entered(w, index), with_kwargs=True)
                 hooks.callback(handle.remove)
                 hooks.callback(block.register_forward_hook(left(w)).remove)
-        call_model(model, first)
+        _call_first(model, first)
+    if not order:
+        raise NMSolveError(
+            f"model: its forward pass on the first batch calls none of the {len(layers)} layers to prune"
+        )
     for group in groups:
         group.once = counts[group.layers[0]] == 1
 
@@ -294,6 +321,16 @@ def make_plan(model: nn.Module, layers: Sequence[Layer], first: Batch) -> Plan:
     return Plan(merged, [layer for layer in layers if layer not in order])
 
 
+def _call_first(model: nn.Module, batch: Batch) -> None:
+    try:
+        call_model(model, batch)
+    except Exception as error:
+        raise NMSolveError(
+            f"calibration: the model cannot be called on the first batch, {describe(batch)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What a layer is called on."""
     return args[0] if args else next(iter(kwargs.values()))
@@ -301,8 +338,7 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 def _sees_alike(a: Layer, b: Layer) -> bool:
     """Whether two layers make the same input matrix of one tensor."""
-    plain = (nn.Conv1d, nn.Conv2d)
-    return not isinstance(a.module, plain) and not isinstance(b.module, plain)
+    return not a.is_convolution and not b.is_convolution
 
 
 def _is_chain(w: _Watched, model: nn.Module, first: Batch) -> bool:

@@ -1,0 +1,188 @@
+"""Any module: chains of blocks, modules that are none, convolutions, awkward inputs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny_models
+import torch
+import torch.nn.utils.prune
+from pruning import inputs_of, mlp, prune
+from torch import nn
+
+import nmsolve
+from nmsolve.prune.layers import Layer, find_layers
+from nmsolve.prune.walk import Chain, Loose, make_plan, quiet_model
+
+pytest.importorskip("transformers")
+
+
+class Residual(nn.Module):
+    """Its first layer is in place, and it is no chain: blocks are called twice and skipped over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)])
+        self.unused = nn.Linear(16, 16)
+
+    def forward(self, x):
+        for layer in (self.inner[0], self.inner[2], self.inner[0]):
+            x = x + torch.relu(layer(x))
+        return self.inner[1](x)
+
+
+def test_any_module_is_walked():
+    torch.manual_seed(0)
+    model, data = Residual(), torch.randn(40, 16)
+    dense = copy.deepcopy(model)
+    result = prune(model, data, "2:4", batch_size=8)
+    assert sorted(result.masks) == ["inner.0.weight", "inner.1.weight", "inner.2.weight"]
+    assert result.report.skipped == {"unused": "not called in the forward pass of the first batch"}
+    rows = {row.name: row for row in result.report.layers}
+    assert rows["inner.0"].tokens == 80
+    x = inputs_of(dense, "inner.0", [data])
+    expected = nmsolve.transposable_mask(
+        (dense.inner[0].weight.detach().abs() * x.norm(dim=0)).float(), 2, 4, backend="torch"
+    )
+    assert torch.equal(result.masks["inner.0.weight"], expected)
+    halfway = copy.deepcopy(dense)
+    halfway.inner[0].weight.data.mul_(expected)
+    x = inputs_of(halfway, "inner.2", [data])
+    scores = halfway.inner[2].weight.detach().abs() * x.norm(dim=0)
+    assert torch.equal(
+        result.masks["inner.2.weight"], nmsolve.transposable_mask(scores.float(), 2, 4, backend="torch")
+    )
+
+
+class InPlace(nn.Module):
+    """Tensors are written to between a block and the next, or between two layers that take them."""
+
+    def __init__(self, between_blocks: bool) -> None:
+        super().__init__()
+        self.between_blocks = between_blocks
+        self.layers = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
+
+    def forward(self, x):
+        scale = 1 + torch.arange(16) ** 2
+        if self.between_blocks:
+            for layer in self.layers:
+                x = layer(x).mul_(scale)
+            return x
+        x = x.clone()
+        first = self.layers[0](x)
+        return first + self.layers[1](x.mul_(scale)) + self.layers[2](x.mul_(scale))
+
+
+@pytest.mark.parametrize("between_blocks", [True, False])
+def test_tensors_that_are_written_to_on_the_way(between_blocks):
+    torch.manual_seed(0)
+    model, data = InPlace(between_blocks), torch.randn(64, 16)
+    dense = copy.deepcopy(model)
+    result = prune(model, data, "2:4", sequential="off", batch_size=64)
+    for k, layer in enumerate(dense.layers):
+        scores = (layer.weight.detach().abs() * inputs_of(dense, f"layers.{k}", [data]).norm(dim=0)).float()
+        expected = nmsolve.transposable_mask(scores, 2, 4, backend="torch")
+        assert (result.masks[f"layers.{k}.weight"] != expected).float().mean() < 0.02
+
+
+def test_weights_that_are_computed_stay_dense():
+    """Writing to them would change nothing."""
+    torch.manual_seed(0)
+    reparametrised = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+    masked = torch.nn.utils.prune.l1_unstructured(nn.Linear(16, 16), "weight", 0.2)
+    model = nn.Sequential(reparametrised, masked, nn.Linear(16, 16))
+    result = prune(model, torch.randn(20, 16), "2:4")
+    assert list(result.masks) == ["2.weight"]
+    for name in ("0", "1"):
+        assert result.report.skipped[name] == "its weight is computed from other parameters"
+
+
+def test_a_model_that_calls_none_of_its_layers():
+    class Idle(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(16, 16)
+            self.inner = nn.Linear(16, 16)
+
+        def forward(self, x):
+            return x
+
+    model = nn.Sequential(Idle())
+    with pytest.raises(nmsolve.NMSolveError, match="calls none of the 1 layers to prune"):
+        prune(model, torch.randn(4, 16), {"0.inner": "2:4"})
+
+
+def test_a_sequential_is_a_chain_and_may_work_in_place():
+    model, data = mlp(), torch.randn(64, 16)
+    with quiet_model(model):
+        (stage,) = make_plan(model, find_layers(model), data).stages
+    assert isinstance(stage, Chain)
+    dense = copy.deepcopy(model)
+    result = prune(model, data, "2:4", batch_size=16)
+    x = data
+    for k in (0, 2, 4):
+        scores = dense[k].weight.detach().abs() * x.norm(dim=0)
+        expected = nmsolve.transposable_mask(scores, 2, 4, backend="torch")
+        assert (result.masks[f"{k}.weight"] != expected).float().mean() < 0.02
+        x = torch.relu(model[k](x)).detach()
+
+
+CONVOLUTIONS = {
+    "plain": nn.Conv2d(8, 16, 3, padding=1, stride=2),
+    "dilated": nn.Conv2d(8, 16, (3, 2), dilation=2, padding=(1, 2)),
+    "grouped": nn.Conv2d(16, 24, 3, groups=2),
+    "same": nn.Conv2d(8, 16, (2, 3), padding="same"),
+    "circular": nn.Conv2d(8, 16, 3, padding=1, padding_mode="circular"),
+    "1d": nn.Conv1d(8, 16, 3, padding=1, stride=2),
+}
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_inputs_of_a_convolution(kind):
+    """The matrices and the inputs of a layer multiply to what the layer computes."""
+    module = copy.deepcopy(CONVOLUTIONS[kind]).double()
+    layer = Layer("conv", module)
+    shape = (2, module.in_channels, *[9, 7][: len(module.kernel_size)])
+    x = torch.randn(shape, dtype=torch.float64)
+    rows = layer.inputs(x) @ layer.matrices(module.weight).transpose(1, 2)
+    expected = module(x) - module.bias.view(-1, *[1] * len(module.kernel_size))
+    expected = expected.flatten(2).unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    torch.testing.assert_close(rows, expected)
+    assert torch.equal(layer.from_matrices(layer.matrices(module.weight)), module.weight)
+
+
+@pytest.mark.parametrize("method", ["wanda", "ria", "sparsegpt", "alps"])
+@pytest.mark.parametrize("kind", ["plain", "grouped", "1d"])
+def test_convolutions_have_a_mask_for_each_kernel_position(kind, method):
+    torch.manual_seed(0)
+    module = copy.deepcopy(CONVOLUTIONS[kind])
+    data = torch.randn(6, module.in_channels, *[9, 9][: len(module.kernel_size)])
+    result = prune(nn.Sequential(module), data, "2:4", method=method)
+    mask = result.masks["0.weight"]
+    assert torch.equal(module.weight != 0, mask)
+    for position in mask.flatten(2).unbind(-1):
+        for group in position.chunk(module.groups):
+            nmsolve.check_mask(group, 2, 4)
+    assert 0 < result.report.layers[0].relative_error < 0.5
+
+
+def test_loose_layers_around_a_chain():
+    """OPT's projections stand before and after its blocks; each stage is calibrated in its turn."""
+    model = tiny_models.make("opt")
+    result = prune(model, tiny_models.tokens(), {"*": "4:8"})
+    names = [row.name.rpartition(".")[2] for row in result.report.layers]
+    assert "project_in" in names
+    with quiet_model(model):
+        plan = make_plan(model, [x for x in find_layers(model) if x.name != "lm_head"], tiny_models.tokens())
+    assert [type(stage) for stage in plan.stages] == [Loose, Chain, Loose]
+
+
+@pytest.mark.parametrize("method", ["wanda", "ria", "sparsegpt", "alps"])
+def test_inputs_that_are_always_zero_or_few(method):
+    """A singular Hessian: most channels dead, and fewer tokens than inputs."""
+    data = torch.randn(3, 16) * (torch.arange(16) % 3 == 0)
+    model = mlp()
+    result = prune(model, data, "2:4", method=method)
+    for name, mask in result.masks.items():
+        nmsolve.check_mask(mask, 2, 4)
+        assert torch.isfinite(model.state_dict()[name]).all()
