@@ -348,7 +348,7 @@ def _check_loaded(folder: Path, kind: str, found: dict[str, Any]) -> None:
     missing = sorted(found["missing_keys"])
     if missing:
         raise NMSolveError(
-            f"{folder}: {kind} needs {missing[0]!r}, which is not there ({len(missing)} missing)"
+            f"{folder}: {kind} needs {missing[0]}, which is not there ({len(missing)} missing)"
         )
     unused = sorted(found["unexpected_keys"])
     if unused:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import tiny_models
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import nmsolve
 from nmsolve.cli import main
@@ -28,7 +29,7 @@ def checkpoint(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     text = " ".join(f"w{k}" for k in tiny_models.tokens(20).flatten().tolist())
-    (folder.parent / "text.txt").write_text(text)
+    (folder / "text.txt").write_text(text)
     return folder
 
 
@@ -37,7 +38,7 @@ def run(*arguments) -> int:
 
 
 def prune(checkpoint, out, *arguments) -> int:
-    text = checkpoint.parent / "text.txt"
+    text = checkpoint / "text.txt"
     return run(
         "prune", checkpoint, "--out", out, "--calibration", text, "--sequence-length", 16, "--samples", 4,
         "--backend", "torch", "--quiet", *arguments,
@@ -71,12 +72,13 @@ def test_patterns_by_layer(checkpoint, tmp_path):
 
 
 def test_the_summary(checkpoint, tmp_path, capsys):
-    text = checkpoint.parent / "text.txt"
+    text = checkpoint / "text.txt"
     arguments = ("--pattern", "2:4", "--transposable", "--method", "wanda", "--calibration", text)
     assert run("prune", checkpoint, "--out", tmp_path / "out", *arguments, "--backend", "torch") == 0
     shown = capsys.readouterr().out
     assert "wanda, 2:4 transposable by exact: 14 layers" in shown
     assert "50.00% of" in shown
+    assert "6,304 of the model's 24,736 parameters are in no pruned layer" in shown
     assert "mean relative reconstruction error" in shown
 
 
@@ -109,7 +111,7 @@ def test_an_interrupted_command_goes_on(checkpoint, tmp_path, monkeypatch, capsy
 def test_initial_masks_from_an_earlier_run(checkpoint, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert prune(checkpoint, first, "--pattern", "6:8", "--method", "magnitude") == 0
-    text = ("--calibration", checkpoint.parent / "text.txt")
+    text = ("--calibration", checkpoint / "text.txt")
     options = ("--pattern", "4:8", "--method", "wanda", "--initial-masks", first)
     assert prune(first, second, *options, *text) == 0
     before, after = load_masks(first), load_masks(second)
@@ -117,7 +119,7 @@ def test_initial_masks_from_an_earlier_run(checkpoint, tmp_path):
 
 
 def test_eval_ppl(checkpoint, capsys, tmp_path):
-    text = checkpoint.parent / "text.txt"
+    text = checkpoint / "text.txt"
     assert (
         run("eval-ppl", checkpoint, "--text", text, "--window", 16, "--windows", 3, "--json", "--quiet") == 0
     )
@@ -143,6 +145,7 @@ def test_eval_ppl(checkpoint, capsys, tmp_path):
         ),
         (["--pattern", "2:4", "--device", "tpu"], "--device: expected cpu"),
         (["--pattern", "2:4", "--samples", "0"], "samples: expected an integer of at least 1"),
+        (["--pattern", "2:4", "--calibration", __file__ + ".safetensors"], "--calibration: "),
         (["--pattern", "2:4", "--calibration", "missing"], "--calibration: missing is not a file"),
     ],
 )
@@ -162,6 +165,129 @@ def test_output_that_is_in_the_way(checkpoint, tmp_path, capsys):
     assert "nmsolve did not write it" in capsys.readouterr().err
     assert prune(checkpoint, checkpoint / "out", "--pattern", "2:4") == 2
     assert "expected a path outside" in capsys.readouterr().err
+
+
+def test_overwriting_what_an_earlier_run_wrote(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    for pattern, *overwrite in (("2:4",), ("4:8", "--overwrite")):
+        options = ("--pattern", pattern, "--method", "magnitude", "--no-picture", *overwrite)
+        assert prune(checkpoint, out, *options) == 0
+    assert [path.name for path in (out / "masks").iterdir()] == ["4of8.masks.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_first_attempt_that_failed_does_not_hinder_the_next(checkpoint, tmp_path, capsys):
+    """The last --sequence-length decides; a model with 64 positions cannot take 70 tokens."""
+    model = tmp_path / "gpt2"
+    shutil.copytree(checkpoint, model)
+    tiny_models.make("gpt2").save_pretrained(model)
+    options = ("--pattern", "2:4", "--method", "wanda", "--no-picture")
+    assert prune(model, tmp_path / "out", *options, "--sequence-length", 70) == 2
+    assert "cannot be called on the first batch, int64 (1, 70): IndexError" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["gpt2"]
+    assert prune(model, tmp_path / "out", *options) == 0
+
+
+def test_a_failure_on_the_way_keeps_the_finished_layers(checkpoint, tmp_path, capsys):
+    def change(state):
+        state["model.layers.1.input_layernorm.weight"].fill_(torch.inf)
+
+    model = changed(checkpoint, tmp_path / "model", change)
+    assert prune(model, tmp_path / "out", "--pattern", "2:4", "--method", "wanda") == 1
+    error = capsys.readouterr().err
+    assert "the inputs of model.layers.1.self_attn.q_proj hold NaN" in error
+    assert f"finished layers are in {tmp_path / '.out.unfinished'}" in error
+    assert len(list((tmp_path / ".out.unfinished" / "layers").iterdir())) == 7
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_half_precision_checkpoint_in_shards(checkpoint, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(checkpoint, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    tiny_models.make("llama").bfloat16().save_pretrained(model, max_shard_size="20KB")
+    assert (model / "model.safetensors.index.json").exists()
+    assert prune(model, out, "--pattern", "2:4", "--method", "sparsegpt", "--no-picture") == 0
+    again = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert again.dtype == torch.bfloat16
+    for name, mask in load_masks(out).items():
+        assert not again.state_dict()[name][~mask].any()
+
+
+def test_other_files_of_a_checkpoint_are_copied(checkpoint, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(checkpoint, model)
+    (model / "LICENSE").write_text("free")
+    (model / "preprocessor_config.json").write_text("{}")
+    (model / "nmsolve_report.png").write_text("of an earlier run")
+    (model / "pytorch_model.bin").write_text("dense")
+    assert prune(model, out, "--pattern", "2:4", "--method", "magnitude", "--no-picture") == 0
+    assert (out / "LICENSE").read_text() == "free"
+    assert (out / "preprocessor_config.json").exists()
+    assert not (out / "nmsolve_report.png").exists()
+    assert not (out / "pytorch_model.bin").exists()
+
+
+def changed(checkpoint, folder, change):
+    """A copy of the checkpoint whose weights ``change`` has worked on."""
+    shutil.copytree(checkpoint, folder)
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop(UP), f"LlamaForCausalLM needs {UP}, which is not there (1 missing)"),
+        (lambda state: state.update({UP: torch.ones(3, 3)}), f"{UP}: expected shape (64, 32)"),
+        (lambda state: state[UP].fill_(torch.nan), f"{UP}: expected finite values, got 2048 NaN"),
+    ],
+    ids=["missing", "shape", "nan"],
+)
+def test_weights_that_are_wrong(checkpoint, tmp_path, capsys, change, message):
+    """Not filled with random numbers, as transformers does."""
+    model = changed(checkpoint, tmp_path / "model", change)
+    assert prune(model, tmp_path / "out", "--pattern", "2:4", "--method", "magnitude") == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_weights_that_are_left_behind_are_told(checkpoint, tmp_path, capsys):
+    model = changed(checkpoint, tmp_path / "model", lambda state: state.update(more=torch.ones(3)))
+    assert prune(model, tmp_path / "out", "--pattern", "2:4", "--method", "magnitude", "--no-picture") == 0
+    assert f"1 tensors in {model} are no part of LlamaForCausalLM: more\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": None}, "expected a config.json that names its architecture"),
+        ({"architectures": ["Missing"]}, "has no Missing"),
+        ({"model_type": "missing"}, "the configuration cannot be loaded"),
+        ({"model_type": "missing", "auto_map": {"AutoConfig": "a.B"}}, "contains custom code"),
+    ],
+)
+def test_configurations_that_are_wrong(checkpoint, tmp_path, capsys, changes, message):
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+    assert prune(model, tmp_path / "out", "--pattern", "2:4", "--method", "magnitude") == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.out == ""  # no question whether to run code
+
+
+def test_only_causal_models_have_a_perplexity(checkpoint, tmp_path, capsys):
+    model = tmp_path / "bert"
+    shutil.copytree(checkpoint, model)
+    tiny_models.make("bert").save_pretrained(model)
+    assert run("eval-ppl", model, "--text", checkpoint / "text.txt", "--window", 16) == 2
+    assert "BertForMaskedLM is no causal language model" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_model(tmp_path, capsys):
