@@ -76,6 +76,9 @@ bench: $(MODEL)
 	$(BIN)/python bench/demo.py --results
 	$(BIN)/python bench/permutation.py
 	$(BIN)/python bench/perplexity.py
+	$(BIN)/python bench/perplexity.py --sequential block --matmul float32 --methods wanda sparsegpt alps \
+		--patterns 2:4 16:32 --masks ordinary exact
+	$(BIN)/python bench/perplexity.py --picture
 	$(BIN)/python bench/plots.py
 	$(BIN)/python bench/tables.py
 

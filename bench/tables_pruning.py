@@ -20,9 +20,9 @@ def runs(sequential: str = "off", matmul: str = "bfloat16") -> dict[tuple[str, s
     return {(row["method"], row["pattern"], row["mask"]): row for row in rows if row["matmul"] == matmul}
 
 
-def by_pattern(sequential: str, cell: Cell) -> str:
+def by_pattern(cell: Cell) -> str:
     """A line for each method and mask, a column for each pattern."""
-    rows = runs(sequential)
+    rows = runs()
     lines = []
     for method, name in METHODS.items():
         for mask, kind in MASKS.items():
@@ -41,7 +41,7 @@ def perplexities() -> str:
     rows = runs()
     key = ("dense", "dense", "dense")
     dense, in_float32 = (float(found[key]["perplexity"]) for found in (rows, runs(matmul="float32")))
-    table = by_pattern("off", perplexity)
+    table = by_pattern(perplexity)
     return f"{table}\n\nDense: {dense:.3f}, and {in_float32:.3f} with float32 products." + source(
         FILE, rows["wanda", SIZES[0], "ordinary"]
     )
@@ -49,7 +49,7 @@ def perplexities() -> str:
 
 def retained() -> str:
     """Kept share of the scores and, in brackets, the relative reconstruction error."""
-    return by_pattern("off", lambda row: f"{share('retained')(row)} ({float(row['error']):.3f})")
+    return by_pattern(lambda row: f"{share('retained')(row)} ({float(row['error']):.3f})")
 
 
 def published() -> str:
@@ -81,12 +81,31 @@ def gaps() -> str:
 
 def mask_share() -> str:
     """Share of a whole pruning that the mask solver takes."""
-    return by_pattern("off", lambda row: percent(float(row["mask_seconds"]) / float(row["seconds"]), 0))
+    return by_pattern(lambda row: percent(float(row["mask_seconds"]) / float(row["seconds"]), 0))
 
 
 def sequential() -> str:
-    """Perplexity when the blocks before have been pruned already."""
-    return by_pattern("block", perplexity)
+    """Perplexity from the dense model's inputs and, after it, from those of the pruned blocks before."""
+    one_shot, in_turn = runs(), runs("block", "float32")
+    keys = list(dict.fromkeys((method, mask) for method, _, mask in in_turn))
+    sizes = [size for size in SIZES if any(size == found for _, found, _ in in_turn)]
+    lines = [
+        [
+            METHODS[method],
+            MASKS[mask],
+            *(
+                perplexity(found[method, size, mask]) if (method, size, mask) in found else MISSING
+                for size in sizes
+                for found in (one_shot, in_turn)
+            ),
+        ]
+        for method, mask in sorted(
+            keys, key=lambda key: (list(METHODS).index(key[0]), list(MASKS).index(key[1]))
+        )
+    ]
+    heads = [f"{size}, {kind}" for size in sizes for kind in ("one-shot", "in turn")]
+    table = markdown(["method", "mask", *heads], lines, "ll" + "r" * len(heads))
+    return table + source(FILE, next(iter(in_turn.values())))
 
 
 TABLES: dict[str, Callable[[], str]] = {
