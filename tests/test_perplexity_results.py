@@ -83,7 +83,7 @@ def test_inputs_of_pruned_blocks_help_methods_that_make_up_for_errors(perplexiti
         if row["sequential"] == "block" and row["method"] == method
     }
     assert len(in_turn) >= 4
-    assert all(value < perplexities[method, *key] for key, value in in_turn.items())
+    assert all(value < perplexities[(method, *key)] for key, value in in_turn.items())
 
 
 def test_exact_masks_are_proven_optimal_and_tsenors_are_not(rows):
