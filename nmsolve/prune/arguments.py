@@ -15,7 +15,7 @@ from nmsolve.errors import NMSolveError
 from nmsolve.packed import load_masks
 from nmsolve.pattern import NMPattern
 from nmsolve.prune.calibration import Batch, fingerprint
-from nmsolve.prune.layers import Layer, Selected
+from nmsolve.prune.layers import Layer, Selected, told
 from nmsolve.prune.rule import MaskRule
 
 __all__ = [
@@ -133,8 +133,7 @@ def sequence_length_of(model: nn.Module, asked: int | None) -> int:
 
 def check_tokens(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Integer batches of a transformers model must be tokens that it knows."""
-    tell = getattr(model, "get_input_embeddings", None)
-    embeddings = tell() if callable(tell) else None
+    embeddings = told(model, "get_input_embeddings")
     if not isinstance(embeddings, nn.Embedding):
         return
     for batch in batches:

@@ -26,7 +26,7 @@ from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
 from nmsolve.selection import DENSE_BY_DEFAULT
 
-__all__ = ["Layer", "Selected", "find_layers", "select_layers", "uncompiled"]
+__all__ = ["Layer", "Selected", "find_layers", "select_layers", "told", "uncompiled"]
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -185,7 +185,7 @@ def select_layers(
                     + next(meant, "")
                 )
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = _output_head(model)
+    head = told(model, "get_output_embeddings")
     chosen: dict[Layer, NMPattern] = {}
     skipped: dict[str, str] = {}
     seen: dict[int, str] = {}
@@ -259,7 +259,10 @@ def _dense_by_default(layer: Layer, pattern: NMPattern) -> str | None:
     return None
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    """The language-model head, for models that tell."""
-    tell = getattr(model, "get_output_embeddings", None)
-    return tell() if callable(tell) else None
+def told(model: nn.Module, name: str) -> object:
+    """What a transformers model's method ``name`` returns, None if it has no answer."""
+    method = getattr(model, name, None)
+    try:
+        return method() if callable(method) else None
+    except NotImplementedError:
+        return None
