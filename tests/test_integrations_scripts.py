@@ -111,6 +111,11 @@ def test_apex_masks_have_the_tensor_dtype_and_kernel_positions_are_matrices(dtyp
     assert torch.equal(line.sum(1).unique(), torch.full((1,), 4, dtype=dtype))
 
 
+def test_an_ordinary_mask_has_one_method():
+    with pytest.raises(nmsolve.NMSolveError, match="'greedy' needs transposable=True"):
+        prune_mask(torch.ones(4, 4), 2, 4, transposable=False, method="greedy")
+
+
 @pytest.mark.parametrize(
     ("pattern", "density", "message"),
     [

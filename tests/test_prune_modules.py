@@ -86,6 +86,20 @@ def test_tensors_that_are_written_to_on_the_way(between_blocks):
         assert (result.masks[f"layers.{k}.weight"] != expected).float().mean() < 0.02
 
 
+def test_a_transformers_model_without_embeddings():
+    """Its get_input_embeddings raises NotImplementedError."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic", num_labels=2
+    )
+    model = transformers.ResNetForImageClassification(config)
+    result = prune(model, torch.randn(4, 3, 16, 16), "2:4")
+    assert len(result.masks) == 9
+    for name, mask in result.masks.items():
+        assert torch.equal(model.state_dict()[name] != 0, mask)
+
+
 def test_weights_that_are_computed_stay_dense():
     """Writing to them would change nothing."""
     torch.manual_seed(0)

@@ -63,6 +63,8 @@ def check_settings(
 ) -> Settings:
     if not isinstance(model, nn.Module):
         raise NMSolveError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(transposable, bool):
+        raise NMSolveError(f"transposable: expected True or False, got {transposable!r}")
     if method not in METHODS:
         raise NMSolveError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if sequential not in SEQUENTIAL:

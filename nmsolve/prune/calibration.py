@@ -102,6 +102,8 @@ def make_batches(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise NMSolveError(f"{name}: expected an integer of at least 1, got {value!r}")
+    if not isinstance(seed, int):
+        raise NMSolveError(f"seed: expected an integer, got {seed!r}")
     if isinstance(calibration, str | os.PathLike):
         calibration = read_tokens(calibration, tokenizer)
     if isinstance(calibration, Tensor):

@@ -113,7 +113,7 @@ def prune_model(
     backend: str = "auto",
     sequential: str = "layer",
     initial_masks: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
-    dense: Sequence[str] = (),
+    dense: str | Sequence[str] = (),
     tokenizer: Any = None,
     samples: int = 128,
     sequence_length: int | None = None,
@@ -152,7 +152,7 @@ def prune_model(
         of layers with a common input); "off" in the dense model.
     initial_masks : mapping of weight name to bool Tensor, or path
         Earlier masks to keep: what is False there stays zero, so that a line may keep fewer than N.
-    dense : sequence of str
+    dense : str or sequence of str
         Globs of layers to leave dense.
     tokenizer, samples, sequence_length, batch_size, seed
         For calibration text and tokens; see :func:`nmsolve.prune.make_batches`. By default sequences are as
@@ -195,7 +195,7 @@ def prune_model(
         method, transposable, mask_method, backend, sequential, damping, iterations, model
     )
     patterns = parse_patterns(pattern)
-    selected = select_layers(model, patterns, dense)
+    selected = select_layers(model, patterns, [dense] if isinstance(dense, str) else dense)
     for layer, layer_pattern in selected.layers.items():
         select(backend, layer.weight.device, layer_pattern.m)
     check_weights(selected)
