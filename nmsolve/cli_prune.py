@@ -379,6 +379,8 @@ def _print_summary(result: PruneResult, out: Path) -> None:
     dense = totals["parameters"] - totals["weights"]
     print(f"{dense:,} of the model's {totals['parameters']:,} parameters are in no pruned layer")
     if totals["mean_relative_error"] is not None:
+        tokens = max(layer.tokens for layer in result.report.layers)
+        print(f"calibrated on {tokens:,} tokens")
         print(f"mean relative reconstruction error {totals['mean_relative_error']:.4f}")
     print(f"certificate: no mask keeps more than {totals['gap']:.1e} (relative) above these")
     peak = result.report.memory["peak"] / 2**30

@@ -79,6 +79,7 @@ def test_the_summary(checkpoint, tmp_path, capsys):
     assert "wanda, 2:4 transposable by exact: 14 layers" in shown
     assert "50.00% of" in shown
     assert "6,304 of the model's 24,736 parameters are in no pruned layer" in shown
+    assert "calibrated on 480 tokens" in shown
     assert "mean relative reconstruction error" in shown
 
 
