@@ -293,6 +293,16 @@ def test_a_parameter_is_pruned_without_gradients(method):
 
 
 @pytest.mark.parametrize("method", [sparsegpt, alps])
+def test_autocast_does_not_lower_the_precision(method):
+    weight, inputs = problem(16, 16)
+    arguments = weight.float(), (inputs.T @ inputs).float(), rule("4:8", True)
+    expected = method(*arguments).weight
+    with torch.autocast("cpu", torch.bfloat16):
+        found = method(*arguments).weight
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("method", [sparsegpt, alps])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -242,7 +242,9 @@ def test_a_compiled_model_is_pruned_as_it_is_written(compiled):
         given = torch.compile(model, backend="eager")
     if compiled != "model":
         given(data[:1])
+    counted = dict(torch._dynamo.utils.counters["frames"])
     result = prune(given, data)
+    assert dict(torch._dynamo.utils.counters["frames"]) == counted  # nothing was compiled again, with hooks
     assert list(result.masks) == list(expected.masks)
     for name, mask in result.masks.items():
         assert torch.equal(mask, expected.masks[name]), name

@@ -122,10 +122,11 @@ def alps(
     check_problem(weight, len(system.scale), positions, allowed)
     if iterations < 1:
         raise NMSolveError(f"iterations: expected at least 1, got {iterations!r}")
-    dense = weight.to(system.hessian.dtype) * system.scale
-    target = dense @ system.hessian
-    b, mask = _admm(dense, target, system, rule, iterations, positions, allowed)
-    b = _least_squares(b.mul_(mask), target, system.hessian, mask)
+    with torch.autocast(weight.device.type, enabled=False):
+        dense = weight.to(system.hessian.dtype) * system.scale
+        target = dense @ system.hessian
+        b, mask = _admm(dense, target, system, rule, iterations, positions, allowed)
+        b = _least_squares(b.mul_(mask), target, system.hessian, mask)
     return Pruned(b.div_(system.scale), mask)
 
 
