@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nmsolve.checkpoint import INDEX_NAME, PICTURE_NAME, REPORT_NAME, open_checkpoint
+from nmsolve.checkpoint import INDEX_NAME, PICTURE_NAME, REPORT_NAME, SUFFIX, open_checkpoint
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
 from nmsolve.staging import Interrupts, Staging, check_outside, check_replaceable
@@ -96,7 +96,10 @@ def add_commands(add: AddCommand) -> None:
         help="with --transposable: exact is optimal (default); tsenor and greedy approximate",
     )
     prune.add_argument(
-        "--calibration", metavar="FILE", type=Path, help="text in UTF-8, or tokens in a .safetensors file"
+        "--calibration",
+        metavar="FILE",
+        type=Path,
+        help="text in UTF-8, or tokens (or images) in a .safetensors file with one tensor",
     )
     prune.add_argument("--samples", type=int, default=128, help="calibration sequences (default 128)")
     prune.add_argument(
@@ -177,7 +180,8 @@ def _prune(args: argparse.Namespace) -> int:
 
         need_matplotlib()
     model = _load_model(args.model, args.dtype)
-    tokenizer = _load_tokenizer(args.model, needed=args.calibration is not None)
+    is_text = args.calibration is not None and args.calibration.suffix != SUFFIX
+    tokenizer = _load_tokenizer(args.model, needed=is_text)
 
     from nmsolve.prune.model import prune_model
 
@@ -247,7 +251,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     model = _load_model(args.model, args.dtype)
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise NMSolveError(f"{args.model}: {type(model).__name__} is no causal language model")
-    tokenizer = _load_tokenizer(args.model, needed=args.text.suffix != ".safetensors")
+    tokenizer = _load_tokenizer(args.model, needed=args.text.suffix != SUFFIX)
 
     from nmsolve.prune.calibration import read_tokens
     from nmsolve.prune.perplexity import perplexity

@@ -228,6 +228,17 @@ def test_other_files_of_a_checkpoint_are_copied(checkpoint, tmp_path):
     assert not (out / "pytorch_model.bin").exists()
 
 
+def test_images_need_no_tokenizer(tmp_path):
+    tiny_models.make("vit").save_pretrained(tmp_path / "vit")
+    images = tmp_path / "images.safetensors"
+    save_file({"images": torch.randn(6, 3, 16, 16)}, images)
+    options = ("--pattern", "4:8", "--method", "wanda", "--batch-size", 2, "--no-picture", "--quiet")
+    assert run("prune", tmp_path / "vit", "--out", tmp_path / "out", "--calibration", images, *options) == 0
+    report = json.loads((tmp_path / "out" / "nmsolve_report.json").read_text())
+    assert report["settings"]["calibration_batches"] == 3
+    assert {row["tokens"] for row in report["layers"]} == {6 * 17}  # patches and the class token
+
+
 def changed(checkpoint, folder, change):
     """A copy of the checkpoint whose weights ``change`` has worked on."""
     shutil.copytree(checkpoint, folder)
