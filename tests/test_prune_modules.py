@@ -86,6 +86,72 @@ def test_tensors_that_are_written_to_on_the_way(between_blocks):
         assert (result.masks[f"layers.{k}.weight"] != expected).float().mean() < 0.02
 
 
+def uncommon(kind: str) -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
+    """Models whose blocks get masks of two kinds, hand on stacks of states, or come after convolutions."""
+    t = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    text = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    attention = {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": 4}
+    tokens = [{"input_ids": row[None]} for row in tiny_models.tokens(3, 12)]
+    match kind:
+        case "gemma2":
+            config = t.Gemma2Config(num_hidden_layers=3, **text, **special, **attention)
+            return t.Gemma2ForCausalLM(config).eval(), tokens
+        case "gemma3n":
+            config = t.Gemma3nTextConfig(
+                num_hidden_layers=4,
+                num_kv_shared_layers=2,
+                hidden_size_per_layer_input=16,
+                vocab_size_per_layer_input=96,
+                laurel_rank=8,
+                activation_sparsity_pattern=[0.0] * 4,
+                layer_types=["sliding_attention", "full_attention"] * 2,
+                **text,
+                **special,
+                **attention,
+            )
+            return t.Gemma3nForCausalLM(config).eval(), tokens
+        case "whisper":
+            config = t.WhisperConfig(
+                vocab_size=96,
+                num_mel_bins=8,
+                d_model=32,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=64,
+                decoder_ffn_dim=64,
+                max_source_positions=16,
+                max_target_positions=32,
+                decoder_start_token_id=1,
+                **special,
+            )
+            batches = [
+                {"input_features": torch.randn(1, 8, 32), "decoder_input_ids": batch["input_ids"][:, :5]}
+                for batch in tokens
+            ]
+            return t.WhisperForConditionalGeneration(config).eval(), batches
+    raise ValueError(kind)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3n", "whisper"])
+def test_statistics_are_those_of_the_whole_model(kind):
+    """Masks of linear layers, from inputs recorded in an ordinary forward pass of the dense model."""
+    model, batches = uncommon(kind)
+    dense = copy.deepcopy(model)
+    result = prune(model, batches, "4:8", sequential="off")
+    linear = [name for name in result.masks if result.masks[name].ndim == 2]
+    assert len(linear) >= 16
+    for name in linear[::3]:
+        module = name.removesuffix(".weight")
+        x = inputs_of(dense, module, batches)
+        scores = (dense.get_submodule(module).weight.detach().abs() * x.norm(dim=0)).float()
+        expected = nmsolve.transposable_mask(scores, 4, 8, backend="torch")
+        assert (result.masks[name] != expected).float().mean() < 0.02, name
+
+
 def test_a_transformers_model_without_embeddings():
     """Its get_input_embeddings raises NotImplementedError."""
     transformers = pytest.importorskip("transformers")
