@@ -133,7 +133,7 @@ def count_cpu(blocks: Tensor, n: int) -> Iterator[Work]:
         for region in cpu._regions(blocks[k : k + 1], mask[k : k + 1], m, m):
             upright, _ = cpu._upright(region)
             request = cpu.Request(n, m, schedule.SWEEPS, 0, 0, 0, 0, 0, 0)
-            yield Work(cpu.solve_exact(upright, request, 0, 1, reals, ints), None)
+            yield Work(cpu.solve_exact(upright, request, reals, ints, 0, 1), None)
 
 
 def count_torch(blocks: Tensor, n: int) -> Iterator[Work]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,9 +12,11 @@ from torch import Tensor
 from nmsolve import schedule
 from nmsolve._cpu.dykstra import solve_tsenor
 from nmsolve._cpu.exact import Request, solve_exact
+from nmsolve._cpu.lanes import WIDTH
 from nmsolve._cpu.memory import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from nmsolve._cpu.ordinary import solve_ordinary
 from nmsolve._cpu.rounding import solve_greedy
+from nmsolve._cpu.threads import share_out
 from nmsolve._cpu.tiles import Region
 from nmsolve.blocks import grid_of
 from nmsolve.pattern import NMPattern
@@ -29,9 +30,6 @@ _ENCODINGS = {
     torch.float16: FLOAT16,
     torch.float64: FLOAT64,
 }
-
-# Entries that one call of a kernel takes at a time: enough to hide the call, few enough to share out evenly.
-_SHARE = 1 << 17
 
 
 def why_not(device: torch.device) -> str | None:
@@ -71,11 +69,7 @@ def exact(
         request = Request(pattern.n, pattern.m, schedule.SWEEPS, *addresses)
         if flipped:
             request = request.flipped()
-
-        def kernel(first: int, last: int, region: Region = upright, request: Request = request) -> None:
-            solve_exact(region, request, first, last, reals, ints)
-
-        _share_out(kernel, region, reals.itemsize)
+        _solve(partial(solve_exact, upright, request, reals, ints), region, reals.itemsize)
     return result
 
 
@@ -85,11 +79,7 @@ def greedy(scores: Tensor, pattern: NMPattern) -> Tensor:
     reals, ints = _work_arrays(scores)
     for region in _regions(scores, mask, pattern.m, pattern.m):
         upright, flipped = _upright(region)
-
-        def kernel(first: int, last: int, region: Region = upright, flipped: bool = flipped) -> None:
-            solve_greedy(region, pattern.n, flipped, first, last, reals, ints)
-
-        _share_out(kernel, region, reals.itemsize)
+        _solve(partial(solve_greedy, upright, pattern.n, flipped, reals, ints), region, reals.itemsize)
     return mask
 
 
@@ -98,11 +88,7 @@ def tsenor(scores: Tensor, pattern: NMPattern, *, iterations: int, tau: float) -
     mask = torch.empty(scores.shape, dtype=torch.bool)
     for region in _regions(scores, mask, pattern.m, pattern.m):
         upright, flipped = _upright(region)
-
-        def kernel(first: int, last: int, region: Region = upright, flipped: bool = flipped) -> None:
-            solve_tsenor(region, pattern.n, iterations, float(tau), flipped, first, last)
-
-        _share_out(kernel, region, 8)
+        _solve(partial(solve_tsenor, upright, pattern.n, iterations, float(tau), flipped), region, 8)
     return mask
 
 
@@ -111,11 +97,7 @@ def ordinary(scores: Tensor, pattern: NMPattern) -> Tensor:
     mask = torch.empty(scores.shape, dtype=torch.bool)
     reals, ints = _work_arrays(scores)
     for region in _regions(scores, mask, 1, pattern.m):
-
-        def kernel(first: int, last: int, region: Region = region) -> None:
-            solve_ordinary(region, pattern.n, first, last, reals, ints)
-
-        _share_out(kernel, region, reals.itemsize)
+        _solve(partial(solve_ordinary, region, pattern.n, reals, ints), region, reals.itemsize)
     return mask
 
 
@@ -182,31 +164,8 @@ def _regions(scores: Tensor, mask: Tensor, block_rows: int, block_cols: int) -> 
             yield region.walked_down() if row < col else region
 
 
-def _share_out(kernel: Callable[[int, int], None], region: Region, itemsize: int) -> None:
-    """Run ``kernel(first, last)`` on all groups of the region's blocks, on as many threads as torch uses.
-
-    Threads take shares as they get free. What a group becomes depends on nothing but its own blocks, so the
-    result is the same for any number of threads.
-    """
-    lanes = 64 // itemsize
+def _solve(kernel: Callable[[int, int], object], region: Region, itemsize: int) -> None:
+    """Run ``kernel(first, last)`` over the region's groups of as many blocks as lanes, on torch's threads."""
+    lanes = WIDTH // itemsize
     groups = -(-region.blocks() // lanes)
-    share = max(1, _SHARE // (region.rows * region.cols * lanes))
-    shares = -(-groups // share)
-    turns = itertools.count()
-    failures: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            while (turn := next(turns)) < shares:
-                kernel(turn * share, min(groups, (turn + 1) * share))
-        except BaseException as error:
-            failures.append(error)
-
-    helpers = [threading.Thread(target=work) for _ in range(min(torch.get_num_threads(), shares) - 1)]
-    for helper in helpers:
-        helper.start()
-    work()
-    for helper in helpers:
-        helper.join()
-    if failures:
-        raise failures[0]
+    share_out(kernel, groups, region.rows * region.cols * lanes, torch.get_num_threads())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import threading
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,15 +12,13 @@ from torch import Tensor
 from nmsolve import reference_permute
 from nmsolve._cpu.assignment import solve_assignments
 from nmsolve._cpu.sinkhorn import backward, forward
+from nmsolve._cpu.threads import share_out
 
 __all__ = ["assignment", "permute_columns", "rms_norm_permute", "sinkhorn_backward", "sinkhorn_forward"]
 
 # PyTorch's own gather of columns is as fast as memory on the CPU.
 permute_columns = reference_permute.permute_columns
 rms_norm_permute = reference_permute.rms_norm_permute
-
-# Entries that one call of a kernel takes at a time: enough to hide the call, few enough to share out evenly.
-_SHARE = 1 << 17
 
 
 def assignment(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
@@ -31,8 +28,8 @@ def assignment(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
     certified = batch if want_solution else 0
     row_duals, col_duals = (torch.empty(certified, m, dtype=torch.float64) for _ in range(2))
     values = torch.empty(certified, 3, dtype=torch.float64)
-    matrices, *outputs = _arrays(_widened(scores), permutations, row_duals, col_duals, values)
-    share_out(lambda first, last: solve_assignments(matrices, first, last, *outputs), batch, m * m)
+    arrays = _arrays(_widened(scores), permutations, row_duals, col_duals, values)
+    _solve(partial(solve_assignments, *arrays), batch, m * m)
     if not want_solution:
         return (permutations,)
     return permutations, row_duals, col_duals, *(values[:, k].clone() for k in range(3))
@@ -56,11 +53,7 @@ def sinkhorn_forward(
     inputs = _arrays(_widened(logits), row_marginals, col_marginals)
     outputs = _arrays(plan, row_scalings, col_scalings, made)
     settings = (float(temperature), iterations, float(tolerance))
-    share_out(
-        lambda first, last: forward(*inputs, *settings, first, last, *outputs),
-        batch,
-        rows * cols * iterations,
-    )
+    _solve(partial(forward, *inputs, *settings, *outputs), batch, rows * cols * iterations)
     return plan, row_scalings, col_scalings, made
 
 
@@ -78,12 +71,13 @@ def sinkhorn_backward(
     out = torch.empty(batch, rows, cols, dtype=row_scalings.dtype)
     inputs = _arrays(_widened(gradient), _widened(logits), col_marginals, row_scalings, col_scalings, made)
     (result,) = _arrays(out)
-    share_out(
-        lambda first, last: backward(*inputs, float(temperature), first, last, result),
-        batch,
-        rows * cols * row_scalings.shape[1],
-    )
+    _solve(partial(backward, *inputs, float(temperature), result), batch, rows * cols * row_scalings.shape[1])
     return out.to(logits.dtype)
+
+
+def _solve(kernel: Callable[[int, int], object], batch: int, entries: int) -> None:
+    """Run ``kernel(first, last)`` over the batch, of ``entries`` entries each, on torch's threads."""
+    share_out(kernel, batch, entries, torch.get_num_threads())
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -93,29 +87,3 @@ def _widened(tensor: Tensor) -> Tensor:
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:
     return [tensor.detach().numpy() for tensor in tensors]
-
-
-def share_out(kernel: Callable[[int, int], object], count: int, entries: int) -> None:
-    """Run ``kernel(first, last)`` over ``count`` problems of ``entries`` entries each, on torch's threads.
-
-    Threads take shares as they get free. What a problem's result is depends on nothing but the problem.
-    """
-    share = max(1, _SHARE // max(1, entries))
-    shares = -(-count // share)
-    turns, failures = itertools.count(), []
-
-    def work() -> None:
-        try:
-            while (turn := next(turns)) < shares:
-                kernel(turn * share, min(count, (turn + 1) * share))
-        except BaseException as error:
-            failures.append(error)
-
-    helpers = [threading.Thread(target=work) for _ in range(min(torch.get_num_threads(), shares) - 1)]
-    for helper in helpers:
-        helper.start()
-    work()
-    for helper in helpers:
-        helper.join()
-    if failures:
-        raise failures[0]

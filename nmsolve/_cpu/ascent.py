@@ -14,9 +14,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
 from nmsolve import schedule
+from nmsolve._cpu.compiled import inner
 from nmsolve._cpu.lanes import (
     WIDTH,
     absolute,
@@ -38,7 +37,7 @@ STEP_LIMIT, DAMPING = schedule.STEP_LIMIT, schedule.DAMPING
 WINSOR, TAU_START, DEVIATION_FLOOR = schedule.WINSOR, schedule.TAU_START, schedule.DEVIATION_FLOOR
 
 
-@njit
+@inner
 def normalise(tile: Any, pitch: int, rows: int, cols: int) -> Any:
     """Scale every block by the power of two that brings max|A| into [0.5, 1); returns the scales."""
     lanes = WIDTH // tile.itemsize
@@ -54,7 +53,7 @@ def normalise(tile: Any, pitch: int, rows: int, cols: int) -> Any:
     return scale
 
 
-@njit
+@inner
 def start(tile: Any, pitch: int, rows: int, cols: int, u: Any, v: Any) -> Any:
     """First duals, the line means of the scores clipped around their mean; returns the first tau."""
     real = tile.dtype.type
@@ -93,7 +92,7 @@ def start(tile: Any, pitch: int, rows: int, cols: int, u: Any, v: Any) -> Any:
     return splat(real(TAU_START)) / deviation
 
 
-@njit
+@inner
 def _step(surplus: Any, fractional: Any, like: Any) -> Any:
     """A line's damped Newton step, in units of 1 / tau."""
     real = like.dtype.type
@@ -102,7 +101,7 @@ def _step(surplus: Any, fractional: Any, like: Any) -> Any:
     return minimum(maximum(step, splat(real(0)) - limit), limit)
 
 
-@njit
+@inner
 def _four_rows(
     tile: Any,
     pitch: int,
@@ -167,7 +166,7 @@ def _four_rows(
     return (c0 + c1) + (c2 + c3)
 
 
-@njit
+@inner
 def ascend(
     tile: Any,
     pitch: int,

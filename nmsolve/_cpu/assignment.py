@@ -22,9 +22,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from nmsolve._cpu.compiled import compiled
+from nmsolve._cpu.compiled import compiled, inner
 from nmsolve._cpu.lanes import bits_of, count_ones, maximum, minimum, select, smallest, splat, trailing_zeros
 from nmsolve._cpu.memory import load, load_wide, store
 
@@ -37,7 +36,7 @@ LANES = 8
 BIDS = 2
 
 
-@njit
+@inner
 def _least_two(scores: Any, row: int, width: int, prices: Any) -> Any:
     """(least loss, second least loss, first column of the least) of the row at ``scores[row]``.
 
@@ -62,7 +61,7 @@ def _least_two(scores: Any, row: int, width: int, prices: Any) -> Any:
     return value, smallest(minimum(second, select(hit, infinite, least))), column
 
 
-@njit
+@inner
 def _free_column(scores: Any, row: int, width: int, prices: Any, loss: float, vacant: Any) -> int:
     """The first free column at which the row's loss is ``loss``, or -1."""
     wanted = splat(loss)
@@ -73,7 +72,7 @@ def _free_column(scores: Any, row: int, width: int, prices: Any, loss: float, va
     return -1
 
 
-@njit
+@inner
 def _copy(matrix: Any, dense: Any, width: int) -> bool:
     """Copy a matrix to the front of padded rows; whether it is finite."""
     m = len(matrix)
@@ -92,7 +91,7 @@ def _copy(matrix: Any, dense: Any, width: int) -> bool:
     return doubt == 0
 
 
-@njit
+@inner
 def _column_maxima(scores: Any, m: int, width: int, prices: Any, holder: Any) -> None:
     """``prices[j] = max_i A[i, j]``, and the first row that has it."""
     for j in range(0, width, LANES):
@@ -109,7 +108,7 @@ def _column_maxima(scores: Any, m: int, width: int, prices: Any, holder: Any) ->
         prices[j] = 0.0  # padding: score -inf, so the loss is inf
 
 
-@njit
+@inner
 def _take_maxima(
     scores: Any,
     m: int,
@@ -149,7 +148,7 @@ def _take_maxima(
     return count
 
 
-@njit
+@inner
 def _bid(
     scores: Any,
     width: int,
@@ -187,7 +186,7 @@ def _bid(
     return left
 
 
-@njit
+@inner
 def _augment(
     scores: Any,
     start: int,
@@ -261,7 +260,7 @@ def _augment(
         column = previous
 
 
-@njit
+@inner
 def _certify(
     matrix: Any, m: int, prices: Any, col_of: Any, row_duals: Any, col_duals: Any, value: Any
 ) -> None:
@@ -284,7 +283,7 @@ def _certify(
 
 @compiled
 def solve_assignments(
-    scores: Any, first: int, last: int, permutations: Any, row_duals: Any, col_duals: Any, values: Any
+    scores: Any, permutations: Any, row_duals: Any, col_duals: Any, values: Any, first: int, last: int
 ) -> None:
     """Solve matrices ``first .. last`` of ``scores`` (B, M, M), float32 or float64 with any strides.
 

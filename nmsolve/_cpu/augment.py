@@ -22,8 +22,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from nmsolve._cpu.compiled import inner
 from nmsolve._cpu.lanes import (
     WIDTH,
     bits_of,
@@ -36,12 +36,12 @@ from nmsolve._cpu.lanes import (
     trailing_zeros,
 )
 from nmsolve._cpu.memory import gather, load, part_lanes, store
-from nmsolve._cpu.tiles import WORD
+from nmsolve._cpu.tiles import WORD, words_for
 
 __all__ = ["augment", "part"]
 
 
-@njit
+@inner
 def _list_bits(bits: int, first: int, active: Any, count: int) -> int:
     """Append ``first`` + the index of every set bit to ``active``."""
     while bits != 0:
@@ -51,7 +51,7 @@ def _list_bits(bits: int, first: int, active: Any, count: int) -> int:
     return count
 
 
-@njit
+@inner
 def _chunk_bits(words: Any, line: int, stride: int, chunk: int, lanes: int) -> int:
     """The bits of chunk ``chunk`` (``lanes`` columns) of a row of the mask."""
     column = chunk * lanes
@@ -59,7 +59,7 @@ def _chunk_bits(words: Any, line: int, stride: int, chunk: int, lanes: int) -> i
     return (word >> (column % WORD)) & ((1 << lanes) - 1)
 
 
-@njit
+@inner
 def _flip(row: int, col: int, slack: int, kept: Any, stride: int, counts: Any, change: int) -> None:
     """Add (``change`` = 1) or remove (-1) entry (row, col); on the slack row, one unit of it."""
     if row == slack:
@@ -70,7 +70,7 @@ def _flip(row: int, col: int, slack: int, kept: Any, stride: int, counts: Any, c
     kept[place] = kept.dtype.type(np.int64(kept[place]) ^ (1 << (col % WORD)))
 
 
-@njit
+@inner
 def part(tile: Any, pitch: int, rows: int, cols: int, by_row: Any, by_col: Any) -> None:
     """Copy every lane's block out of the tile, row by row and column by column, rounded up to registers.
 
@@ -88,7 +88,7 @@ def part(tile: Any, pitch: int, rows: int, cols: int, by_row: Any, by_col: Any) 
             part_lanes(tile, place, pitch * lanes, by_col, j * row_room + i, cols * row_room)
 
 
-@njit
+@inner
 def augment(
     lane: int,
     rows: int,
@@ -118,7 +118,7 @@ def augment(
     lines = rows + 1 if rows < cols else rows
     row_chunks, col_chunks = (lines + lanes - 1) // lanes, (cols + lanes - 1) // lanes
     row_room, col_room = row_chunks * lanes, col_chunks * lanes
-    per_row = (cols + WORD - 1) // WORD
+    per_row = words_for(cols)
     room = max(row_room, col_room)
     row_dual, col_dual = numbers, numbers + room
     row_label, col_label = numbers + 2 * room, numbers + 3 * room

@@ -13,14 +13,13 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from nmsolve._cpu.ascent import normalise
-from nmsolve._cpu.compiled import compiled
+from nmsolve._cpu.compiled import compiled, inner
 from nmsolve._cpu.lanes import WIDTH, maximum, minimum, splat
 from nmsolve._cpu.memory import load, store
 from nmsolve._cpu.rounding import complete, put_in_order, row_major, take
-from nmsolve._cpu.tiles import WORD, Region, aligned, load_tile, place_lanes, write_flags
+from nmsolve._cpu.tiles import Region, aligned, load_tile, place_lanes, words_for, write_flags
 
 __all__ = ["solve_tsenor"]
 
@@ -30,7 +29,7 @@ LOWEST_EXPONENT = -650.0
 TINY = 1e-300
 
 
-@njit
+@inner
 def _kernel(tile: Any, pitch: int, rows: int, cols: int, tau: float, plan: Any) -> None:
     """``plan = exp(tau (A - row maximum) / max|A|)``."""
     lanes = WIDTH // tile.itemsize
@@ -49,7 +48,7 @@ def _kernel(tile: Any, pitch: int, rows: int, cols: int, tau: float, plan: Any) 
                 plan[place] = math.exp(max(factor * (tile[place] - top), LOWEST_EXPONENT))
 
 
-@njit
+@inner
 def _project(
     plan: Any,
     pitch: int,
@@ -107,7 +106,7 @@ def solve_tsenor(
     rows, cols = region.rows, region.cols
     row_target = min(n, cols)
     col_target = row_target if rows == cols else n
-    pitch, per_row = cols + 1, (cols + WORD - 1) // WORD
+    pitch, per_row = cols + 1, words_for(cols)
     tile, plan = aligned(rows * pitch * lanes, reals), aligned(rows * pitch * lanes, reals)
     x, y, sums = aligned(rows * lanes, reals), aligned(cols * lanes, reals), aligned(cols * lanes, reals)
     keys = aligned(rows * cols * lanes, reals)

@@ -14,15 +14,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from nmsolve._cpu.ascent import ascend, normalise, start
 from nmsolve._cpu.augment import augment, part
-from nmsolve._cpu.compiled import compiled
+from nmsolve._cpu.compiled import compiled, inner
 from nmsolve._cpu.lanes import WIDTH, bits_of, lane_mask, maximum, minimum, select, splat
 from nmsolve._cpu.memory import load, peek, poke, store
 from nmsolve._cpu.scratch import scratch, still_needed
-from nmsolve._cpu.tiles import WORD, Region, aligned, load_tile, place_lanes, write_flags
+from nmsolve._cpu.tiles import WORD, Region, aligned, load_tile, place_lanes, words_for, write_flags
 from nmsolve.schedule import WARM_LIMIT
 
 __all__ = ["Request", "solve_exact"]
@@ -51,7 +50,7 @@ class Request(NamedTuple):
         )
 
 
-@njit
+@inner
 def _read_duals(address: int, m: int, lines: int, places: Any, scale: Any, duals: Any) -> None:
     """Read the lanes' warm duals of one side, in the tile's scale and within ``WARM_LIMIT``."""
     lanes = WIDTH // duals.itemsize
@@ -63,7 +62,7 @@ def _read_duals(address: int, m: int, lines: int, places: Any, scale: Any, duals
         store(duals, i * lanes, minimum(maximum(load(duals, i * lanes) * scale, low), high))
 
 
-@njit
+@inner
 def _extreme_duals(tile: Any, pitch: int, rows: int, cols: int, keep_all: bool, u: Any, v: Any) -> None:
     """The duals of a block that keeps all of every row (its smallest score) or none (its largest)."""
     lanes = WIDTH // tile.itemsize
@@ -77,7 +76,7 @@ def _extreme_duals(tile: Any, pitch: int, rows: int, cols: int, keep_all: bool, 
         store(v, j * lanes, splat(tile.dtype.type(0)))
 
 
-@njit
+@inner
 def _anchor(lines: int, u: Any, v: Any) -> None:
     """Shift the prices of square blocks so that the lowest column's is 0.
 
@@ -92,7 +91,7 @@ def _anchor(lines: int, u: Any, v: Any) -> None:
         store(v, i * lanes, load(v, i * lanes) - lowest)
 
 
-@njit
+@inner
 def _round(
     tile: Any,
     pitch: int,
@@ -112,7 +111,7 @@ def _round(
     """
     real, integer = tile.dtype.type, words.dtype.type
     lanes = WIDTH // tile.itemsize
-    per_row = (cols + WORD - 1) // WORD
+    per_row = words_for(cols)
     none, unit, zero = splat(integer(0)), splat(integer(1)), splat(real(0))
     row_goal, col_goal = splat(integer(row_target)), splat(integer(col_target))
     wrong = lane_mask(0, zero)
@@ -144,7 +143,7 @@ def _round(
     return bits_of(wrong)
 
 
-@njit
+@inner
 def _write_solution(
     region: Region,
     request: Request,
@@ -162,7 +161,7 @@ def _write_solution(
     """Duals in the scores' own scale, and the objective and bound that follow from them, in float64."""
     rows, cols = region.rows, region.cols
     lanes = WIDTH // tile.itemsize
-    per_row = (cols + WORD - 1) // WORD
+    per_row = words_for(cols)
     inverse = tile.dtype.type(1) / scale
     factor = np.float64(inverse)
     sum_u, sum_v = 0.0, 0.0
@@ -206,7 +205,7 @@ def _write_solution(
 
 
 @compiled
-def solve_exact(region: Region, request: Request, first: int, last: int, reals: Any, ints: Any) -> int:
+def solve_exact(region: Region, request: Request, reals: Any, ints: Any, first: int, last: int) -> int:
     """Solve groups ``first .. last`` of as many blocks as there are lanes; returns the number of paths.
 
     ``reals`` and ``ints`` are empty arrays of the work type and of the integer type of its width.
@@ -219,7 +218,7 @@ def solve_exact(region: Region, request: Request, first: int, last: int, reals: 
         col_target = row_target
     pitch = cols + 1
     padded = (rows + 3) // 4 * 4
-    per_row = (cols + WORD - 1) // WORD
+    per_row = words_for(cols)
     room = (max(rows + 1, cols) + lanes - 1) // lanes * lanes
     lines = rows + 1 if rows < cols else rows
     # Rows that are not there are read, and ignored, when the tile is parted.
@@ -304,14 +303,8 @@ def solve_exact(region: Region, request: Request, first: int, last: int, reals: 
                     )
         for lane in range(used):
             for i in range(rows):
-                write_flags(
-                    words,
-                    i * per_row * lanes + lane,
-                    lanes,
-                    cols,
-                    places[lanes + lane] + i * region.mask_row,
-                    region.mask_col,
-                )
+                place, address = i * per_row * lanes + lane, places[lanes + lane] + i * region.mask_row
+                write_flags(words, place, lanes, cols, address, region.mask_col)
             if request.objective != 0:
                 _write_solution(
                     region,

@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from nmsolve._cpu.compiled import compiled
+from nmsolve._cpu.compiled import compiled, inner
 from nmsolve._cpu.lanes import WIDTH, select, splat
 from nmsolve._cpu.memory import load, store
-from nmsolve._cpu.tiles import WORD, Region, aligned, load_tile, place_lanes, write_flags
+from nmsolve._cpu.tiles import WORD, Region, aligned, load_tile, place_lanes, words_for, write_flags
 
 __all__ = ["solve_ordinary"]
 
 
-@njit
+@inner
 def _rank(tile: Any, cols: int, ranks: Any) -> None:
     """How many scores of a lane's group come before each: the larger ones, and equal ones to its left."""
     lanes = WIDTH // tile.itemsize
@@ -33,12 +32,12 @@ def _rank(tile: Any, cols: int, ranks: Any) -> None:
 
 
 @compiled
-def solve_ordinary(region: Region, n: int, first: int, last: int, reals: Any, ints: Any) -> None:
+def solve_ordinary(region: Region, n: int, reals: Any, ints: Any, first: int, last: int) -> None:
     """Lane groups ``first .. last`` of a region whose blocks have one row."""
     integer = ints.dtype.type
     lanes = WIDTH // reals.itemsize
     cols = region.cols
-    per_row = (cols + WORD - 1) // WORD
+    per_row = words_for(cols)
     tile, ranks = aligned((cols + 1) * lanes, reals), aligned(cols * lanes, ints)
     words = aligned(per_row * lanes, ints)
     places = np.empty(3 * lanes, np.int64)

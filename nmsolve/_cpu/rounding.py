@@ -10,18 +10,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from nmsolve._cpu.ascent import normalise
-from nmsolve._cpu.compiled import compiled
+from nmsolve._cpu.compiled import compiled, inner
 from nmsolve._cpu.lanes import WIDTH, maximum, minimum, select, splat, trailing_zeros
 from nmsolve._cpu.memory import load, store
-from nmsolve._cpu.tiles import WORD, Region, aligned, load_tile, place_lanes, write_flags
+from nmsolve._cpu.tiles import WORD, Region, aligned, load_tile, place_lanes, words_for, write_flags
 
 __all__ = ["complete", "put_in_order", "row_major", "solve_greedy", "take"]
 
 
-@njit
+@inner
 def row_major(rows: int, cols: int, flipped: bool) -> Any:
     """Row and column of each entry of a block in row-major order, seen transposed if ``flipped``."""
     entries = np.empty((2, rows * cols), np.int64)
@@ -32,7 +31,7 @@ def row_major(rows: int, cols: int, flipped: bool) -> Any:
     return entries
 
 
-@njit
+@inner
 def put_in_order(tile: Any, pitch: int, entries: Any, keys: Any, order: Any) -> None:
     """Fill ``order`` with the indices of ``entries``, lane by lane, from the best score to the worst."""
     integer = order.dtype.type
@@ -62,7 +61,7 @@ def put_in_order(tile: Any, pitch: int, entries: Any, keys: Any, order: Any) -> 
         run *= 2
 
 
-@njit
+@inner
 def take(
     order: Any, lane: int, lanes: int, entries: Any, n: int, per_row: int, held: Any, words: Any
 ) -> None:
@@ -84,19 +83,19 @@ def take(
         words[word] |= words.dtype.type(taken << (j % WORD))
 
 
-@njit
+@inner
 def _toggle(words: Any, per_row: int, lanes: int, lane: int, i: int, j: int) -> None:
     words[(i * per_row + j // WORD) * lanes + lane] ^= words.dtype.type(1 << (j % WORD))
 
 
-@njit
+@inner
 def _free_room(words: Any, per_row: int, lanes: int, lane: int, i: int, j: int, n: int, held: Any) -> bool:
     """Whether entry (i, j) is free and its column has room; the columns' counts start at ``held[0]``."""
     word = np.int64(words[(i * per_row + j // WORD) * lanes + lane])
     return held[j] < n and (word >> (j % WORD)) & 1 == 0
 
 
-@njit
+@inner
 def complete(
     tile: Any, pitch: int, lane: int, rows: int, cols: int, n: int, per_row: int, held: Any, words: Any
 ) -> None:
@@ -150,11 +149,11 @@ def complete(
 
 
 @compiled
-def solve_greedy(region: Region, n: int, flipped: bool, first: int, last: int, reals: Any, ints: Any) -> None:
+def solve_greedy(region: Region, n: int, flipped: bool, reals: Any, ints: Any, first: int, last: int) -> None:
     """Groups ``first .. last`` of a region by the greedy; a ``flipped`` region is seen transposed."""
     lanes = WIDTH // reals.itemsize
     rows, cols = region.rows, region.cols
-    pitch, per_row = cols + 1, (cols + WORD - 1) // WORD
+    pitch, per_row = cols + 1, words_for(cols)
     tile, keys = aligned(rows * pitch * lanes, reals), aligned(rows * cols * lanes, reals)
     order, words = aligned(rows * cols * lanes, ints), aligned(rows * per_row * lanes, ints)
     held = np.empty(rows + cols, np.int64)

@@ -18,10 +18,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
-from nmsolve._cpu.compiled import compiled
+from nmsolve._cpu.compiled import compiled, inner
 
 __all__ = ["backward", "forward"]
 
@@ -67,7 +67,7 @@ def _exponential(x: Any) -> Any:
     return double
 
 
-@njit(fastmath=_FAST)
+@inner(fastmath=_FAST)
 def _load(matrix: Any, temperature: float, level: Any) -> bool:
     """``level = matrix / temperature``; whether all of it is finite."""
     rows, cols = matrix.shape
@@ -82,7 +82,7 @@ def _load(matrix: Any, temperature: float, level: Any) -> bool:
     return doubt == 0
 
 
-@njit(fastmath=_FAST)
+@inner(fastmath=_FAST)
 def _log_step(level: Any, a: Any, b: Any, f: Any, g: Any, kernel: Any, sums: Any) -> None:
     """One iteration from g in the log domain: new f, g, and the kernel ``exp(level + f + g)``."""
     rows, cols = level.shape
@@ -121,7 +121,7 @@ def _log_step(level: Any, a: Any, b: Any, f: Any, g: Any, kernel: Any, sums: Any
             out[j] *= sums[j]
 
 
-@njit(fastmath=_FAST)
+@inner(fastmath=_FAST)
 def _scale_step(kernel: Any, a: Any, b: Any, u: Any, v: Any, new_u: Any, new_v: Any) -> Any:
     """``new_u = a / (E v)``, ``new_v = b / (E^T new_u)``: (largest error of a row sum so far, is it safe)."""
     rows, cols = kernel.shape
@@ -154,12 +154,12 @@ def forward(
     temperature: float,
     iterations: int,
     tolerance: float,
-    first: int,
-    last: int,
     plan: Any,
     row_scalings: Any,
     col_scalings: Any,
     made: Any,
+    first: int,
+    last: int,
 ) -> None:
     """Blocks ``first .. last``; see :func:`nmsolve.reference_permute.sinkhorn_forward` for the arguments."""
     _, rows, cols = logits.shape
@@ -202,7 +202,7 @@ def forward(
                 out[j] = line[j] * factor * v[j] if finite else real(np.nan)
 
 
-@njit(fastmath=_FAST)
+@inner(fastmath=_FAST)
 def _far(reference: Any, values: Any, both_ways: bool) -> bool:
     """Whether a value is further than LIMIT from its reference (above it, or both ways)."""
     for k in range(len(reference)):
@@ -212,7 +212,7 @@ def _far(reference: Any, values: Any, both_ways: bool) -> bool:
     return False
 
 
-@njit(fastmath=_FAST)
+@inner(fastmath=_FAST)
 def _start_gradient(
     gradient: Any, kernel: Any, u: Any, sums: Any, b: Any, total: Any, df: Any, dg: Any, weight: Any
 ) -> None:
@@ -232,7 +232,7 @@ def _start_gradient(
         df[i] = row_total
 
 
-@njit(fastmath=_FAST)
+@inner(fastmath=_FAST)
 def _reverse_step(kernel: Any, u: Any, v: Any, df: Any, dg: Any, sums: Any, y: Any, total: Any) -> None:
     """One iteration back: df and dg go from (f_t, g_t) to (f_{t-1}, g_{t-1}); ``total`` gathers dK."""
     rows, cols = kernel.shape
@@ -265,9 +265,9 @@ def backward(
     col_scalings: Any,
     made: Any,
     temperature: float,
+    out: Any,
     first: int,
     last: int,
-    out: Any,
 ) -> None:
     """Blocks ``first .. last``; see :func:`nmsolve.reference_permute.sinkhorn_backward` for the mathematics.
 

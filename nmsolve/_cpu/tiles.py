@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
+from nmsolve._cpu.compiled import inner
 from nmsolve._cpu.lanes import WIDTH
 from nmsolve._cpu.memory import (
     load_blocks_1,
@@ -26,7 +26,7 @@ from nmsolve._cpu.memory import (
     store_flags_16,
 )
 
-__all__ = ["WORD", "Region", "aligned", "load_tile", "place_lanes", "write_flags"]
+__all__ = ["WORD", "Region", "aligned", "load_tile", "place_lanes", "words_for", "write_flags"]
 
 WORD = 32
 """Bits of a mask's row in one integer of scratch."""
@@ -88,7 +88,13 @@ class Region(NamedTuple):
         )
 
 
-@njit
+@inner
+def words_for(cols: int) -> int:
+    """How many integers of scratch the bits of a mask's row take."""
+    return (cols + WORD - 1) // WORD
+
+
+@inner
 def aligned(count: int, like: Any) -> Any:
     """Uninitialised scratch for ``count`` numbers of the type of the array ``like``, on a cache line."""
     lanes = WIDTH // like.itemsize
@@ -97,7 +103,7 @@ def aligned(count: int, like: Any) -> Any:
     return room[skip : skip + count]
 
 
-@njit
+@inner
 def place_lanes(region: Region, first: int, lanes: int, places: Any) -> int:
     """Find blocks ``first .. first + lanes`` of the region: how many there are.
 
@@ -127,7 +133,7 @@ def place_lanes(region: Region, first: int, lanes: int, places: Any) -> int:
     return used
 
 
-@njit
+@inner
 def load_tile(region: Region, places: Any, tile: Any, pitch: int) -> None:
     """Fill the tile with the scores of the lanes' blocks, in the work type."""
     lanes = WIDTH // tile.itemsize
@@ -167,7 +173,7 @@ def load_tile(region: Region, places: Any, tile: Any, pitch: int) -> None:
             j += 1
 
 
-@njit
+@inner
 def write_flags(words: Any, first: int, step: int, count: int, address: int, stride: int) -> None:
     """Write ``count`` bits, ``WORD`` to an integer from ``words[first::step]``, as bytes ``stride`` apart."""
     bits, j = np.int64(0), 0
