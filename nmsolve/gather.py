@@ -104,7 +104,7 @@ def rms_norm_permute(
         raise NMSolveError(
             f"weight: expected ({x.shape[-1]},) floating point on {x.device}, got {describe(weight)}"
         )
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
         raise NMSolveError(f"eps: expected a number of at least 0, got {eps!r}")
     result: Tensor = _NormPermute.apply(x, weight, permutation, float(eps), backend)
     return result

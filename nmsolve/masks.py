@@ -198,7 +198,7 @@ def transposable_masks(
     [0.5, 0.5]
     """
     pattern = NMPattern(n, m)
-    if not isinstance(scores, list | tuple):
+    if not isinstance(scores, (list, tuple)):
         raise NMSolveError(f"scores: expected a list or tuple of tensors, got {describe(scores)}")
     for i, matrix in enumerate(scores):
         check_scores(matrix, name=f"scores[{i}]")

@@ -93,7 +93,9 @@ def sinkhorn(
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise NMSolveError(f"iterations: expected an integer of at least 1, got {iterations!r}")
     if tolerance is not None and (
-        isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf
+        isinstance(tolerance, bool)
+        or not isinstance(tolerance, (int, float))
+        or not 0 <= tolerance < math.inf
     ):
         raise NMSolveError(f"tolerance: expected a number of at least 0 or None, got {tolerance!r}")
     check_backend(backend)
@@ -124,7 +126,7 @@ def sinkhorn(
 def _at_temperature(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, float]:
     """Logits and the number that divides them; a tensor of a temperature divides them here."""
     if not isinstance(temperature, Tensor):
-        if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
             raise NMSolveError(f"temperature: expected a number or a tensor, got {describe(temperature)}")
         if not 0 < temperature < math.inf:
             raise NMSolveError(f"temperature: expected a positive number, got {temperature!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import secrets
 import shutil
@@ -15,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from nmsolve.errors import NMSolveError
+from nmsolve.folder_lock import lock
 
 __all__ = ["Interrupts", "Staging", "check_outside", "check_replaceable"]
 
@@ -62,10 +62,10 @@ class Staging:
 
     def __enter__(self) -> Staging:
         for stale in sorted(self.out.parent.glob(f"{_literal(self._prefix)}*")):
-            lock = _lock(stale)
-            if lock is not None:
+            held = _lock(stale)
+            if held is not None:
                 shutil.rmtree(stale, ignore_errors=True)
-                os.close(lock)
+                os.close(held)
         try:
             self.path.mkdir()
             self._lock = _lock(self.path)
@@ -177,15 +177,9 @@ def _lock(folder: Path) -> int | None:
     Where the file system has no locks, a folder cannot be told stale and is left alone.
     """
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        return lock(folder)
     except OSError:
         return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _literal(text: str) -> str:

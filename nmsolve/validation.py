@@ -151,7 +151,7 @@ def tsenor_options(method: str, iterations: int | None, tau: float | None) -> tu
         raise NMSolveError(f"iterations: expected an integer of at least 1, got {iterations!r}")
     if tau is None:
         tau = _TSENOR_TAU
-    if not isinstance(tau, int | float) or not 0 < tau < math.inf:
+    if not isinstance(tau, (int, float)) or not 0 < tau < math.inf:
         raise NMSolveError(f"tau: expected a positive finite number, got {tau!r}")
     return iterations, float(tau)
 

@@ -36,12 +36,13 @@ def install() -> None:
 
 def _patch_once_per_launch() -> None:
     patch, call = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    nothing = getattr(interpreter, "_LangPatchScope", lambda: None)  # None before Triton 3.6
     patched: set[int] = set()
 
     def patch_if_new(fn: Any) -> Any:
         module = id(fn.__globals__)
         if module in patched:
-            return interpreter._LangPatchScope()
+            return nothing()
         patched.add(module)
         return patch(fn)
 

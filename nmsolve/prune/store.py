@@ -7,7 +7,6 @@ so a layer is there whole or not at all.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from nmsolve.errors import NMSolveError
+from nmsolve.folder_lock import lock
 from nmsolve.packed import pack_mask, unpack_mask
 
 __all__ = ["LayerStore"]
@@ -95,13 +95,10 @@ class LayerStore:
 
     def _hold(self) -> None:
         """Locks the folder, where the file system has locks."""
-        self._lock = os.open(self.folder, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock(self.folder)
         except BlockingIOError:
             raise NMSolveError(f"resume: {self.folder} is in use by another run") from None
-        except OSError:
-            pass
 
     def _release(self) -> None:
         if self._lock is not None:
