@@ -159,7 +159,7 @@ def count_torch(blocks: Tensor, n: int) -> Iterator[Work]:
 
 def count_triton(blocks: Tensor, n: int) -> Iterator[Work]:
     """Calls of the kernel's functions by the interpreter, one block at a time."""
-    from nmsolve.kernels import exact
+    from nmsolve.kernels import paths
 
     from nmsolve import gpu
     from nmsolve.pattern import NMPattern
@@ -167,7 +167,7 @@ def count_triton(blocks: Tensor, n: int) -> Iterator[Work]:
     calls = {"to_arcs": 0, "shortest_to_cols": 0}
 
     def counting(name: str) -> Callable[..., object]:
-        function = getattr(exact, name)
+        function = getattr(paths, name)
 
         def call(*args: object, **kwargs: object) -> object:
             calls[name] += 1
@@ -177,8 +177,8 @@ def count_triton(blocks: Tensor, n: int) -> Iterator[Work]:
 
     pattern = NMPattern(n, max(blocks.shape[1:]))
     with (
-        _replaced(exact, "to_arcs", counting("to_arcs")),  # made at the start and after every search
-        _replaced(exact, "shortest_to_cols", counting("shortest_to_cols")),  # one per sweep
+        _replaced(paths, "to_arcs", counting("to_arcs")),  # made at the start and after every search
+        _replaced(paths, "shortest_to_cols", counting("shortest_to_cols")),  # one per sweep
     ):
         for block in blocks:
             calls.update(dict.fromkeys(calls, 0))
