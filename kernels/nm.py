@@ -10,14 +10,14 @@ import triton.language as tl
 
 
 @triton.jit
-def sortable(x):
-    """Signed integers in the order of the floats; -0.0 as 0.0."""
+def sortable(x, LOW: tl.constexpr):
+    """Signed integers in the order of the floats; -0.0 as 0.0. The lowest ``LOW`` bits of both are zero."""
     if x.dtype == tl.float64:
         bits = tl.where(x == 0, 0.0, x).to(tl.int64, bitcast=True)
-        key = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+        key = bits ^ ((bits >> 63) & (0x7FFFFFFFFFFFFFFF >> LOW << LOW))
     else:
         bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-        key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        key = bits ^ ((bits >> 31) & (0x7FFFFFFF >> LOW << LOW))
     return key
 
 
@@ -51,12 +51,12 @@ def nm_kernel(
     # bfloat16 as float32 ends in 16 zero bits.
     LOW: tl.constexpr = 16 if raw.dtype == tl.bfloat16 else 0
     if raw.dtype == tl.float64:
-        key = sortable(raw)
+        key = sortable(raw, LOW)
         lowest = tl.full((1, GROUPS), -0x8000000000000000, tl.int64)
         one = tl.full((1, GROUPS), 1, tl.int64)
         BITS: tl.constexpr = 64
     else:
-        key = sortable(raw.to(tl.float32))
+        key = sortable(raw.to(tl.float32), LOW)
         lowest = tl.full((1, GROUPS), -0x80000000, tl.int32)
         one = tl.full((1, GROUPS), 1, tl.int32)
         BITS: tl.constexpr = 32

@@ -71,8 +71,10 @@ class NMPattern:
     @classmethod
     def from_pruned(cls, pruned: int, m: int) -> NMPattern:
         """The pattern that prunes ``pruned`` of every ``m``, the way some peers count."""
-        m = _integer("m", m)
-        return cls(m - _integer("pruned", pruned), m)
+        m, pruned = _integer("m", m), _integer("pruned", pruned)
+        if m >= 1 and not 0 <= pruned <= m:
+            raise NMSolveError(f"pruned: expected 0 <= pruned <= m={m}, got {pruned}")
+        return cls(m - pruned, m)
 
     @property
     def pruned(self) -> int:

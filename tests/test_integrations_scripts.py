@@ -66,7 +66,7 @@ def test_metrics_of_any_dtype_and_size(dtype):
     ("metric", "prune_n", "prune_m", "message"),
     [
         (torch.ones(4, 4), 0, 0, "m: expected a group size of at least 1, got 0"),
-        (torch.ones(4, 4), 5, 4, "n: expected 0 <= n <= m=4"),
+        (torch.ones(4, 4), 5, 4, "pruned: expected 0 <= pruned <= m=4"),
         (torch.full((4, 4), torch.inf, dtype=torch.float16), 2, 4, "scores"),
         (torch.ones(4), 2, 4, "scores"),
     ],

@@ -126,6 +126,13 @@ def test_ordinary_compares_float64_exactly_and_both_zeros_as_equal() -> None:
     assert gpu.ordinary(zeros, NMPattern(2, 4)).tolist() == [[[True, True, False, False]]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_ordinary_keeps_the_first_of_equal_negative_scores(dtype: torch.dtype) -> None:
+    scores = torch.tensor([-2.0, -1.0, -1.0, -1.0, 0.5, -1.0, -3.0, -1.0]).expand(1, 3, 8).to(dtype)
+    for n in range(9):
+        assert torch.equal(gpu.ordinary(scores, NMPattern(n, 8)), stable_sort_mask(scores, n, 8)), n
+
+
 def test_ordinary_takes_any_strides() -> None:
     base = oracles.sample("signed", (3, 20, 9), seed=8)
     for scores in (
