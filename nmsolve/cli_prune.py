@@ -347,8 +347,14 @@ _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 def _check_loaded(folder: Path, kind: str, found: dict[str, Any]) -> None:
     """Weights that the folder lacks would be random numbers; those that the model lacks are left behind."""
-    for name, held, expected in sorted(found["mismatched_keys"]):
-        raise NMSolveError(f"{folder}: {name}: expected shape {tuple(expected)} in {kind}, got {tuple(held)}")
+    mismatched = sorted(found["mismatched_keys"])
+    if mismatched:
+        # transformers 4 gives names, later ones (name, shape in the folder, shape in the model).
+        name, *shapes = (mismatched[0],) if isinstance(mismatched[0], str) else mismatched[0]
+        detail = " against ".join(str(tuple(shape)) for shape in shapes)
+        raise NMSolveError(
+            f"{folder}: {name} has another shape than in {kind}" + (f": {detail}" if detail else "")
+        )
     missing = sorted(found["missing_keys"])
     if missing:
         raise NMSolveError(

@@ -141,7 +141,7 @@ def test_recipes_in_yaml_and_the_saved_model(prune, tmp_path):
     [
         ({}, "mask_structure"),
         ({"mask_structure": "half"}, "expected 'N:M' with N pruned of M, such as '16:32', got 'half'"),
-        ({"mask_structure": "5:4"}, "n: expected 0 <= n <= m=4"),
+        ({"mask_structure": "5:4"}, "pruned: expected 0 <= pruned <= m=4"),
         ({"mask_structure": "1:4", "sparsity": 0.75}, r"prunes 1 of 4, expected 0.25 or nothing, got 0.75"),
         ({"mask_structure": "1:4", "mask_method": "best"}, "mask_method: expected one of"),
         (

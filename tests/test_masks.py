@@ -341,7 +341,7 @@ GOOD = torch.ones(8, 8)
         (lambda: nmsolve.check_mask(GOOD, 2, 4), r"mask: expected a bool tensor .* got float32"),
         (lambda: nmsolve.check_mask(GOOD.bool(), 2, 4, transposable=False, dim=3), r"dim: .* got 3"),
         (lambda: NMPattern.parse("2-4"), r"pattern: expected 'N:M'"),
-        (lambda: NMPattern.from_pruned(5, 4), r"n: .* got -1"),
+        (lambda: NMPattern.from_pruned(5, 4), r"pruned: .* got 5"),
     ],
 )
 def test_errors_name_argument_expectation_and_value(call: object, message: str) -> None:
