@@ -81,6 +81,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "perplexity.csv")
     parser.add_argument("--picture", action="store_true", help="draw the results, measure nothing")
     args = parser.parse_args()
+    if args.sequential != "off" and args.matmul != "float32":
+        parser.error(f"--sequential {args.sequential}: prunes between forward passes, needs --matmul float32")
     if args.picture:
         draw(read_csv(args.out))
         return

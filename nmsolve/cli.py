@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import sys
 import traceback
@@ -23,6 +22,7 @@ from nmsolve.cli_bench import add_commands as add_bench
 from nmsolve.cli_permute import add_commands as add_permute
 from nmsolve.cli_prune import add_commands
 from nmsolve.errors import NMSolveError
+from nmsolve.machine import check_device, chosen_device, devices, versions
 from nmsolve.pattern import NMPattern
 from nmsolve.selection import DENSE_BY_DEFAULT, Selection, select_tensors
 from nmsolve.staging import Interrupts, Staging, check_outside, check_replaceable
@@ -219,8 +219,7 @@ def _mask(args: argparse.Namespace) -> int:
         raise NMSolveError(
             f"--method: {args.method!r} needs --transposable; ordinary N:M has only one method"
         )
-    if args.device is not None and re.fullmatch(r"cpu|cuda(:\d+)?", args.device) is None:
-        raise NMSolveError(f"--device: expected cpu, cuda or cuda:N, got {args.device!r}")
+    check_device(args.device)
     if args.out is None and not args.dry_run:
         raise NMSolveError("--out: expected a path to write to (only --dry-run needs none)")
 
@@ -234,7 +233,6 @@ def _mask(args: argparse.Namespace) -> int:
         return OK
 
     from nmsolve.dispatch import backend_name
-    from nmsolve.machine import chosen_device
     from nmsolve.masking import Settings, bytes_needed
 
     device = chosen_device(args.device)
@@ -359,7 +357,6 @@ def _print_summary(report: Report, settings: Settings) -> None:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from nmsolve.machine import devices, versions
 
     found = devices()
     if args.json:

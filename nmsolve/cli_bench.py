@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import nmsolve
 from nmsolve import launch_table
 from nmsolve.errors import NMSolveError
+from nmsolve.machine import check_device, chosen_device, versions
 from nmsolve.pattern import NMPattern
 
 if TYPE_CHECKING:
@@ -85,8 +86,7 @@ def add_commands(add: AddCommand) -> None:
 def _bench(args: argparse.Namespace) -> int:
     if args.repeats is not None and args.repeats < 1:
         raise NMSolveError(f"--repeats: expected at least 1, got {args.repeats}")
-    if args.device is not None and re.fullmatch(r"cpu|cuda(:\d+)?", args.device) is None:
-        raise NMSolveError(f"--device: expected cpu, cuda or cuda:N, got {args.device!r}")
+    check_device(args.device)
     return _tune(args) if args.tune else _measure(args)
 
 
@@ -98,7 +98,6 @@ def _measure(args: argparse.Namespace) -> int:
 
     import torch
 
-    from nmsolve.machine import chosen_device, versions
     from nmsolve.timing import measure, measured_on
 
     device = chosen_device(args.device)
@@ -130,8 +129,6 @@ def _tune(args: argparse.Namespace) -> int:
     _check_out(out, (".json",), args.overwrite or args.out is None, folder=args.out is not None)
 
     import torch
-
-    from nmsolve.machine import chosen_device
 
     device = chosen_device(args.device)
     if device == "cpu":

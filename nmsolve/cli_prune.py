@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmsolve.checkpoint import INDEX_NAME, PICTURE_NAME, REPORT_NAME, SUFFIX, open_checkpoint
 from nmsolve.errors import NMSolveError
+from nmsolve.machine import chosen_device
 from nmsolve.pattern import NMPattern
 from nmsolve.staging import Interrupts, Staging, check_outside, check_replaceable
 
@@ -174,7 +174,7 @@ def _prune(args: argparse.Namespace) -> int:
     if args.calibration is not None and not args.calibration.is_file():
         raise NMSolveError(f"--calibration: {args.calibration} is not a file")
     out = _check_out(args.out, args.model, args.overwrite)
-    device = _device(args.device)
+    device = chosen_device(args.device)
     if not args.no_picture:
         from nmsolve.prune.report import need_matplotlib
 
@@ -247,7 +247,7 @@ def _copy_extras(source: Path, out: Path) -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     if not args.text.is_file():
         raise NMSolveError(f"--text: {args.text} is not a file")
-    device = _device(args.device)
+    device = chosen_device(args.device)
     model = _load_model(args.model, args.dtype)
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise NMSolveError(f"{args.model}: {type(model).__name__} is no causal language model")
@@ -289,19 +289,6 @@ def _check_out(out: Path, model: Path, overwrite: bool) -> Path:
     target = check_outside(out, model)
     check_replaceable(out, overwrite, target / REPORT_NAME)
     return target
-
-
-def _device(asked: str | None) -> str:
-    import torch
-
-    if asked is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if re.fullmatch(r"cpu|cuda(:\d+)?", asked) is None:
-        raise NMSolveError(f"--device: expected cpu, cuda or cuda:N, got {asked!r}")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if asked != "cpu" and int(asked.partition(":")[2] or 0) >= count:
-        raise NMSolveError(f"--device: {asked} is not here: torch {torch.__version__} sees {count} GPUs")
-    return asked
 
 
 def _load_model(folder: Path, dtype: str | None) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from dataclasses import dataclass
 
 from nmsolve.errors import NMSolveError
 
-__all__ = ["Device", "chosen_device", "devices", "versions"]
+__all__ = ["Device", "check_device", "chosen_device", "devices", "versions"]
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "safetensors")
 
@@ -28,14 +29,21 @@ class Device:
     backends: dict[str, str | None]
 
 
+def check_device(asked: str | None) -> None:
+    """Raise NMSolveError unless ``--device`` is cpu, cuda, cuda:N or not given. Imports nothing."""
+    if asked is not None and re.fullmatch(r"cpu|cuda(:\d+)?", asked) is None:
+        raise NMSolveError(f"--device: expected cpu, cuda or cuda:N, got {asked!r}")
+
+
 def chosen_device(asked: str | None) -> str:
     """What ``--device`` asks for (cpu, cuda or cuda:N); by default a GPU if there is one.
 
     Raises
     ------
     NMSolveError
-        If torch does not see the GPU.
+        If it is no device, or torch does not see the GPU.
     """
+    check_device(asked)
     import torch
 
     if asked is None:

@@ -119,6 +119,13 @@ def test_a_run_killed_before_its_first_layer_does_not_hinder_the_next(left, tmp_
     assert len(prune(mlp(), torch.randn(8, 16), "2:4", resume=folder).masks) == 3
 
 
+def test_a_system_without_locks_resumes_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("nmsolve.folder_lock.fcntl", None)
+    model, data = mlp(), torch.randn(8, 16)
+    finished = prune(model, data, "2:4", resume=tmp_path / "a").masks
+    assert prune(mlp(), data, "2:4", resume=tmp_path / "a").report.resumed == len(finished) == 3
+
+
 def test_a_folder_serves_one_run_at_a_time(tmp_path):
     data = torch.randn(8, 16)
 

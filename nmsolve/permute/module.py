@@ -64,6 +64,7 @@ _NOISE = 0.05
 
 
 def check_strategy(strategy: str) -> None:
+    """Raise NMSolveError unless ``strategy`` is a key of ``STRATEGIES``."""
     if strategy not in STRATEGIES:
         raise NMSolveError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
 
