@@ -357,7 +357,6 @@ def _print_summary(report: Report, settings: Settings) -> None:
 
 
 def _info(args: argparse.Namespace) -> int:
-
     found = devices()
     if args.json:
         data = {
