@@ -15,7 +15,8 @@ import common
 import torch
 from torch import Tensor
 
-from nmsolve import reference, schedule
+from nmsolve.backends import ascent_schedule
+from nmsolve.backends.torch import masks as reference
 
 PATTERNS = ((2, 4), (4, 8), (8, 16), (16, 32), (32, 64))
 FEWER = 7
@@ -32,11 +33,13 @@ def fixed_schedule(blocks: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The ascent with tau * max|A| from 5 to 250, steps up to max|A| / 5."""
     peak = blocks.abs().amax((1, 2)).unsqueeze(1)
     u, v = torch.zeros_like(blocks[:, 0]), torch.zeros_like(blocks[:, 0])
-    for sweep in range(schedule.SWEEPS):
-        tau = 5 * 50 ** (sweep / (schedule.SWEEPS - 1)) / peak
+    for sweep in range(ascent_schedule.SWEEPS):
+        tau = 5 * 50 ** (sweep / (ascent_schedule.SWEEPS - 1)) / peak
         for duals, dim in ((u, 2), (v, 1)):
             s = tau.unsqueeze(2) * (blocks - u.unsqueeze(2) - v.unsqueeze(1)) + 0.5
-            step = (s.clamp(0, 1).sum(dim) - n) / (tau * (((s > 0) & (s < 1)).sum(dim) + schedule.DAMPING))
+            step = (s.clamp(0, 1).sum(dim) - n) / (
+                tau * (((s > 0) & (s < 1)).sum(dim) + ascent_schedule.DAMPING)
+            )
             duals += torch.minimum(torch.maximum(step, -peak / 5), peak / 5)
     return u, v
 
@@ -44,14 +47,14 @@ def fixed_schedule(blocks: Tensor, n: int) -> tuple[Tensor, Tensor]:
 def variant(blocks: Tensor, n: int, sweeps: int, smooth: bool) -> tuple[Tensor, Tensor]:
     """The steered ascent with another number of sweeps, or with the smooth count."""
     mean = blocks.mean((1, 2), keepdim=True)
-    deviation = (blocks - mean).abs().mean((1, 2), keepdim=True).clamp_min(schedule.DEVIATION_FLOOR)
-    reach = schedule.WINSOR * deviation
+    deviation = (blocks - mean).abs().mean((1, 2), keepdim=True).clamp_min(ascent_schedule.DEVIATION_FLOOR)
+    reach = ascent_schedule.WINSOR * deviation
     clipped = torch.minimum(torch.maximum(blocks, mean - reach), mean + reach)
     u = clipped.mean(2, keepdim=True)
     v = clipped.mean(1, keepdim=True) - u.mean(1, keepdim=True)
-    tau = schedule.TAU_START / deviation
-    goal = schedule.FRACTION_START * blocks.shape[2]
-    shrink = (schedule.FRACTION_END / goal) ** (1 / (sweeps - 1))
+    tau = ascent_schedule.TAU_START / deviation
+    goal = ascent_schedule.FRACTION_START * blocks.shape[2]
+    shrink = (ascent_schedule.FRACTION_END / goal) ** (1 / (sweeps - 1))
     for sweep in range(sweeps):
         fractional = 0.0
         for duals, dim in ((u, 2), (v, 1)):
@@ -59,12 +62,12 @@ def variant(blocks: Tensor, n: int, sweeps: int, smooth: bool) -> tuple[Tensor, 
             held = s.clamp(0, 1)
             count = 6 * (held * (1 - held)) if smooth else (s == held).to(s.dtype)
             count = count.sum(dim, keepdim=True)
-            step = (held.sum(dim, keepdim=True) - n) / (count + schedule.DAMPING)
-            duals += step.clamp(-schedule.STEP_LIMIT, schedule.STEP_LIMIT) / tau
+            step = (held.sum(dim, keepdim=True) - n) / (count + ascent_schedule.DAMPING)
+            duals += step.clamp(-ascent_schedule.STEP_LIMIT, ascent_schedule.STEP_LIMIT) / tau
             fractional = fractional + count.mean((1, 2), keepdim=True) / 2
         goal *= shrink if sweep < sweeps - 1 else 1
-        growth = torch.clamp(fractional, min=schedule.FRACTION_FLOOR) / goal
-        tau = tau * growth.clamp(schedule.GROWTH_MIN, schedule.GROWTH_MAX)
+        growth = torch.clamp(fractional, min=ascent_schedule.FRACTION_FLOOR) / goal
+        tau = tau * growth.clamp(ascent_schedule.GROWTH_MIN, ascent_schedule.GROWTH_MAX)
     return u.squeeze(2), v.squeeze(1)
 
 
@@ -81,13 +84,13 @@ def main() -> None:
             steered = augmentations(blocks, n, *reference.dual_ascent(blocks, n)).double()
             fixed = augmentations(blocks, n, *fixed_schedule(blocks, n)).double()
             fewer = augmentations(blocks, n, *variant(blocks, n, FEWER, False)).double()
-            smooth = augmentations(blocks, n, *variant(blocks, n, schedule.SWEEPS, True)).double()
+            smooth = augmentations(blocks, n, *variant(blocks, n, ascent_schedule.SWEEPS, True)).double()
             rows.append(
                 {
                     "pattern": f"{n}:{m}",
                     "distribution": name,
                     "blocks": count,
-                    "sweeps": schedule.SWEEPS,
+                    "sweeps": ascent_schedule.SWEEPS,
                     "mean": f"{steered.mean():.3f}",
                     "largest": int(steered.max()),
                     "blocks_done": f"{(steered == 0).double().mean():.3f}",

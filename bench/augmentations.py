@@ -124,7 +124,8 @@ def sweeps_bound(rows: int, cols: int) -> int:
 
 def count_cpu(blocks: Tensor, n: int) -> Iterator[Work]:
     """One block at a time, so that the kernel's count is a block's."""
-    from nmsolve import cpu, schedule
+    from nmsolve.backends import ascent_schedule
+    from nmsolve.backends.cpu import masks as cpu
 
     reals, ints = cpu._work_arrays(blocks)
     m = max(blocks.shape[1:])
@@ -132,13 +133,13 @@ def count_cpu(blocks: Tensor, n: int) -> Iterator[Work]:
     for k in range(len(blocks)):
         for region in cpu._regions(blocks[k : k + 1], mask[k : k + 1], m, m):
             upright, _ = cpu._upright(region)
-            request = cpu.Request(n, m, schedule.SWEEPS, 0, 0, 0, 0, 0, 0)
+            request = cpu.Request(n, m, ascent_schedule.SWEEPS, 0, 0, 0, 0, 0, 0)
             yield Work(cpu.solve_exact(upright, request, reals, ints, 0, 1), None)
 
 
 def count_torch(blocks: Tensor, n: int) -> Iterator[Work]:
     """Rounds whose search had something left to do after the flips of tight entries."""
-    from nmsolve import reference
+    from nmsolve.backends.torch import masks as reference
 
     once, searches = reference._augment_once, []
 
@@ -161,7 +162,7 @@ def count_triton(blocks: Tensor, n: int) -> Iterator[Work]:
     """Calls of the kernel's functions by the interpreter, one block at a time."""
     from nmsolve.kernels import paths
 
-    from nmsolve import gpu
+    from nmsolve.backends.triton import masks as gpu
     from nmsolve.pattern import NMPattern
 
     calls = {"to_arcs": 0, "shortest_to_cols": 0}

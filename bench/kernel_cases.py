@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
-
-from common import ROOT
-
-sys.path.append(str(ROOT / "tests"))
 
 import offline
 

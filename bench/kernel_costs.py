@@ -20,7 +20,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import RESULTS, ROOT, read_csv, table, write_csv
+import offline
+import regions
+import sass
+from common import RESULTS, read_csv, table, write_csv
 from kernel_cases import (
     COMPARED,
     KERNELS,
@@ -35,12 +38,6 @@ from kernel_cases import (
 )
 from kernel_model import GPUS, occupancy, predict
 from kernel_trips import Trips, count_all, trips_of
-
-sys.path.append(str(ROOT / "tests"))
-
-import offline
-import regions
-import sass
 
 TRIPS, COSTS, PHASES = (RESULTS / f"kernel_{name}.csv" for name in ("trips", "costs", "phases"))
 

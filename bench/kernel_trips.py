@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-from common import ROOT
-from kernel_cases import KERNELS, SIDE, SINKHORN_ITERATIONS, TSENOR, n_of
-
-sys.path.append(str(ROOT / "tests"))
-
 import offline
 import regions
+from kernel_cases import KERNELS, SIDE, SINKHORN_ITERATIONS, TSENOR, n_of
 
 Trips = dict[tuple[str, int, int], dict[str, float]]
 """(name of the counts, m, blocks per program) -> region -> mean entries per program."""
@@ -58,7 +53,7 @@ def _run_programs(name: str, m: int, blocks: int | None, distribution: str, prog
 def _run_gather(*, norm: bool) -> tuple[int, int]:
     import torch
 
-    from nmsolve import gpu_permute
+    from nmsolve.backends.triton import permutations as gpu_permute
 
     rows, cols, _ = gpu_permute.NORM_TILE if norm else gpu_permute.GATHER_TILE
     if norm:
@@ -73,7 +68,7 @@ def _run_sinkhorn(m: int, programs: int, *, backward: bool) -> tuple[int, int]:
     import torch
     from common import scores
 
-    from nmsolve import gpu_permute
+    from nmsolve.backends.triton import permutations as gpu_permute
 
     blocks = gpu_permute.sinkhorn_tile(m, m).blocks
     logits = scores("signed", (blocks * programs, m, m))
@@ -88,7 +83,7 @@ def _run_masks(name: str, m: int, blocks: int | None, distribution: str, program
     from common import scores
     from nmsolve.kernels import _launch
 
-    from nmsolve import gpu
+    from nmsolve.backends.triton import masks as gpu
     from nmsolve.pattern import NMPattern
 
     pattern = NMPattern(n_of(name, m), m)

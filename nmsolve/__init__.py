@@ -7,18 +7,17 @@ The names below are loaded from their modules when they are first used, so that 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from nmsolve.about import __version__
 from nmsolve.errors import BackendError, NMSolveError
 from nmsolve.pattern import NMPattern
 
 if TYPE_CHECKING:
-    from nmsolve.gather import permute_columns, rms_norm_permute
-    from nmsolve.masks import check_mask, nm_mask, solve_blocks, transposable_mask, transposable_masks
-    from nmsolve.matching import AssignmentSolution, assignment
-    from nmsolve.packed import load_masks, save_masks
-    from nmsolve.plans import sinkhorn
+    from nmsolve.checkpoint.mask_files import load_masks, save_masks
+    from nmsolve.ops.assignment import AssignmentSolution, assignment
+    from nmsolve.ops.columns import permute_columns, rms_norm_permute
+    from nmsolve.ops.masks import check_mask, nm_mask, solve_blocks, transposable_mask, transposable_masks
+    from nmsolve.ops.sinkhorn import sinkhorn
     from nmsolve.solution import BlockSolution, dual_bound, kept_score
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AssignmentSolution",
@@ -43,11 +42,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "nmsolve.matching": ("AssignmentSolution", "assignment"),
-    "nmsolve.gather": ("permute_columns", "rms_norm_permute"),
-    "nmsolve.plans": ("sinkhorn",),
-    "nmsolve.masks": ("check_mask", "nm_mask", "solve_blocks", "transposable_mask", "transposable_masks"),
-    "nmsolve.packed": ("load_masks", "save_masks"),
+    "nmsolve.ops.assignment": ("AssignmentSolution", "assignment"),
+    "nmsolve.ops.columns": ("permute_columns", "rms_norm_permute"),
+    "nmsolve.ops.sinkhorn": ("sinkhorn",),
+    "nmsolve.ops.masks": ("check_mask", "nm_mask", "solve_blocks", "transposable_mask", "transposable_masks"),
+    "nmsolve.checkpoint.mask_files": ("load_masks", "save_masks"),
     "nmsolve.solution": ("BlockSolution", "dual_bound", "kept_score"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import nmsolve
-from nmsolve.dispatch import backend_reasons
-from nmsolve.packed import pack_mask, unpack_mask
+from nmsolve.backends.dispatch import backend_reasons
+from nmsolve.checkpoint.mask_files import pack_mask, unpack_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIDE = 1024 if DEVICE == "cpu" else 4096

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nmsolve.errors import NMSolveError
-from nmsolve.gather import permute_columns
+from nmsolve.files import Staging
+from nmsolve.ops.columns import permute_columns
 from nmsolve.permute.couplings import Coupling, Site, find_couplings
 from nmsolve.permute.heuristics import check_permutation
 from nmsolve.permute.norm import PermutedRMSNorm
-from nmsolve.staging import Staging
 
 __all__ = [
     "Applied",

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from nmsolve.errors import NMSolveError
-from nmsolve.masks import nm_mask
-from nmsolve.matching import assignment
+from nmsolve.ops.assignment import assignment
+from nmsolve.ops.masks import nm_mask
+from nmsolve.ops.validation import check_finite, check_scores, describe
 from nmsolve.pattern import NMPattern
-from nmsolve.validation import check_finite, check_scores, describe
 
 __all__ = [
     "check_permutation",

@@ -24,10 +24,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from nmsolve.errors import NMSolveError
-from nmsolve.masks import nm_mask, transposable_mask
-from nmsolve.matching import assignment
+from nmsolve.ops.assignment import assignment
+from nmsolve.ops.masks import nm_mask, transposable_mask
+from nmsolve.ops.sinkhorn import sinkhorn
 from nmsolve.pattern import NMPattern
-from nmsolve.plans import sinkhorn
 
 __all__ = [
     "STRATEGIES",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nmsolve.errors import NMSolveError
-from nmsolve.gather import rms_norm_permute
+from nmsolve.ops.columns import rms_norm_permute
 from nmsolve.permute.heuristics import check_permutation
 
 __all__ = ["PermutedRMSNorm"]

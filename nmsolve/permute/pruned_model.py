@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from nmsolve.gather import permute_columns
+from nmsolve.ops.columns import permute_columns
 from nmsolve.pattern import NMPattern
 from nmsolve.permute.couplings import Coupling, Site
 from nmsolve.permute.module import LearnableChannelPermutation, kept_score, pruned_in_order

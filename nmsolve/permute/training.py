@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nmsolve.matching import assignment
+from nmsolve.ops.assignment import assignment
 from nmsolve.permute.objective import Batch, Objective
 from nmsolve.permute.pruned_model import PrunedModel
 from nmsolve.permute.training_state import LearnedPermutations, load_state, save_state

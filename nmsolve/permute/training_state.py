@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nmsolve.errors import NMSolveError
+from nmsolve.files import Staging
 from nmsolve.permute.pruned_model import PrunedModel
-from nmsolve.staging import Staging
 
 __all__ = ["LearnedPermutations", "load_state", "save_state"]
 

@@ -39,12 +39,12 @@ import torch
 from torch import Tensor
 
 from nmsolve.errors import NMSolveError
-from nmsolve.masks import solve_blocks, transposable_mask
-from nmsolve.matching import assignment
+from nmsolve.ops.assignment import assignment
+from nmsolve.ops.masks import solve_blocks, transposable_mask
+from nmsolve.ops.validation import check_finite, check_scores, describe
 from nmsolve.pattern import NMPattern
 from nmsolve.permute.heuristics import deal_columns
 from nmsolve.solution import BlockSolution
-from nmsolve.validation import check_finite, check_scores, describe
 
 __all__ = ["TransposablePermutation", "transposable_permutation"]
 

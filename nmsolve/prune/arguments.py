@@ -11,8 +11,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from nmsolve.checkpoint.mask_files import load_masks
 from nmsolve.errors import NMSolveError
-from nmsolve.packed import load_masks
 from nmsolve.pattern import NMPattern
 from nmsolve.prune.calibration import Batch, fingerprint
 from nmsolve.prune.layers import Layer, Selected, told

@@ -42,7 +42,7 @@ class FixedMasks:
     ----------
     model : nn.Module
     masks : mapping of weight name to bool Tensor
-        Such as :attr:`PruneResult.masks`, or what :func:`nmsolve.packed.load_masks` returns.
+        Such as :attr:`PruneResult.masks`, or what :func:`nmsolve.load_masks` returns.
     optimizer : torch.optim.Optimizer, optional
         More can be attached later.
 

@@ -22,9 +22,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from nmsolve.checkpoint.selection import DENSE_BY_DEFAULT
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
-from nmsolve.selection import DENSE_BY_DEFAULT
 
 __all__ = ["Layer", "Selected", "find_layers", "select_layers", "told", "uncompiled"]
 

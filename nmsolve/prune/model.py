@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmsolve.checkpoint import MASKS_FOLDER, MASKS_SUFFIX, PICTURE_NAME, REPORT_NAME
-from nmsolve.dispatch import select
+from nmsolve.backends.dispatch import select
+from nmsolve.checkpoint.format import MASKS_FOLDER, MASKS_SUFFIX, PICTURE_NAME, REPORT_NAME
+from nmsolve.checkpoint.mask_files import save_masks
 from nmsolve.errors import NMSolveError
-from nmsolve.packed import save_masks
 from nmsolve.pattern import NMPattern
 from nmsolve.prune.alps import ITERATIONS
 from nmsolve.prune.arguments import (
@@ -65,7 +65,7 @@ class PruneResult:
         """Saves a transformers model with ``save_pretrained``; masks, report and picture beside it.
 
         The masks are packed to bits, one file for each pattern in ``masks/``;
-        :func:`nmsolve.packed.load_masks` reads the folder. Masks of an earlier ``save`` there are removed.
+        :func:`nmsolve.load_masks` reads the folder. Masks of an earlier ``save`` there are removed.
 
         Raises
         ------

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nmsolve
+from nmsolve.about import __version__, versions
+from nmsolve.checkpoint.report import relative_gap, retained_share
 from nmsolve.errors import NMSolveError
-from nmsolve.report import relative_gap, retained_share, versions
 
 __all__ = ["LayerReport", "PruneReport", "need_matplotlib"]
 
@@ -90,7 +90,7 @@ class PruneReport:
     def to_json(self) -> dict[str, Any]:
         """The report as JSON data."""
         return {
-            "nmsolve": nmsolve.__version__,
+            "nmsolve": __version__,
             "versions": versions(),
             "settings": dict(self.settings),
             "totals": self.totals(),

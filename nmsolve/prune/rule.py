@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from nmsolve.errors import NMSolveError
-from nmsolve.masks import nm_mask, transposable_mask
+from nmsolve.ops.masks import nm_mask, transposable_mask
+from nmsolve.ops.validation import check_mask_method
 from nmsolve.pattern import NMPattern
-from nmsolve.validation import METHODS
 
 __all__ = ["MaskRule", "Tally"]
 
@@ -74,8 +74,7 @@ class MaskRule:
             self.pattern = NMPattern.parse(self.pattern)
         if not isinstance(self.pattern, NMPattern):
             raise NMSolveError(f"pattern: expected an NMPattern or 'N:M', got {self.pattern!r}")
-        if self.method not in METHODS:
-            raise NMSolveError(f"mask_method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        check_mask_method(self.method, "mask_method")
         if not self.transposable and self.method != "exact":
             raise NMSolveError(
                 f"mask_method: {self.method!r} needs transposable=True; ordinary N:M has only one method"

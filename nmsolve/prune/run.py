@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nmsolve.checkpoint.mask_files import pack_mask, unpack_mask
 from nmsolve.errors import NMSolveError
-from nmsolve.packed import pack_mask, unpack_mask
 from nmsolve.pattern import NMPattern
 from nmsolve.prune.alps import alps, alps_system
 from nmsolve.prune.arguments import Settings

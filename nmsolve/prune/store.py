@@ -18,9 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
+from nmsolve.checkpoint.mask_files import pack_mask, unpack_mask
 from nmsolve.errors import NMSolveError
-from nmsolve.folder_lock import lock
-from nmsolve.packed import pack_mask, unpack_mask
+from nmsolve.files import lock
 
 __all__ = ["LayerStore"]
 

@@ -1,0 +1,159 @@
+"""Triton's interpreter, made fast enough to test with and strict enough to trust.
+
+:func:`install` changes the interpreter of the running process (TRITON_INTERPRET=1 has to be set before triton
+is imported) in four ways:
+
+- ``triton.language`` is patched once per launch and not again at every call of a jitted helper;
+- reductions with a custom combine function run on whole arrays, not element by element;
+- ``tl.device_assert`` is checked;
+- a load or store outside the launch's tensors, or a store to where another program has stored, is an error.
+
+The tensors of a group launch are those that its table is made from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import triton.runtime.interpreter as interpreter
+
+_installed = False
+
+
+def install() -> None:
+    """Change the interpreter of this process; calls after the first do nothing."""
+    global _installed
+    if not _installed:
+        _installed = True
+        _patch_once_per_launch()
+        _reduce_whole_arrays()
+        builder = interpreter.interpreter_builder
+        builder.options = dataclasses.replace(builder.options, debug=True)
+        _guard_memory()
+
+
+def _patch_once_per_launch() -> None:
+    patch, call = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    nothing = getattr(interpreter, "_LangPatchScope", lambda: None)  # None before Triton 3.6
+    patched: set[int] = set()
+
+    def patch_if_new(fn: Any) -> Any:
+        module = id(fn.__globals__)
+        if module in patched:
+            return nothing()
+        patched.add(module)
+        return patch(fn)
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        try:
+            with np.errstate(all="ignore"):  # infinities are ordinary values in lanes that are masked later
+                return call(self, *args, **kwargs)
+        finally:
+            patched.clear()
+
+    interpreter._patch_lang = patch_if_new
+    interpreter.GridExecutor.__call__ = launch
+
+
+def _reduce_whole_arrays() -> None:
+    def generic_reduce(self: Any, inputs: Any) -> list[Any]:
+        whole = self.axis is None
+        inputs, axis = self.unravel(inputs, self.axis)
+        arrays = [x.handle.data for x in inputs]
+
+        def at(index: int) -> tuple[Any, ...]:
+            slices = (np.ascontiguousarray(np.take(a, index, axis=axis)) for a in arrays)
+            return tuple(self.to_tensor(s, x.dtype) for s, x in zip(slices, inputs, strict=True))
+
+        total: Any = at(0)
+        for index in range(1, arrays[0].shape[axis]):
+            total = self.combine_fn.fn(*total, *at(index))
+            total = total if isinstance(total, tuple) else (total,)
+        results = []
+        for value, x in zip(total, inputs, strict=True):
+            data = value.handle.data
+            if self.keep_dims:
+                axes = tuple(range(arrays[0].ndim)) if whole else axis
+                data = np.expand_dims(data.reshape(()) if whole else data, axes)
+            elif whole or arrays[0].ndim == 1:
+                data = data.item()
+            results.append(self.to_tensor(data, x.dtype))
+        return results
+
+    interpreter.ReduceOps.generic_reduce = generic_reduce
+
+
+def _guard_memory() -> None:
+    executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
+    prepare, load, store = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store
+    ranges: list[tuple[int, int]] = []
+    written: dict[tuple[int, ...], np.ndarray] = {}
+    group = _last_group()
+
+    def add_range(argument: Any) -> None:
+        if hasattr(argument, "data_ptr"):
+            if argument.numel():
+                last = sum((n - 1) * s for n, s in zip(argument.shape, argument.stride(), strict=True))
+                start = argument.data_ptr()
+                ranges.append((start, start + (last + 1) * argument.element_size()))
+        elif isinstance(argument, tuple | list):
+            for item in argument:
+                add_range(item)
+
+    def checked_prepare(self: Any, args: Any, kwargs: Any) -> Any:
+        prepared = prepare(self, args, kwargs)
+        ranges.clear()
+        written.clear()
+        add_range([*prepared[0], *prepared[1].values()])
+        for argument in args:
+            if group and argument is group[-1][0]:
+                add_range(group[-1][1])
+        return prepared
+
+    def addresses(pointers: Any, mask: Any, what: str) -> np.ndarray:
+        active = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
+        found = pointers.data[active]
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        inside = np.zeros(found.shape, bool)
+        for start, end in ranges:
+            inside |= (found >= start) & (found + np.uint64(size) <= end)
+        if not inside.all():
+            program = interpreter.interpreter_builder.grid_idx
+            raise IndexError(f"{what} out of bounds: {int((~inside).sum())} elements, program {program}")
+        return found
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *args: Any) -> Any:
+        addresses(pointers, mask, "load")
+        return load(self, pointers, mask, *args)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *args: Any) -> Any:
+        found = addresses(pointers, mask, "store")
+        program = self.grid_idx
+        for other, theirs in written.items():
+            if other != program and np.isin(found, theirs).any():
+                raise RuntimeError(f"programs {other} and {program} store to the same address")
+        written[program] = np.concatenate([written.get(program, found[:0]), found])
+        return store(self, pointers, value, mask, *args)
+
+    executor._init_args_hst = checked_prepare
+    builder.create_masked_load = checked_load
+    builder.create_masked_store = checked_store
+
+
+def _last_group() -> list[tuple[Any, Any]]:
+    """A list that holds the table that the Triton backend made last, and the tensors that it points to."""
+    from nmsolve.backends.triton import masks as gpu
+
+    make = gpu._table
+    last: list[tuple[Any, Any]] = []
+
+    def make_and_tell(members: Any, *args: Any) -> Any:
+        table, programs = make(members, *args)
+        last[:] = [(table, [tensor for member in members for tensor in (member.scores, *member.result)])]
+        return table, programs
+
+    gpu._table = make_and_tell
+    return last

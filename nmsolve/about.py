@@ -1,0 +1,29 @@
+"""The version of nmsolve, and those of what it runs on. Needs the standard library alone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+__all__ = ["__version__", "versions"]
+
+__version__ = "0.1.0"
+
+PACKAGES = ("torch", "triton", "numba", "numpy", "safetensors")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that solve, None for what is not installed. Imports nothing.
+
+    Examples
+    --------
+    >>> sorted(versions())
+    ['numba', 'numpy', 'python', 'safetensors', 'torch', 'triton']
+    """
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found

@@ -1,0 +1,1 @@
+"""The Numba backend: blocks side by side in vector registers, shared out over torch's threads."""

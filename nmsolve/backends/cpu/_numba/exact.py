@@ -1,0 +1,335 @@
+"""The exact method on a region: 64 bytes of blocks side by side from load to store.
+
+What bounds it: the ascent, by the throughput of the vector units. Its two inner loops (:mod:`.ascent`) are
+seven arithmetic instructions per entry, half-sweep and register, with all operands in the first-level cache
+for the four rows at hand; memory bandwidth and the divisions hide behind them. The augmenting paths come
+second, and their share grows with M: there are more of them, and each looks at more lines. They wait for
+latency, one line's labels after another's. More sweeps would save paths and cost about as much, which is why
+the time hardly depends on their number around ``schedule.SWEEPS``. Ties cost most: lines tied at their
+threshold stay unbalanced however good the duals are, and only paths can settle them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nmsolve.backends.ascent_schedule import WARM_LIMIT
+from nmsolve.backends.cpu._numba.ascent import ascend, normalise, start
+from nmsolve.backends.cpu._numba.augment import augment, part
+from nmsolve.backends.cpu._numba.compiled import compiled, inner
+from nmsolve.backends.cpu._numba.lanes import WIDTH, bits_of, lane_mask, maximum, minimum, select, splat
+from nmsolve.backends.cpu._numba.memory import load, peek, poke, store
+from nmsolve.backends.cpu._numba.scratch import scratch, still_needed
+from nmsolve.backends.cpu._numba.tiles import (
+    WORD,
+    Region,
+    aligned,
+    load_tile,
+    place_lanes,
+    words_for,
+    write_flags,
+)
+
+__all__ = ["Request", "solve_exact"]
+
+
+class Request(NamedTuple):
+    """What is asked of a region; addresses are 0 where something is not given or not wanted."""
+
+    n: int
+    m: int
+    sweeps: int
+    warm_row_duals: int
+    warm_col_duals: int
+    row_duals: int
+    col_duals: int
+    objective: int
+    bound: int
+
+    def flipped(self) -> Request:
+        """The same request with rows and columns exchanged."""
+        return self._replace(
+            warm_row_duals=self.warm_col_duals,
+            warm_col_duals=self.warm_row_duals,
+            row_duals=self.col_duals,
+            col_duals=self.row_duals,
+        )
+
+
+@inner
+def _read_duals(address: int, m: int, lines: int, places: Any, scale: Any, duals: Any) -> None:
+    """Read the lanes' warm duals of one side, in the tile's scale and within ``WARM_LIMIT``."""
+    lanes = WIDTH // duals.itemsize
+    like = duals.dtype.type(0)
+    low, high = splat(duals.dtype.type(-WARM_LIMIT)), splat(duals.dtype.type(WARM_LIMIT))
+    for i in range(lines):
+        for k in range(lanes):
+            duals[i * lanes + k] = peek(address + (places[2 * lanes + k] * m + i) * duals.itemsize, like)
+        store(duals, i * lanes, minimum(maximum(load(duals, i * lanes) * scale, low), high))
+
+
+@inner
+def _extreme_duals(tile: Any, pitch: int, rows: int, cols: int, keep_all: bool, u: Any, v: Any) -> None:
+    """The duals of a block that keeps all of every row (its smallest score) or none (its largest)."""
+    lanes = WIDTH // tile.itemsize
+    for i in range(rows):
+        dual = load(tile, i * pitch * lanes)
+        for j in range(1, cols):
+            score = load(tile, (i * pitch + j) * lanes)
+            dual = minimum(dual, score) if keep_all else maximum(dual, score)
+        store(u, i * lanes, dual)
+    for j in range(cols):
+        store(v, j * lanes, splat(tile.dtype.type(0)))
+
+
+@inner
+def _anchor(lines: int, u: Any, v: Any) -> None:
+    """Shift the prices of square blocks so that the lowest column's is 0.
+
+    ``u + t``, ``v - t`` prices every entry alike; the smaller the prices, the finer they are in floats.
+    """
+    lanes = WIDTH // u.itemsize
+    lowest = load(v, 0)
+    for j in range(1, lines):
+        lowest = minimum(lowest, load(v, j * lanes))
+    for i in range(lines):
+        store(u, i * lanes, load(u, i * lanes) + lowest)
+        store(v, i * lanes, load(v, i * lanes) - lowest)
+
+
+@inner
+def _round(
+    tile: Any,
+    pitch: int,
+    rows: int,
+    cols: int,
+    row_target: int,
+    col_target: int,
+    u: Any,
+    v: Any,
+    words: Any,
+    row_excess: Any,
+    col_excess: Any,
+) -> int:
+    """``S = [A - u - v > 0]`` as words, and what its lines hold beyond their targets.
+
+    Returns the lanes whose block is not balanced yet, as bits.
+    """
+    real, integer = tile.dtype.type, words.dtype.type
+    lanes = WIDTH // tile.itemsize
+    per_row = words_for(cols)
+    none, unit, zero = splat(integer(0)), splat(integer(1)), splat(real(0))
+    row_goal, col_goal = splat(integer(row_target)), splat(integer(col_target))
+    wrong = lane_mask(0, zero)
+    for j in range(cols):
+        store(col_excess, j * lanes, none - col_goal)
+    for i in range(rows):
+        dual = load(u, i * lanes)
+        held = none - row_goal
+        for w in range(per_row):
+            word, bit = none, unit
+            for j in range(w * WORD, min(cols, (w + 1) * WORD)):
+                score = load(tile, (i * pitch + j) * lanes)
+                positive = ((score - dual) - load(v, j * lanes)) > zero
+                word = select(positive, word | bit, word)
+                bit = bit + bit
+                held = select(positive, held + unit, held)
+                count = load(col_excess, j * lanes)
+                store(col_excess, j * lanes, select(positive, count + unit, count))
+            store(words, (i * per_row + w) * lanes, word)
+        store(row_excess, i * lanes, held)
+        wrong = wrong | (held != none)
+    for j in range(cols):
+        over = load(col_excess, j * lanes)
+        if rows < cols:
+            loose = (over < none) & (load(v, j * lanes) > zero)
+            wrong = wrong | (over > none) | loose
+        else:
+            wrong = wrong | (over != none)
+    return bits_of(wrong)
+
+
+@inner
+def _write_solution(
+    region: Region,
+    request: Request,
+    block: int,
+    tile: Any,
+    pitch: int,
+    lane: int,
+    row_target: int,
+    col_target: int,
+    scale: float,
+    u: Any,
+    v: Any,
+    words: Any,
+) -> None:
+    """Duals in the scores' own scale, and the objective and bound that follow from them, in float64."""
+    rows, cols = region.rows, region.cols
+    lanes = WIDTH // tile.itemsize
+    per_row = words_for(cols)
+    inverse = tile.dtype.type(1) / scale
+    factor = np.float64(inverse)
+    sum_u, sum_v = 0.0, 0.0
+    for j in range(cols):
+        dual = v[j * lanes + lane] * inverse
+        poke(request.col_duals + (block * request.m + j) * tile.itemsize, dual)
+        v[j * lanes + lane] = dual
+        sum_v += np.float64(dual)
+    objective, surplus = 0.0, 0.0
+    for i in range(rows):
+        dual = u[i * lanes + lane] * inverse
+        price = np.float64(dual)
+        excess, paid = 0.0, 0.0
+        for j in range(cols):
+            score = np.float64(tile[(i * pitch + j) * lanes + lane]) * factor
+            over = max(0.0, score - price - np.float64(v[j * lanes + lane]))
+            word = np.int64(words[(i * per_row + j // WORD) * lanes + lane])
+            if (word >> (j % WORD)) & 1:
+                objective += score
+            else:
+                excess = max(excess, over)
+            paid += over
+        if excess > 0.0:
+            # Rounding left free entries above their price; with N far below M they would cost more than
+            # raising the row's price does.
+            raised = tile.dtype.type(price + excess)
+            if np.float64(raised) < price + excess:
+                raised = np.nextafter(raised, tile.dtype.type(np.inf))
+            less = 0.0
+            for j in range(cols):
+                score = np.float64(tile[(i * pitch + j) * lanes + lane]) * factor
+                less += max(0.0, score - np.float64(raised) - np.float64(v[j * lanes + lane]))
+            if row_target * (np.float64(raised) - price) + less < paid:
+                dual, price, paid = raised, np.float64(raised), less
+        poke(request.row_duals + (block * request.m + i) * tile.itemsize, dual)
+        u[i * lanes + lane] = dual
+        sum_u += price
+        surplus += paid
+    poke(request.objective + block * 8, objective)
+    poke(request.bound + block * 8, row_target * sum_u + col_target * sum_v + surplus)
+
+
+@compiled
+def solve_exact(region: Region, request: Request, reals: Any, ints: Any, first: int, last: int) -> int:
+    """Solve groups ``first .. last`` of as many blocks as there are lanes; returns the number of paths.
+
+    ``reals`` and ``ints`` are empty arrays of the work type and of the integer type of its width.
+    """
+    real, integer = reals.dtype.type, ints.dtype.type
+    lanes = WIDTH // reals.itemsize
+    rows, cols = region.rows, region.cols
+    row_target, col_target = min(request.n, cols), request.n
+    if rows == cols:
+        col_target = row_target
+    pitch = cols + 1
+    padded = (rows + 3) // 4 * 4
+    per_row = words_for(cols)
+    room = (max(rows + 1, cols) + lanes - 1) // lanes * lanes
+    lines = rows + 1 if rows < cols else rows
+    # Rows that are not there are read, and ignored, when the tile is parted.
+    tile_size = max(padded, room) * pitch * lanes
+    row_room, col_room = (lines + lanes - 1) // lanes * lanes, (cols + lanes - 1) // lanes * lanes
+    parts = lanes * room * max(lines, cols)
+    room_reals = aligned(tile_size + (padded + 4 * cols + 1) * lanes + 4 * room + 2 * parts, reals)
+    room_ints = aligned((rows + cols + rows * per_row) * lanes + (5 + per_row) * room, ints)
+    room_active = np.empty(2 * room, np.int64)
+    tile = scratch(room_reals)
+    u = tile + tile_size
+    v = u + padded * lanes
+    sums = v + cols * lanes
+    counts = sums + 2 * cols * lanes
+    scales = counts + cols * lanes
+    numbers = scales + lanes
+    by_row = numbers + 4 * room
+    by_col = by_row + parts
+    words = scratch(room_ints)
+    row_excess = words + rows * per_row * lanes
+    col_excess = row_excess + rows * lanes
+    integers = col_excess + cols * lanes
+    active = scratch(room_active)
+    room_places = np.empty(3 * lanes, np.int64)
+    places = scratch(room_places)
+    trivial = row_target == 0 or row_target == cols
+    paths = 0
+    for group in range(first, last):
+        used = place_lanes(region, group * lanes, lanes, places)
+        load_tile(region, places, tile, pitch)
+        scale = normalise(tile, pitch, rows, cols)
+        store(scales, 0, scale)
+        if trivial:
+            _extreme_duals(tile, pitch, rows, cols, row_target > 0, u, v)
+        elif request.warm_row_duals != 0:
+            _read_duals(request.warm_row_duals, request.m, rows, places, scale, u)
+            _read_duals(request.warm_col_duals, request.m, cols, places, scale, v)
+            if rows < cols:
+                for j in range(cols):
+                    store(v, j * lanes, maximum(load(v, j * lanes), splat(real(0))))
+        else:
+            tau = start(tile, pitch, rows, cols, u, v)
+            for i in range(rows, padded):
+                store(u, i * lanes, splat(real(0)))
+                for j in range(cols):
+                    store(tile, (i * pitch + j) * lanes, splat(real(-1e30)))
+            ascend(tile, pitch, rows, cols, row_target, col_target, tau, request.sweeps, u, v, sums, counts)
+        if trivial:
+            fill = splat(integer(-1 if row_target > 0 else 0))
+            for i in range(rows * per_row):
+                store(words, i * lanes, fill)
+        else:
+            if rows == cols:
+                _anchor(rows, u, v)
+            wrong = _round(
+                tile, pitch, rows, cols, row_target, col_target, u, v, words, row_excess, col_excess
+            )
+            wrong &= (1 << used) - 1
+            if wrong != 0 and rows < cols:
+                for j in range(cols):
+                    store(tile, (rows * pitch + j) * lanes, splat(real(0)))
+            if wrong != 0:
+                part(tile, pitch, lines, cols, by_row, by_col)
+            for lane in range(used):
+                if (wrong >> lane) & 1:
+                    paths += augment(
+                        lane,
+                        rows,
+                        cols,
+                        row_target,
+                        col_target,
+                        u,
+                        v,
+                        words,
+                        row_excess,
+                        col_excess,
+                        numbers,
+                        integers,
+                        active,
+                        by_row + lane * lines * col_room,
+                        by_col + lane * cols * row_room,
+                    )
+        for lane in range(used):
+            for i in range(rows):
+                place, address = i * per_row * lanes + lane, places[lanes + lane] + i * region.mask_row
+                write_flags(words, place, lanes, cols, address, region.mask_col)
+            if request.objective != 0:
+                _write_solution(
+                    region,
+                    request,
+                    places[2 * lanes + lane],
+                    tile,
+                    pitch,
+                    lane,
+                    row_target,
+                    col_target,
+                    scales[lane],
+                    u,
+                    v,
+                    words,
+                )
+    still_needed(room_reals)
+    still_needed(room_ints)
+    still_needed(room_active)
+    still_needed(room_places)
+    return paths

@@ -1,0 +1,257 @@
+"""Vector registers as values in Numba functions: 64 bytes side by side, one block of scores per lane.
+
+Numba leaves vectorisation to LLVM's loop vectoriser, which prefers half-width registers on most AVX-512
+machines and gives up on loops with two reductions. Here a register is a type of its own, :class:`Lanes`, with
+LLVM's vector type behind it: the operators below are one instruction each where the machine has 64-byte
+registers, and LLVM splits them into two (AVX2) or four (NEON, SSE) where it does not.
+
+``float32`` and ``int32`` make 16 lanes, ``float64`` and ``int64`` eight; a comparison gives a mask of as
+many lanes. :mod:`.memory` moves registers to and from memory.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.core.typing import signature
+from numba.core.typing.templates import AbstractTemplate, infer_global
+from numba.extending import lower_builtin, models, register_model
+
+from nmsolve.backends.cpu._numba.emit import I1, I32, I64, ORDERED, broadcast, call, intrinsic, shuffle
+
+__all__ = [
+    "WIDTH",
+    "Lanes",
+    "absolute",
+    "bits_of",
+    "count_ones",
+    "lane_mask",
+    "lanes_of",
+    "maximum",
+    "minimum",
+    "multiply_add",
+    "power_of_two_scale",
+    "select",
+    "smallest",
+    "splat",
+    "trailing_zeros",
+    "vector_type",
+]
+
+WIDTH = 64
+"""Bytes in a register."""
+
+
+class Lanes(types.Type):
+    """A register of ``count`` values of the Numba scalar type ``dtype``; booleans make a mask."""
+
+    def __init__(self, dtype: Any, count: int) -> None:
+        self.dtype = dtype
+        self.count = count
+        super().__init__(name=f"Lanes({dtype}, {count})")
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Lanes) -> None:
+        element = I1 if fe_type.dtype == types.boolean else dmm.lookup(fe_type.dtype).get_value_type()
+        super().__init__(dmm, fe_type, ir.VectorType(element, fe_type.count))
+
+
+def lanes_of(dtype: Any) -> Lanes:
+    return Lanes(dtype, 8 * WIDTH // dtype.bitwidth)
+
+
+def mask_of(lanes: Lanes) -> Lanes:
+    return Lanes(types.boolean, lanes.count)
+
+
+def integers_of(lanes: Lanes) -> Lanes:
+    return Lanes(types.int32 if lanes.count == 16 else types.int64, lanes.count)
+
+
+def vector_type(context: Any, lanes: Lanes) -> ir.VectorType:
+    return context.get_value_type(lanes)
+
+
+def _operator(
+    op: Any, emit: Callable[[Any, Any, Any, bool], Any], *, masks: bool = False, compares: bool = False
+) -> None:
+    """Make ``a op b`` work on two registers of one type; ``emit`` gets (builder, a, b, is float)."""
+
+    class _Template(AbstractTemplate):
+        def generic(self, args: Any, kws: Any) -> Any:
+            if len(args) != 2 or args[0] != args[1] or not isinstance(args[0], Lanes):
+                return None
+            if args[0].dtype == types.boolean and not masks:
+                return None
+            return signature(mask_of(args[0]) if compares else args[0], *args)
+
+    infer_global(op)(_Template)
+
+    @lower_builtin(op, Lanes, Lanes)
+    def _lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return emit(builder, args[0], args[1], isinstance(sig.args[0].dtype, types.Float))
+
+
+def _comparison(symbol: str) -> Callable[[Any, Any, Any, bool], Any]:
+    def emit(builder: Any, a: Any, b: Any, is_float: bool) -> Any:
+        return builder.fcmp_ordered(symbol, a, b) if is_float else builder.icmp_signed(symbol, a, b)
+
+    return emit
+
+
+_operator(operator.add, lambda b, x, y, f: b.fadd(x, y) if f else b.add(x, y))
+_operator(operator.sub, lambda b, x, y, f: b.fsub(x, y) if f else b.sub(x, y))
+_operator(operator.mul, lambda b, x, y, f: b.fmul(x, y) if f else b.mul(x, y))
+_operator(operator.truediv, lambda b, x, y, f: b.fdiv(x, y))
+_operator(operator.and_, lambda b, x, y, f: b.and_(x, y), masks=True)
+_operator(operator.or_, lambda b, x, y, f: b.or_(x, y), masks=True)
+_operator(operator.xor, lambda b, x, y, f: b.xor(x, y), masks=True)
+for _op, _symbol in (
+    (operator.lt, "<"),
+    (operator.le, "<="),
+    (operator.gt, ">"),
+    (operator.ge, ">="),
+    (operator.eq, "=="),
+    (operator.ne, "!="),
+):
+    _operator(_op, _comparison(_symbol), compares=True)
+
+
+@intrinsic
+def splat(typingctx: Any, value: Any) -> Any:
+    """A register that holds ``value`` in every lane."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return broadcast(builder, args[0], sig.return_type.count)
+
+    return lanes_of(value)(value), emit
+
+
+@intrinsic
+def multiply_add(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """``a * b + c``, fused where the machine can."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return call(builder, "fmuladd", list(args))
+
+    return a(a, b, c), emit
+
+
+def _extremum(name: str, symbol: str) -> Any:
+    @intrinsic
+    def function(typingctx: Any, a: Any, b: Any) -> Any:
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            if isinstance(a.dtype, types.Float):
+                return call(builder, name, list(args), ORDERED)
+            return builder.select(builder.icmp_signed(symbol, *args), *args)
+
+        return a(a, b), emit
+
+    return function
+
+
+minimum = _extremum("minnum", "<")
+maximum = _extremum("maxnum", ">")
+
+
+@intrinsic
+def absolute(typingctx: Any, a: Any) -> Any:
+    """The magnitude of every lane."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return call(builder, "fabs", list(args))
+
+    return a(a), emit
+
+
+@intrinsic
+def select(typingctx: Any, mask: Any, a: Any, b: Any) -> Any:
+    """``a`` where ``mask`` holds, ``b`` elsewhere."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.select(*args)
+
+    return a(mask, a, b), emit
+
+
+@intrinsic
+def bits_of(typingctx: Any, mask: Any) -> Any:
+    """A mask as an int64, lane 0 in the lowest bit."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.zext(builder.bitcast(args[0], ir.IntType(mask.count)), I64)
+
+    return types.int64(mask), emit
+
+
+@intrinsic
+def lane_mask(typingctx: Any, bits: Any, like: Any) -> Any:
+    """The mask for registers like ``like`` whose lane k is bit k of ``bits``."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = vector_type(context, sig.return_type)
+        return builder.bitcast(builder.trunc(args[0], ir.IntType(kind.count)), kind)
+
+    return mask_of(like)(types.int64, like), emit
+
+
+@intrinsic
+def trailing_zeros(typingctx: Any, bits: Any) -> Any:
+    """The index of the lowest set bit of a non-zero int64."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.cttz(args[0], I1(1))
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic
+def count_ones(typingctx: Any, bits: Any) -> Any:
+    """How many bits of an int64 are set."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic
+def smallest(typingctx: Any, a: Any) -> Any:
+    """The smallest lane."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value, width = args[0], a.count
+        while width > 1:
+            width //= 2
+            low = shuffle(builder, value, value, list(range(width)))
+            high = shuffle(builder, value, value, list(range(width, 2 * width)))
+            value = call(builder, "minnum", [low, high], ORDERED)
+        return builder.extract_element(value, I32(0))
+
+    return a.dtype(a), emit
+
+
+@intrinsic
+def power_of_two_scale(typingctx: Any, a: Any) -> Any:
+    """The power of two that brings ``a >= 0`` into [0.5, 1), within the normal numbers."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        integers = vector_type(context, integers_of(a))
+        element = integers.element
+        shift, bias = (23, 127) if a.count == 16 else (52, 1023)
+
+        def constant(value: int) -> Any:
+            return ir.Constant(integers, [element(value)] * a.count)
+
+        exponent = builder.lshr(builder.bitcast(args[0], integers), constant(shift))
+        biased = builder.sub(constant(3 * bias - 1 - bias), exponent)
+        biased = builder.select(builder.icmp_signed("<", biased, constant(1)), constant(1), biased)
+        return builder.bitcast(builder.shl(biased, constant(shift)), args[0].type)
+
+    return a(a), emit

@@ -1,0 +1,85 @@
+"""The Numba backend of soft and hard permutations: batches shared out over threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nmsolve.backends.cpu._numba.assignment import solve_assignments
+from nmsolve.backends.cpu._numba.sinkhorn import backward, forward
+from nmsolve.backends.cpu._numba.threads import share_out
+from nmsolve.backends.shared import permute_columns, rms_norm_permute
+
+__all__ = ["assignment", "permute_columns", "rms_norm_permute", "sinkhorn_backward", "sinkhorn_forward"]
+
+
+def assignment(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
+    """As the reference's ``assignment``; -1 comes first where a score is not finite."""
+    batch, m = scores.shape[:2]
+    permutations = torch.empty(batch, m, dtype=torch.int64)
+    certified = batch if want_solution else 0
+    row_duals, col_duals = (torch.empty(certified, m, dtype=torch.float64) for _ in range(2))
+    values = torch.empty(certified, 3, dtype=torch.float64)
+    arrays = _arrays(_widened(scores), permutations, row_duals, col_duals, values)
+    _solve(partial(solve_assignments, *arrays), batch, m * m)
+    if not want_solution:
+        return (permutations,)
+    return permutations, row_duals, col_duals, *(values[:, k].clone() for k in range(3))
+
+
+def sinkhorn_forward(
+    logits: Tensor,
+    row_marginals: Tensor,
+    col_marginals: Tensor,
+    temperature: float,
+    iterations: int,
+    tolerance: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the reference's ``sinkhorn_forward``."""
+    batch, rows, cols = logits.shape
+    plan = torch.empty(batch, rows, cols, dtype=row_marginals.dtype)
+    kept = iterations if keep else 0
+    row_scalings, col_scalings = plan.new_empty(batch, kept, rows), plan.new_empty(batch, kept, cols)
+    made = torch.empty(batch, dtype=torch.int32)
+    inputs = _arrays(_widened(logits), row_marginals, col_marginals)
+    outputs = _arrays(plan, row_scalings, col_scalings, made)
+    settings = (float(temperature), iterations, float(tolerance))
+    _solve(partial(forward, *inputs, *settings, *outputs), batch, rows * cols * iterations)
+    return plan, row_scalings, col_scalings, made
+
+
+def sinkhorn_backward(
+    gradient: Tensor,
+    logits: Tensor,
+    col_marginals: Tensor,
+    row_scalings: Tensor,
+    col_scalings: Tensor,
+    made: Tensor,
+    temperature: float,
+) -> Tensor:
+    """As the reference's ``sinkhorn_backward``."""
+    batch, rows, cols = logits.shape
+    out = torch.empty(batch, rows, cols, dtype=row_scalings.dtype)
+    inputs = _arrays(_widened(gradient), _widened(logits), col_marginals, row_scalings, col_scalings, made)
+    (result,) = _arrays(out)
+    _solve(partial(backward, *inputs, float(temperature), result), batch, rows * cols * row_scalings.shape[1])
+    return out.to(logits.dtype)
+
+
+def _solve(kernel: Callable[[int, int], object], batch: int, entries: int) -> None:
+    """Run ``kernel(first, last)`` over the batch, of ``entries`` entries each, on torch's threads."""
+    share_out(kernel, batch, entries, torch.get_num_threads())
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32, which NumPy and Numba know."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def _arrays(*tensors: Tensor) -> list[np.ndarray]:
+    return [tensor.detach().numpy() for tensor in tensors]

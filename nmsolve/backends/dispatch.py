@@ -1,0 +1,271 @@
+"""Which backends there are, what each can be asked for, and which one runs a tensor.
+
+:data:`BACKENDS` is the one table: whatever else needs the name of a backend, its limits or the package it
+needs reads them here. A backend is a folder with two modules, one for masks (:class:`MaskSolver`) and one for
+soft and hard permutations (:class:`PermutationSolver`), imported when they are first needed, so that ``import
+nmsolve`` needs neither triton nor numba. Nothing here imports torch before there is a device to ask about:
+the command line takes its choices from these tables, too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
+
+from nmsolve.errors import BackendError, NMSolveError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from nmsolve.pattern import NMPattern
+    from nmsolve.solution import BlockResult
+
+__all__ = [
+    "AUTO",
+    "BACKENDS",
+    "MASK_METHODS",
+    "SCORE_DTYPES",
+    "Backend",
+    "GroupMaskSolver",
+    "MaskSolver",
+    "PermutationSolver",
+    "backend_reasons",
+    "check_backend",
+    "select",
+]
+
+AUTO = "auto"
+
+MASK_METHODS: Mapping[str, tuple[str, ...]] = {
+    "exact": (),
+    "tsenor": ("iterations", "tau"),
+    "greedy": (),
+}
+"""How a transposable mask can be solved, and the options that the method takes. Each is a function of that
+name in every backend's module for masks."""
+
+SCORE_DTYPES = ("float64", "float32", "float16", "bfloat16")
+"""torch's names of the dtypes of scores that every backend takes."""
+
+
+class MaskSolver(Protocol):
+    """What a backend's module for masks offers; scores are ``(batch, rows, cols)``, finite, any strides."""
+
+    def why_not(self, device: torch.device) -> str | None:
+        """Why it cannot run tensors on ``device``, or None."""
+
+    def exact(
+        self, scores: Tensor, pattern: NMPattern, *, warm: tuple[Tensor, Tensor] | None, want_solution: bool
+    ) -> BlockResult:
+        """Optimal transposable masks."""
+
+    def greedy(self, scores: Tensor, pattern: NMPattern) -> Tensor:
+        """Transposable masks by descending score."""
+
+    def tsenor(self, scores: Tensor, pattern: NMPattern, *, iterations: int, tau: float) -> Tensor:
+        """Transposable masks by entropic transport."""
+
+    def ordinary(self, scores: Tensor, pattern: NMPattern) -> Tensor:
+        """N:M masks along the last dimension."""
+
+
+@runtime_checkable
+class GroupMaskSolver(MaskSolver, Protocol):
+    """One that solves matrices of different sizes at once."""
+
+    def exact_group(
+        self, scores: list[Tensor], pattern: NMPattern, *, warm: None, want_solution: bool
+    ) -> list[BlockResult]:
+        """What ``exact`` returns for each of the tensors, in their order.
+
+        They are ``(batch, rows, cols)``, finite and not empty, of any sizes and strides, but of one dtype
+        and on one device. The masks and duals are those of ``exact`` bit for bit.
+        """
+
+
+class PermutationSolver(Protocol):
+    """What a backend's module for permutations offers."""
+
+    def assignment(self, scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
+        """Columns ``(B, M)`` of the rows; if wanted also duals of both sides, objective, bound and scale."""
+
+    def sinkhorn_forward(
+        self,
+        logits: Tensor,
+        row_marginals: Tensor,
+        col_marginals: Tensor,
+        temperature: float,
+        iterations: int,
+        tolerance: float,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Plan, row and column log-scalings of every iteration (empty unless ``keep``), iterations made."""
+
+    def sinkhorn_backward(
+        self,
+        gradient: Tensor,
+        logits: Tensor,
+        col_marginals: Tensor,
+        row_scalings: Tensor,
+        col_scalings: Tensor,
+        made: Tensor,
+        temperature: float,
+    ) -> Tensor:
+        """Gradient with respect to the logits, in their dtype."""
+
+    def permute_columns(self, x: Tensor, permutation: Tensor) -> Tensor:
+        """``x[:, permutation]`` of ``(rows, cols)``, contiguous."""
+
+    def rms_norm_permute(self, x: Tensor, weight: Tensor, permutation: Tensor, eps: float) -> Tensor:
+        """``(x / rms(x) * weight)[:, permutation]`` of ``(rows, cols)``, contiguous."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A row of the table.
+
+    Attributes
+    ----------
+    name : str
+        What users write.
+    folder : str
+        The package that has the modules ``masks`` and ``permutations``.
+    preferred_on : tuple of str
+        Types of devices on which "auto" takes it, if it can run there.
+    needs : str, optional
+        The package that has to be installed beside torch, and
+    remedy : str
+        the command that installs it.
+    max_m : int, optional
+        The largest block, and the largest matrix of an assignment; None if there is no limit.
+    max_sinkhorn : int, optional
+        The largest number of rows or columns of a plan.
+    sinkhorn_float64 : bool
+        Whether float64 logits are worked on in float64. (Scores are worked on in the widest type it has.)
+    assignment_finds_infinite : bool
+        Whether its assignment puts -1 in front where a matrix is not finite, so that nobody else has to look.
+    slab : int
+        Elements of a checkpoint to be read and solved together: enough to keep it busy within its memory.
+    """
+
+    name: str
+    folder: str
+    preferred_on: tuple[str, ...] = ()
+    needs: str | None = None
+    remedy: str = ""
+    max_m: int | None = None
+    max_sinkhorn: int | None = None
+    sinkhorn_float64: bool = True
+    assignment_finds_infinite: bool = False
+    slab: int = 1 << 22
+
+    @property
+    def masks(self) -> MaskSolver:
+        """Its module for masks, imported."""
+        return cast(MaskSolver, importlib.import_module(f"{self.folder}.masks"))
+
+    @property
+    def permutations(self) -> PermutationSolver:
+        """Its module for permutations, imported."""
+        return cast(PermutationSolver, importlib.import_module(f"{self.folder}.permutations"))
+
+    def is_installed(self) -> bool:
+        """Whether what it needs is there."""
+        return self.needs is None or importlib.util.find_spec(self.needs) is not None
+
+    def why_not(self, device: torch.device) -> str | None:
+        """Why it cannot run tensors on ``device``, or None if it can."""
+        if not self.is_installed():
+            return f"{self.needs} is not installed: {self.remedy}"
+        return self.masks.why_not(device)
+
+    def holds(self, m: int) -> bool:
+        """Whether blocks of size ``m`` are small enough for it."""
+        return self.max_m is None or m <= self.max_m
+
+
+_ROWS = (
+    Backend(
+        "triton",
+        "nmsolve.backends.triton",
+        preferred_on=("cuda",),
+        needs="triton",
+        remedy="pip install triton (Linux only)",
+        max_m=64,  # what the kernels hold in registers
+        max_sinkhorn=128,
+        sinkhorn_float64=False,
+    ),
+    Backend(
+        "cpu",
+        "nmsolve.backends.cpu",
+        preferred_on=("cpu",),
+        needs="numba",
+        remedy="pip install 'nmsolve[cpu]'",
+        assignment_finds_infinite=True,
+    ),
+    # Its working memory is many times what it solves.
+    Backend("torch", "nmsolve.backends.torch", slab=1 << 20),
+)
+
+BACKENDS: Mapping[str, Backend] = {row.name: row for row in _ROWS}
+"""Every backend by its name. "auto" takes the first that is preferred on a device and can run there; the last
+one runs everywhere."""
+
+
+def backend_reasons(device: torch.device | str) -> dict[str, str | None]:
+    """For each backend, None if it can run tensors on ``device``, else why not.
+
+    Examples
+    --------
+    >>> backend_reasons("cpu")["torch"] is None
+    True
+    """
+    import torch
+
+    return {name: row.why_not(torch.device(device)) for name, row in BACKENDS.items()}
+
+
+def check_backend(backend: str) -> None:
+    """Raise unless ``backend`` is a name that :func:`select` knows."""
+    if backend != AUTO and backend not in BACKENDS:
+        raise NMSolveError(f"backend: expected '{AUTO}' or one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def select(backend: str, device: torch.device | str, m: int = 1) -> Backend:
+    """The backend that runs blocks of size ``m`` on ``device``.
+
+    ``"auto"`` takes triton on a GPU (blocks up to 64; larger ones take torch), the Numba backend on a CPU
+    where numba is installed, and torch otherwise. A backend asked for by name runs or raises.
+
+    Raises
+    ------
+    NMSolveError
+        If the name is unknown.
+    BackendError
+        If a backend asked for by name cannot run, with the reason.
+
+    Examples
+    --------
+    >>> select("torch", "cpu", 16).name
+    'torch'
+    """
+    import torch
+
+    check_backend(backend)
+    device = torch.device(device)
+    if backend == AUTO:
+        for row in _ROWS:
+            if device.type in row.preferred_on and row.holds(m) and row.why_not(device) is None:
+                return row
+        return _ROWS[-1]
+    row = BACKENDS[backend]
+    reason = row.why_not(device)
+    if reason is None and not row.holds(m):
+        reason = f"blocks of m={m} do not fit its registers (at most {row.max_m}); use backend='torch'"
+    if reason is not None:
+        raise BackendError(f"backend: {backend!r} cannot run on {device}: {reason}")
+    return row

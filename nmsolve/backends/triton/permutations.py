@@ -1,0 +1,214 @@
+"""The Triton backend of soft and hard permutations: allocation, grids and launches."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from nmsolve.backends.shared import assignment_of
+from nmsolve.backends.triton import masks as gpu
+from nmsolve.kernels.gather import permute_columns_kernel
+from nmsolve.kernels.sinkhorn import sinkhorn_backward_kernel, sinkhorn_forward_kernel
+from nmsolve.pattern import NMPattern
+
+__all__ = [
+    "assignment",
+    "permute_columns",
+    "rms_norm_permute",
+    "sinkhorn_backward",
+    "sinkhorn_forward",
+    "sinkhorn_tile",
+]
+
+_LOG2_E = 1.4426950408889634
+
+# Outputs per program of the gather: (rows, columns, warps), alone and behind the normalisation of whole rows.
+GATHER_TILE = (4, 512, 4)
+NORM_TILE = (1, 1024, 4)
+
+
+class SinkhornTile(NamedTuple):
+    """Register layout of one program, see :mod:`nmsolve.kernels._tile`."""
+
+    rows_in: int
+    cols_in: int
+    rows_out: int
+    cols_out: int
+    blocks: int
+    warps: int
+    reload: bool
+
+    def meta(self, *, amd: bool = torch.version.hip is not None) -> dict[str, int]:
+        """The kernels' constexpr arguments; ``maxnreg`` as in ``masks.tile_arguments``."""
+        return ({} if amd else {"maxnreg": 255}) | {
+            "ROWS_IN": self.rows_in,
+            "COLS_IN": self.cols_in,
+            "ROWS_OUT": self.rows_out,
+            "COLS_OUT": self.cols_out,
+            "BLOCKS": self.blocks,
+            "RELOAD": self.reload,
+            "num_warps": self.warps,
+        }
+
+
+def sinkhorn_tile(rows: int, cols: int) -> SinkhornTile:
+    """2 x 8 entries a lane in small blocks, then 4 x 8, 8 x 8 in the largest; as many blocks as fill a warp.
+
+    Examples
+    --------
+    >>> tile = sinkhorn_tile(64, 60)
+    >>> tile.rows_in, tile.rows_out, tile.cols_in, tile.cols_out, tile.blocks, tile.warps
+    (4, 16, 8, 8, 1, 4)
+    """
+    rows, cols = triton.next_power_of_2(rows), triton.next_power_of_2(cols)
+    entries = rows * cols
+    small = entries <= 256 or (entries <= 2048 and rows != cols)
+    rows_in, cols_in = min(rows, 2 if small else 4 if entries <= 8192 else 8), min(cols, 8)
+    lanes = entries // (rows_in * cols_in)
+    warps = max(1, lanes // 32)
+    blocks = max(1, 32 // lanes)
+    # Where the backward pass would spill, it reads the logits again and again.
+    reload = entries > 8192
+    return SinkhornTile(rows_in, cols_in, rows // rows_in, cols // cols_in, blocks, warps, reload)
+
+
+def assignment(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
+    """As the reference's ``assignment``, as the block solver's 1:M mask, in float32."""
+    result = gpu.exact(scores, NMPattern(1, scores.shape[1]), warm=None, want_solution=want_solution)
+    return assignment_of(scores, result, want_solution)
+
+
+def sinkhorn_forward(
+    logits: Tensor,
+    row_marginals: Tensor,
+    col_marginals: Tensor,
+    temperature: float,
+    iterations: int,
+    tolerance: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the reference's ``sinkhorn_forward``, with base-2 logarithms as scalings."""
+    batch, rows, cols = logits.shape
+    row_marginals, col_marginals = _rows_dense(row_marginals), _rows_dense(col_marginals)
+    kept = iterations if keep else 0
+    plan = torch.empty(batch, rows, cols, dtype=torch.float32, device=logits.device)
+    row_scalings, col_scalings = plan.new_empty(batch, kept, rows), plan.new_empty(batch, kept, cols)
+    made = torch.empty(batch, dtype=torch.int32, device=logits.device)
+    tile = sinkhorn_tile(rows, cols)
+    with _on(logits):
+        sinkhorn_forward_kernel[(triton.cdiv(batch, tile.blocks),)](
+            logits,
+            row_marginals,
+            col_marginals,
+            plan,
+            row_scalings,
+            col_scalings,
+            made,
+            batch,
+            rows,
+            cols,
+            *logits.stride(),
+            row_marginals.stride(0),
+            col_marginals.stride(0),
+            _LOG2_E / temperature,
+            iterations,
+            float(tolerance),
+            1,
+            KEEP=keep,
+            TOLERANCE=tolerance >= 0,
+            **tile.meta(),
+        )
+    return plan, row_scalings, col_scalings, made
+
+
+def sinkhorn_backward(
+    gradient: Tensor,
+    logits: Tensor,
+    col_marginals: Tensor,
+    row_scalings: Tensor,
+    col_scalings: Tensor,
+    made: Tensor,
+    temperature: float,
+) -> Tensor:
+    """As the reference's ``sinkhorn_backward``, from this module's forward."""
+    batch, rows, cols = logits.shape
+    col_marginals = _rows_dense(col_marginals)
+    out = torch.empty(batch, rows, cols, dtype=logits.dtype, device=logits.device)
+    tile = sinkhorn_tile(rows, cols)
+    with _on(logits):
+        sinkhorn_backward_kernel[(triton.cdiv(batch, tile.blocks),)](
+            gradient,
+            logits,
+            col_marginals,
+            row_scalings,
+            col_scalings,
+            made,
+            out,
+            batch,
+            rows,
+            cols,
+            *gradient.stride(),
+            *logits.stride(),
+            col_marginals.stride(0),
+            _LOG2_E / temperature,
+            1.0 / temperature,
+            row_scalings.shape[1],
+            1,
+            **tile.meta(),
+        )
+    return out
+
+
+def permute_columns(x: Tensor, permutation: Tensor) -> Tensor:
+    """``x[:, permutation]`` of ``(rows, cols)`` with any strides."""
+    across = triton.cdiv(x.shape[1], GATHER_TILE[1])
+    return _gather(x, permutation, x, 0.0, False, *GATHER_TILE, across)
+
+
+def rms_norm_permute(x: Tensor, weight: Tensor, permutation: Tensor, eps: float) -> Tensor:
+    """``(x / sqrt(mean(x^2) + eps) * weight)[:, permutation]``, in float32, rounded once."""
+    return _gather(x, permutation, weight.contiguous(), eps, True, *NORM_TILE, 1)
+
+
+def _gather(
+    x: Tensor,
+    permutation: Tensor,
+    weight: Tensor,
+    eps: float,
+    norm: bool,
+    per_row: int,
+    per_col: int,
+    warps: int,
+    across: int,
+) -> Tensor:
+    rows, cols = x.shape
+    out = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
+    with _on(x):
+        permute_columns_kernel[(triton.cdiv(rows, per_row), across)](
+            x,
+            permutation.contiguous(),
+            weight,
+            out,
+            rows,
+            cols,
+            *x.stride(),
+            eps,
+            NORM=norm,
+            ROWS=per_row,
+            COLS=per_col,
+            num_warps=warps,
+        )
+    return out
+
+
+def _rows_dense(marginals: Tensor) -> Tensor:
+    """Marginals ``(B, lines)`` whose lines lie side by side; batches may overlap."""
+    return marginals if marginals.shape[1] < 2 or marginals.stride(1) == 1 else marginals.contiguous()
+
+
+def _on(tensor: Tensor) -> Any:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

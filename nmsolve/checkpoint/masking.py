@@ -1,0 +1,255 @@
+"""Masks a checkpoint on disk, slab by slab: what ``nmsolve mask`` does between its arguments and its output.
+
+A tensor is read, solved, masked and written in slabs of whole block rows, so that memory depends on the slab
+and not on the model: a slab's weights, its scores, its mask and the solver's working memory. A block's mask
+does not depend on what is solved with it, so the slabs do not show in the result.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nmsolve.backends.dispatch import Backend, select
+from nmsolve.checkpoint.format import (
+    MASKS_FOLDER,
+    MASKS_SUFFIX,
+    REPORT_NAME,
+    SUFFIX,
+    Checkpoint,
+    Shard,
+    StreamWriter,
+    output_names,
+    read_into,
+)
+from nmsolve.checkpoint.mask_files import BitStream, masks_writer, packed_size
+from nmsolve.checkpoint.report import MaskedTensor, Report
+from nmsolve.checkpoint.selection import DTYPES, Layout, Selected, Selection
+from nmsolve.errors import NMSolveError
+from nmsolve.ops.masks import nm_mask, transposable_mask
+from nmsolve.pattern import NMPattern
+
+__all__ = ["Settings", "bytes_needed", "write_masked"]
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PIECE = 1 << 15
+
+# What the run tells of itself: (bytes done, name of the tensor). It may raise to stop the run.
+Progress = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How masks are solved."""
+
+    pattern: NMPattern
+    transposable: bool
+    method: str
+    backend: str
+    device: str
+
+
+def bytes_needed(checkpoint: Checkpoint, selection: Selection) -> int:
+    """Disk space that the output takes, without the report."""
+    weights = sum(shard.nbytes for shard in checkpoint.shards)
+    extras = sum((checkpoint.root / name).stat().st_size for name in _copied(checkpoint))
+    return weights + extras + sum(packed_size(item.entry.size) for item in selection.masked)
+
+
+def write_masked(
+    checkpoint: Checkpoint,
+    selection: Selection,
+    settings: Settings,
+    report: Report,
+    folder: Path,
+    out: Path,
+    progress: Progress,
+) -> None:
+    """Writes the masked checkpoint, its masks and its report into ``folder``; fills the report in.
+
+    A folder checkpoint gets the structure of its input, the masks in ``masks/`` (loaders that read every
+    safetensors file of a folder do not look there) and the report. A file gets the names of ``output_names``.
+    """
+    start = time.perf_counter()
+    backend = select(settings.backend, settings.device, settings.pattern.m)
+    if checkpoint.is_folder:
+        masks_folder = folder / MASKS_FOLDER
+        masks_folder.mkdir()
+        for shard in checkpoint.shards:
+            masks = masks_folder / f"{shard.path.name.removesuffix(SUFFIX)}{MASKS_SUFFIX}"
+            _write_shard(
+                shard, selection, settings, backend, report, folder / shard.path.name, masks, progress
+            )
+        for name in _copied(checkpoint):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _copy_file(checkpoint.root / name, folder / name)
+            progress(0, name.as_posix())
+        report_path = folder / REPORT_NAME
+    else:
+        report_name, masks_name, weights_name = output_names(out)
+        paths = folder / weights_name, folder / masks_name
+        _write_shard(checkpoint.shards[0], selection, settings, backend, report, *paths, progress)
+        report_path = folder / report_name
+    report.seconds = time.perf_counter() - start
+    report.write(report_path)
+
+
+def _copied(checkpoint: Checkpoint) -> list[Path]:
+    """The extras of a folder without what an earlier run of nmsolve left in it."""
+    return [name for name in checkpoint.extras if name != Path(REPORT_NAME)]
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    with source.open("rb") as reader, StreamWriter(target, b"", source.stat().st_size) as writer:
+        while piece := reader.read(1 << 20):
+            writer.write(piece)
+    shutil.copymode(source, target)
+
+
+def _write_shard(
+    shard: Shard,
+    selection: Selection,
+    settings: Settings,
+    backend: Backend,
+    report: Report,
+    weights_path: Path,
+    masks_path: Path,
+    progress: Progress,
+) -> None:
+    """One safetensors file: the header and the dense tensors as they are, masked ones slab by slab."""
+    chosen = {item.entry.name: item for item in selection.masked if item.shard is shard}
+    with ExitStack() as stack:
+        source = stack.enter_context(shard.path.open("rb"))
+        data_bytes = sum(entry.nbytes for entry in shard.entries)
+        weights = stack.enter_context(StreamWriter(weights_path, shard.header, data_bytes))
+        masks = None
+        if chosen:
+            shapes = {name: item.entry.shape for name, item in chosen.items()}
+            masks = stack.enter_context(
+                masks_writer(masks_path, shapes, settings.pattern, settings.transposable)
+            )
+        for entry in shard.entries:
+            progress(0, entry.name)
+            item = chosen.get(entry.name)
+            if item is None or masks is None:
+                for done in weights.copy(source, entry):
+                    progress(done, entry.name)
+            else:
+                row = _write_masked_tensor(item, settings, backend, source, weights, masks, progress)
+                report.tensors.append(row)
+
+
+def _write_masked_tensor(
+    item: Selected,
+    settings: Settings,
+    backend: Backend,
+    source: BinaryIO,
+    weights: StreamWriter,
+    masks: StreamWriter,
+    progress: Progress,
+) -> MaskedTensor:
+    entry = item.entry
+    row = MaskedTensor(
+        name=entry.name,
+        file=item.shard.path.name,
+        shape=entry.shape,
+        dtype=entry.dtype,
+        layout=item.layout.kind,
+        pattern=str(settings.pattern),
+        method=settings.method if settings.transposable else "ordinary",
+        backend=backend.name,
+        weights=entry.size,
+    )
+    bits = BitStream()
+    position = entry.start
+    seconds = 0.0
+    for shape in _slabs(item.layout, settings.pattern.m, backend.slab):
+        slab = torch.empty(shape, dtype=getattr(torch, DTYPES[entry.dtype]))
+        raw = slab.view(-1).view(torch.uint8).numpy().data
+        read_into(source, position, raw)
+        started = time.perf_counter()
+        try:
+            keep = _solve(slab, item.layout, settings, row)
+        except NMSolveError as error:
+            first = (position - entry.start) // slab.element_size()
+            raise NMSolveError(
+                f"{entry.name}, weights {first} to {first + slab.numel() - 1}: {error}"
+            ) from None
+        seconds += time.perf_counter() - started
+        _drop(slab, keep)
+        weights.write(raw)
+        masks.write(bits.push(keep))
+        position += raw.nbytes
+        progress(raw.nbytes, entry.name)
+    masks.write(bits.finish())
+    row.finish(seconds)
+    return row
+
+
+def _slabs(layout: Layout, m: int, elements: int) -> Iterator[tuple[int, int, int, int]]:
+    """Shapes ``(batch, rows, cols, positions)`` of consecutive slabs of about ``elements`` entries at most.
+
+    A slab is several whole matrices, or whole block rows of one.
+    """
+    matrix = layout.rows * layout.cols * layout.positions
+    if matrix <= elements:
+        step = elements // matrix
+        for b in range(0, layout.batch, step):
+            yield min(step, layout.batch - b), layout.rows, layout.cols, layout.positions
+        return
+    step = max(1, elements // (layout.cols * layout.positions * m)) * m
+    for _ in range(layout.batch):
+        for r in range(0, layout.rows, step):
+            yield 1, min(step, layout.rows - r), layout.cols, layout.positions
+
+
+def _solve(slab: Tensor, layout: Layout, settings: Settings, row: MaskedTensor) -> Tensor:
+    """The mask of a slab, contiguous on the CPU in the slab's shape; adds its figures to ``row``."""
+    n, m = settings.pattern.n, settings.pattern.m
+    scores = slab.to(settings.device).abs()
+    matrices = scores.permute(0, 3, 1, 2)
+    if settings.transposable:
+        solution = transposable_mask(
+            matrices, n, m, method=settings.method, backend=settings.backend, return_solution=True
+        )
+        mask = solution.mask
+        row.objective += solution.total_objective
+        row.bound += solution.total_bound
+        row.max_gap = max(row.max_gap, solution.max_gap)
+    else:
+        mask = nm_mask(matrices, n, m, dim=layout.input_dim - 2, backend=settings.backend)
+    row.score += _sum(scores)
+    keep = mask.permute(0, 2, 3, 1).cpu().contiguous()
+    if not settings.transposable:
+        host = scores.cpu()
+        _drop(host, keep)
+        kept_score = _sum(host)
+        row.objective += kept_score
+        row.bound += kept_score
+    row.kept += int(np.count_nonzero(keep.numpy()))
+    return keep
+
+
+def _drop(slab: Tensor, keep: Tensor) -> None:
+    """Sets what is not kept to +0.0, both contiguous on the CPU, as a product of integers: no temporary."""
+    bits = slab.view(_INTEGERS[slab.element_size()]).numpy()
+    np.multiply(bits, keep.numpy(), out=bits)
+
+
+def _sum(scores: Tensor) -> float:
+    """Sum of contiguous scores in float64.
+
+    On the CPU torch widens the whole of what it sums, so it gets pieces that fit the cache and that one
+    thread sums: waking the others costs more.
+    """
+    pieces = scores.view(-1).split(_PIECE if scores.device.type == "cpu" else scores.numel())
+    return sum(float(piece.sum(dtype=torch.float64)) for piece in pieces)

@@ -1,0 +1,136 @@
+"""The JSON report of ``nmsolve mask``: what was masked, how well, and what was left dense and why."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nmsolve.about import __version__, versions
+
+__all__ = ["MaskedTensor", "Report", "SkippedTensor", "relative_gap", "retained_share"]
+
+
+@dataclass
+class MaskedTensor:
+    """One masked tensor. Scores are the weights' magnitudes, summed in float64.
+
+    ``bound`` is a proven upper bound on the kept score of any mask of the pattern, ``gap`` is
+    ``(bound - objective) / objective`` (0 proves optimality), ``max_gap`` is the largest gap of one block,
+    and ``retained`` is ``objective / score``.
+    """
+
+    name: str
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str
+    pattern: str
+    method: str
+    backend: str
+    weights: int
+    kept: int = 0
+    score: float = 0.0
+    objective: float = 0.0
+    bound: float = 0.0
+    gap: float = 0.0
+    max_gap: float = 0.0
+    retained: float = 1.0
+    seconds: float = 0.0
+
+    def finish(self, seconds: float) -> None:
+        """Derives the ratios once the sums are complete."""
+        self.gap = relative_gap(self.objective, self.bound)
+        self.retained = retained_share(self.objective, self.score)
+        self.seconds = seconds
+
+
+@dataclass
+class SkippedTensor:
+    """One tensor that was copied as it is, and why."""
+
+    name: str
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """Everything that ``nmsolve mask`` has to say about one run."""
+
+    input: str
+    output: str | None
+    settings: Mapping[str, object]
+    tensors: list[MaskedTensor] = field(default_factory=list)
+    skipped: list[SkippedTensor] = field(default_factory=list)
+    files_left_out: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def totals(self) -> dict[str, Any]:
+        """Sums over the masked tensors, and the ratios of the sums."""
+        score, objective, bound = (
+            sum(getattr(tensor, name) for tensor in self.tensors) for name in ("score", "objective", "bound")
+        )
+        return {
+            "tensors_masked": len(self.tensors),
+            "tensors_skipped": len(self.skipped),
+            "weights": sum(tensor.weights for tensor in self.tensors),
+            "kept": sum(tensor.kept for tensor in self.tensors),
+            "score": score,
+            "objective": objective,
+            "bound": bound,
+            "gap": relative_gap(objective, bound),
+            "max_gap": max((tensor.max_gap for tensor in self.tensors), default=0.0),
+            "retained": retained_share(objective, score),
+            "seconds_solving": sum(tensor.seconds for tensor in self.tensors),
+            "seconds": self.seconds,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON data; a sum that overflowed becomes null."""
+        data = {
+            "nmsolve": __version__,
+            "versions": versions(),
+            "input": self.input,
+            "output": self.output,
+            "settings": dict(self.settings),
+            "totals": self.totals(),
+            "tensors": [asdict(tensor) for tensor in self.tensors],
+            "skipped": [asdict(tensor) for tensor in self.skipped],
+            "files_left_out": self.files_left_out,
+        }
+        return _finite(data)
+
+    def write(self, path: Path) -> None:
+        """Writes a new file and makes sure that it is on disk."""
+        with path.open("x", encoding="utf-8") as file:
+            json.dump(self.to_json(), file, indent=2, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def relative_gap(objective: float, bound: float) -> float:
+    """``(bound - objective) / objective`` for scores of which none is negative; 0 where they are equal."""
+    return (bound - objective) / objective if bound != objective else 0.0
+
+
+def retained_share(objective: float, score: float) -> float:
+    """``objective / score``; all of nothing is 1."""
+    return objective / score if score else 1.0
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,169 @@
+"""Hard permutations: batches of linear assignment problems, solved to proven optimality."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from nmsolve.backends.dispatch import AUTO, BACKENDS, Backend, check_backend, select
+from nmsolve.errors import BackendError, NMSolveError
+from nmsolve.ops.registration import register
+from nmsolve.ops.validation import check_finite, check_scores, describe
+
+__all__ = ["AssignmentSolution", "assignment"]
+
+
+@dataclass(frozen=True)
+class AssignmentSolution:
+    """Optimal permutations with their certificates.
+
+    Attributes
+    ----------
+    permutation : Tensor
+        int64 ``(..., M)``: the column of each row.
+    row_duals, col_duals : Tensor
+        float64 ``(..., M)``: prices u and v of rows and columns, in the unit of the scores.
+    objective : Tensor
+        float64 ``(...)``: total score of the permutation.
+    bound : Tensor
+        float64 ``(...)``: ``sum(u) + sum(v) + sum_ij max(0, A[i, j] - u[i] - v[j])``; whatever u and v are,
+        no permutation scores more.
+    scale : Tensor
+        float64 ``(...)``: sum of the absolute scores taken, what ``gap`` is relative to.
+    """
+
+    permutation: Tensor
+    row_duals: Tensor
+    col_duals: Tensor
+    objective: Tensor
+    bound: Tensor
+    scale: Tensor
+
+    @property
+    def gap(self) -> Tensor:
+        """``(bound - objective) / scale``: 0, short of rounding, which proves optimality."""
+        difference = self.bound - self.objective
+        return torch.where(difference == 0, 0.0, difference / self.scale)
+
+    @property
+    def max_gap(self) -> float:
+        """The largest gap of any matrix (0.0 if there is none)."""
+        return float(self.gap.max()) if self.gap.numel() else 0.0
+
+
+@overload
+def assignment(scores: Tensor, *, backend: str = ..., return_solution: Literal[False] = False) -> Tensor: ...
+@overload
+def assignment(
+    scores: Tensor, *, backend: str = ..., return_solution: Literal[True]
+) -> AssignmentSolution: ...
+def assignment(
+    scores: Tensor, *, backend: str = "auto", return_solution: bool = False
+) -> Tensor | AssignmentSolution:
+    """The permutation of largest total score, for each matrix of a batch.
+
+    This is the transposable 1:M mask, as indices: ``sum_i scores[i, p[i]]`` is the largest of all
+    permutations p, and the certificate proves it.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``(..., M, M)``, float64, float32, float16 or bfloat16, finite, any strides; higher = better.
+    backend : {"auto", "triton", "cpu", "torch"}
+        "cpu" is Jonker and Volgenant's algorithm (Computing 38, 1987) in Numba, in float64 whatever the
+        scores are, for any M. "triton" is the block solver of the masks with one kept entry per line, in
+        float32, for M up to 64. "torch" is the reference in float64, slow for large M. "auto" takes "cpu"
+        for CPU tensors (if numba is installed, else "torch"). On a GPU it takes "triton" up to M = 64;
+        larger matrices travel to the host and back, where "cpu" solves them sooner than a GPU can (without
+        numba: "torch").
+    return_solution : bool
+        Return an :class:`AssignmentSolution`, with the duals that prove optimality.
+
+    Returns
+    -------
+    Tensor or AssignmentSolution
+        int64 ``(..., M)``, on the scores' device: the column of each row. The same scores give the same
+        permutation on the same backend, in whatever batch they come.
+
+    Raises
+    ------
+    NMSolveError
+        If the scores are not square, not finite or of another dtype.
+    BackendError
+        If the backend asked for cannot run here.
+
+    Examples
+    --------
+    >>> scores = torch.tensor([[4.0, 3.0], [3.0, 1.0]])
+    >>> assignment(scores)
+    tensor([1, 0])
+    >>> solution = assignment(scores, return_solution=True)
+    >>> solution.objective.item(), solution.max_gap
+    (6.0, 0.0)
+    """
+    check_scores(scores)
+    if scores.shape[-1] != scores.shape[-2]:
+        raise NMSolveError(f"scores: expected square matrices (..., M, M), got {describe(scores)}")
+    check_backend(backend)
+    if return_solution:
+        return AssignmentSolution(*_solution_op(scores.detach(), backend))
+    permutation: Tensor = _permutation_op(scores.detach(), backend)
+    return permutation
+
+
+def _runner(backend: str, scores: Tensor) -> tuple[Backend, bool]:
+    """The backend, and whether it works in host memory on behalf of a GPU."""
+    m = scores.shape[-1]
+    row = select(backend, scores.device)
+    if row.holds(m):
+        return row, False
+    if backend != AUTO:
+        raise BackendError(
+            f"backend: {row.name!r} holds matrices up to M={row.max_m} in registers, got M={m}; "
+            "use 'auto' or 'torch'"
+        )
+    host = BACKENDS["cpu"]
+    return (host, True) if host.is_installed() else (BACKENDS["torch"], False)
+
+
+def _solve(scores: Tensor, backend: str, want_solution: bool) -> tuple[Tensor, ...]:
+    *lead, m, _ = scores.shape
+    if scores.numel() == 0:
+        return _blank(scores, want_solution)
+    row, through_host = _runner(backend, scores)
+    if not row.assignment_finds_infinite:
+        check_finite(scores)
+    matrices = scores.reshape(-1, m, m)
+    if through_host:
+        matrices = matrices.cpu()
+    found = row.permutations.assignment(matrices, want_solution)
+    if row.assignment_finds_infinite and bool((found[0][:, 0] < 0).any()):
+        check_finite(scores)
+    return tuple(tensor.to(scores.device).view((*lead, *tensor.shape[1:])) for tensor in found)
+
+
+def _blank(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
+    """Outputs without values; all zeros for empty matrices, whose objective and bound are 0."""
+    lead, lines = scores.shape[:-2], scores.shape[:-1]
+    permutation = scores.new_zeros(lines, dtype=torch.int64)
+    if not want_solution:
+        return (permutation,)
+    shapes = (lines, lines, lead, lead, lead)
+    return permutation, *(scores.new_zeros(shape, dtype=torch.float64) for shape in shapes)
+
+
+_permutation_op = register(
+    "assignment",
+    "(Tensor scores, str backend) -> Tensor",
+    lambda scores, backend: _solve(scores, backend, False)[0],
+    lambda scores, backend: _blank(scores, False)[0],
+)
+_solution_op = register(
+    "assignment_solution",
+    "(Tensor scores, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda scores, backend: _solve(scores, backend, True),
+    lambda scores, backend: _blank(scores, True),
+)

@@ -1,0 +1,378 @@
+"""The public mask functions. Arguments are validated here, once; the backends trust what they get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from nmsolve.backends.dispatch import check_backend
+from nmsolve.errors import NMSolveError
+from nmsolve.ops import mask_operators
+from nmsolve.ops.distributed import agree, layout_of, local, run, whole
+from nmsolve.ops.validation import (
+    WarmStart,
+    check_dim,
+    check_duals,
+    check_scores,
+    describe,
+    dual_pair,
+    mask_violation,
+    tsenor_options,
+)
+from nmsolve.pattern import NMPattern
+from nmsolve.solution import BlockSolution
+
+__all__ = ["check_mask", "nm_mask", "solve_blocks", "transposable_mask", "transposable_masks"]
+
+# The dimensions that a transposable mask's blocks tile.
+_TILED = (-2, -1)
+
+
+@overload
+def transposable_mask(
+    scores: Tensor,
+    n: int,
+    m: int,
+    *,
+    method: str = ...,
+    backend: str = ...,
+    return_solution: Literal[False] = False,
+    warm_start: WarmStart | None = ...,
+    iterations: int | None = ...,
+    tau: float | None = ...,
+) -> Tensor: ...
+@overload
+def transposable_mask(
+    scores: Tensor,
+    n: int,
+    m: int,
+    *,
+    method: str = ...,
+    backend: str = ...,
+    return_solution: Literal[True],
+    warm_start: WarmStart | None = ...,
+    iterations: int | None = ...,
+    tau: float | None = ...,
+) -> BlockSolution: ...
+def transposable_mask(
+    scores: Tensor,
+    n: int,
+    m: int,
+    *,
+    method: str = "exact",
+    backend: str = "auto",
+    return_solution: bool = False,
+    warm_start: WarmStart | None = None,
+    iterations: int | None = None,
+    tau: float | None = None,
+) -> Tensor | BlockSolution:
+    """The N:M mask along rows and columns that keeps the most score.
+
+    The last two dimensions are tiled into ``m x m`` blocks. Every block keeps exactly n entries in each row
+    and each column; a partial block at the edge keeps at most n per line and as many entries as that allows.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``(..., rows, cols)``, float64, float32, float16 or bfloat16, finite, any strides; higher = keep. The
+        work is done in float32, or in float64 for float64 scores off the GPU. A DTensor, whose shards must
+        consist of whole blocks, gives DTensors with its placements, without communication.
+    n, m : int
+        Kept entries per line, ``0 <= n <= m``, and block size.
+    method : {"exact", "tsenor", "greedy"}
+        "exact" is optimal and proves it. "tsenor" is the entropic method of arXiv 2505.23949, "greedy" takes
+        entries by descending score; both fill every line.
+    backend : {"auto", "triton", "cpu", "torch"}
+        See :func:`nmsolve.backends.dispatch.select`.
+    return_solution : bool
+        Return a :class:`~nmsolve.BlockSolution`, with duals, objective, bound and gap of every block. For the
+        approximate methods the bound is the exact method's, so that the gap is the mask's true distance from
+        the optimum.
+    warm_start : BlockSolution or (row_duals, col_duals), optional
+        Duals to start "exact" from, for instance those of the previous step of a training run. Any values
+        give an optimal mask; good ones give it sooner.
+    iterations : int, optional
+        Dykstra iterations of "tsenor" (300).
+    tau : float, optional
+        Inverse temperature of "tsenor", relative to each block's largest absolute score (150).
+
+    Returns
+    -------
+    Tensor or BlockSolution
+        bool mask of the scores' shape on their device, True = keep; or the solution that holds it.
+
+    Raises
+    ------
+    NMSolveError
+        If an argument is not as described.
+    BackendError
+        If the backend asked for cannot run here.
+
+    Examples
+    --------
+    >>> scores = torch.tensor([[4.0, 3.0], [3.0, 1.0]])
+    >>> transposable_mask(scores, 1, 2)
+    tensor([[False,  True],
+            [ True, False]])
+    >>> transposable_mask(scores, 1, 2, return_solution=True).max_gap
+    0.0
+    """
+    pattern = NMPattern(n, m)
+    check_scores(scores)
+    check_backend(backend)
+    iterations, tau = tsenor_options(method, iterations, tau)
+    if warm_start is not None and method != "exact":
+        raise NMSolveError(f"warm_start: only method 'exact' starts from duals, got method {method!r}")
+    layout = layout_of(scores, pattern.m, _TILED)
+    u = v = None
+    if warm_start is not None:
+        u, v = (local(duals) for duals in check_duals(warm_start, scores, pattern, layout))
+    options = (pattern.n, pattern.m, method, backend, iterations, tau)
+    if not return_solution:
+        mask = run(mask_operators.transposable_mask, [layout], local(scores), u, v, *options)
+        return whole(layout, [mask], [scores.shape])[0]
+    parts = run(mask_operators.transposable_solution, [layout], local(scores), u, v, *options)
+    return BlockSolution(*whole(layout, parts, mask_operators.solution_shapes(scores.shape, pattern.m)))
+
+
+@overload
+def transposable_masks(
+    scores: Sequence[Tensor],
+    n: int,
+    m: int,
+    *,
+    method: str = ...,
+    backend: str = ...,
+    return_solution: Literal[False] = False,
+) -> list[Tensor]: ...
+@overload
+def transposable_masks(
+    scores: Sequence[Tensor],
+    n: int,
+    m: int,
+    *,
+    method: str = ...,
+    backend: str = ...,
+    return_solution: Literal[True],
+) -> list[BlockSolution]: ...
+def transposable_masks(
+    scores: Sequence[Tensor],
+    n: int,
+    m: int,
+    *,
+    method: str = "exact",
+    backend: str = "auto",
+    return_solution: bool = False,
+) -> list[Tensor] | list[BlockSolution]:
+    """The transposable masks of several tensors, such as all layers of a model or all experts of a layer.
+
+    Each is the mask that :func:`transposable_mask` gives. On a GPU the exact method takes one launch for all
+    tensors of a dtype and device, which pays for many small ones. Everything is checked before any work.
+
+    Parameters
+    ----------
+    scores : list or tuple of Tensor
+        Each ``(..., rows, cols)``, of any size, dtype and device that :func:`transposable_mask` takes.
+    n, m, method, backend, return_solution
+        As in :func:`transposable_mask`, for all tensors; "auto" chooses a backend for each.
+
+    Returns
+    -------
+    list of Tensor or list of BlockSolution
+        One per tensor, in their order.
+
+    Raises
+    ------
+    NMSolveError
+        If an argument is not as described; the message says which tensor, such as ``scores[3]``.
+    BackendError
+        If the backend asked for cannot run one of them here.
+
+    Examples
+    --------
+    >>> masks = transposable_masks([torch.rand(8, 16), torch.rand(3, 4, 4)], 2, 4)
+    >>> [mask.float().mean().item() for mask in masks]
+    [0.5, 0.5]
+    """
+    pattern = NMPattern(n, m)
+    if not isinstance(scores, (list, tuple)):
+        raise NMSolveError(f"scores: expected a list or tuple of tensors, got {describe(scores)}")
+    for i, matrix in enumerate(scores):
+        check_scores(matrix, name=f"scores[{i}]")
+    check_backend(backend)
+    options = (pattern.n, pattern.m, method, backend, *tsenor_options(method, None, None))
+    layouts = [layout_of(matrix, pattern.m, _TILED, f"scores[{i}]") for i, matrix in enumerate(scores)]
+    if not scores:
+        return []
+    matrices = [local(matrix) for matrix in scores]
+    if not return_solution:
+        masks = run(mask_operators.transposable_masks, layouts, matrices, *options)
+        return [
+            whole(layout, [mask], [matrix.shape])[0]
+            for layout, mask, matrix in zip(layouts, masks, scores, strict=True)
+        ]
+    parts = run(mask_operators.transposable_solutions, layouts, matrices, *options)
+    solutions = []
+    for i, (layout, matrix) in enumerate(zip(layouts, scores, strict=True)):
+        shapes = mask_operators.solution_shapes(matrix.shape, pattern.m)
+        own = parts[i * len(shapes) : (i + 1) * len(shapes)]
+        solutions.append(BlockSolution(*whole(layout, own, shapes)))
+    return solutions
+
+
+def solve_blocks(
+    blocks: Tensor,
+    n: int,
+    *,
+    method: str = "exact",
+    backend: str = "auto",
+    warm_start: WarmStart | None = None,
+    iterations: int | None = None,
+    tau: float | None = None,
+) -> BlockSolution:
+    """Transposable masks of a batch of square blocks, with their certificates.
+
+    Parameters
+    ----------
+    blocks : Tensor
+        ``(B, M, M)`` scores, higher = keep; dtypes as in :func:`transposable_mask`.
+    n : int
+        Kept entries per row and column, ``0 <= n <= M``. With n = 1 a mask is a permutation matrix.
+    method, backend, warm_start, iterations, tau
+        As in :func:`transposable_mask`; duals to start from are ``(B, M)``.
+
+    Returns
+    -------
+    BlockSolution
+        Mask ``(B, M, M)``, duals ``(B, M)``, objective and bound ``(B,)``.
+
+    Raises
+    ------
+    NMSolveError
+        If an argument is not as described.
+    BackendError
+        If the backend asked for cannot run here.
+
+    Examples
+    --------
+    >>> solution = solve_blocks(torch.tensor([[[4.0, 3.0], [3.0, 1.0]]]), 1)
+    >>> solution.objective, solution.bound
+    (tensor([6.], dtype=torch.float64), tensor([6.], dtype=torch.float64))
+    """
+    if not isinstance(blocks, Tensor) or blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2]:
+        raise NMSolveError(f"blocks: expected a tensor of shape (B, M, M), got {describe(blocks)}")
+    if blocks.shape[1] == 0:
+        raise NMSolveError(f"blocks: expected blocks of at least 1 x 1, got {describe(blocks)}")
+    if warm_start is not None:
+        u, v = dual_pair(warm_start)
+        if u.ndim != 2 or v.ndim != 2:
+            raise NMSolveError(f"warm_start: expected duals (B, M), got {describe(u)} and {describe(v)}")
+        warm_start = (u[:, None, None], v[:, None, None])
+    solution = transposable_mask(
+        blocks,
+        n,
+        blocks.shape[1],
+        method=method,
+        backend=backend,
+        return_solution=True,
+        warm_start=warm_start,
+        iterations=iterations,
+        tau=tau,
+    )
+    return BlockSolution(
+        solution.mask,
+        solution.row_duals[:, 0, 0],
+        solution.col_duals[:, 0, 0],
+        solution.objective[:, 0, 0],
+        solution.bound[:, 0, 0],
+        solution.scale[:, 0, 0],
+    )
+
+
+def nm_mask(scores: Tensor, n: int, m: int, dim: int = -1, *, backend: str = "auto") -> Tensor:
+    """The ordinary N:M mask: the n largest scores of every m consecutive ones along a dimension.
+
+    Parameters
+    ----------
+    scores : Tensor
+        One or more dimensions, dtypes as in :func:`transposable_mask`; higher = keep. The shards of a DTensor
+        must consist of whole groups.
+    n, m : int
+        Kept entries and group size. A last group that is smaller keeps ``min(n, its size)``.
+    dim : int
+        The dimension along which groups lie; for a linear layer's ``(out, in)`` weight -1 is the input.
+    backend : {"auto", "triton", "cpu", "torch"}
+        All give the same mask: ties go to the lowest index.
+
+    Returns
+    -------
+    Tensor
+        bool, shape and device of the scores, True = keep.
+
+    Raises
+    ------
+    NMSolveError
+        If an argument is not as described.
+    BackendError
+        If the backend asked for cannot run here.
+
+    Examples
+    --------
+    >>> nm_mask(torch.tensor([0.1, 0.9, 0.5, 0.5]), 2, 4)
+    tensor([False,  True,  True, False])
+    """
+    pattern = NMPattern(n, m)
+    check_scores(scores, rank=1)
+    dim = check_dim(dim, scores)
+    check_backend(backend)
+    layout = layout_of(scores, pattern.m, [dim])
+    mask = run(mask_operators.nm_mask, [layout], local(scores), pattern.n, pattern.m, dim, backend)
+    return whole(layout, [mask], [scores.shape], inner=dim)[0]
+
+
+def check_mask(mask: Tensor, n: int, m: int, *, transposable: bool = True, dim: int = -1) -> None:
+    """Raise unless a mask is N:M, naming the first line that is not.
+
+    Parameters
+    ----------
+    mask : Tensor
+        bool, True = keep; ``(..., rows, cols)`` if transposable.
+    n, m : int
+        The pattern it should have.
+    transposable : bool
+        Whether the rows and columns of every ``m x m`` block must hold n, or only the groups along ``dim``.
+        Partial blocks and groups must hold as many as :func:`transposable_mask` and :func:`nm_mask` keep.
+    dim : int
+        The dimension of the groups of an ordinary mask.
+
+    Raises
+    ------
+    NMSolveError
+        If the mask is not as described; the message has the block, the row or column, and its count. Of a
+        DTensor, every process has to check its shard, and all raise the same error.
+
+    Examples
+    --------
+    >>> check_mask(torch.eye(2, dtype=torch.bool), 1, 2)
+    >>> check_mask(torch.ones(2, 2, dtype=torch.bool), 1, 2)
+    Traceback (most recent call last):
+    nmsolve.errors.NMSolveError: mask: block (0, 0), row 0 keeps 2 of 2 entries, expected 1 (pattern 1:2)
+    """
+    pattern = NMPattern(n, m)
+    rank = 2 if transposable else 1
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim < rank:
+        raise NMSolveError(
+            f"mask: expected a bool tensor of at least {rank} dimensions, got {describe(mask)}"
+        )
+    dim = -1 if transposable else check_dim(dim, mask)
+    layout = layout_of(mask, pattern.m, _TILED if transposable else [dim], "mask")
+    violation = mask_violation(local(mask), pattern, None if transposable else dim)
+    if layout is not None:
+        if violation is not None:
+            violation += f", in the shard {layout.mesh.get_coordinate()} of the mesh"
+        violation = agree(layout, violation)
+    if violation is not None:
+        raise NMSolveError(f"mask: {violation}")

@@ -1,0 +1,100 @@
+"""Operators ``torch.ops.nmsolve.*``: what compilers, exporters and transforms see.
+
+Every operator has its real implementation, which runs a backend, and a fake one, which knows the outputs'
+shapes, dtypes and strides from the inputs' alone. None is differentiable by itself: where there is a
+gradient, a :class:`torch.autograd.Function` calls one operator forward and another one backward. The others
+have a rule for :func:`torch.func.vmap`, under which a batch dimension becomes one more leading dimension.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["register"]
+
+_LIBRARY = torch.library.Library("nmsolve", "FRAGMENT")
+
+# The solvers read any strides, so a compiler may choose the inputs' layout.
+_TAGS = ("pt2_compliant_tag", "flexible_layout")
+# The check for finite scores waits for the device: a CUDA graph must not capture it (PyTorch 2.8 and later).
+_WAITS = "cudagraph_unsafe"
+
+
+def register(
+    name: str,
+    schema: str,
+    real: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    in_function: bool = False,
+) -> torch._ops.OpOverload:
+    """Make ``torch.ops.nmsolve.<name>`` of a real and a fake implementation.
+
+    Both take the schema's arguments in their order. The outputs of most operators are constants to autograd;
+    under vmap, their tensors get a leading dimension more. An operator that is called ``in_function``, inside
+    a :class:`torch.autograd.Function` that knows its gradient, has neither; differentiating through the bare
+    operator raises.
+    """
+    names = _TAGS if in_function else (*_TAGS, _WAITS)
+    tags = [getattr(torch.Tag, tag) for tag in names if hasattr(torch.Tag, tag)]
+    _LIBRARY.define(name + schema, tags=tags)
+    _LIBRARY.impl(name, _hidden_from_compilers(real), "CompositeExplicitAutograd")
+    operator = getattr(torch.ops.nmsolve, name).default
+    torch.library.register_fake(operator, fake, lib=_LIBRARY)
+    setup = None if in_function else _not_differentiable
+    torch.library.register_autograd(operator, _no_gradient, setup_context=setup, lib=_LIBRARY)
+    if in_function:
+        return operator
+
+    def over_batches(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        moved = [_batch_first(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True)]
+        outputs = operator(*moved)
+        return outputs, 0 if isinstance(outputs, Tensor) else type(outputs)([0] * len(outputs))
+
+    torch.library.register_vmap(operator, over_batches, lib=_LIBRARY)
+    return operator
+
+
+def _hidden_from_compilers(real: Callable[..., Any]) -> Callable[..., Any]:
+    """``real``, which torch.compile does not trace where it leaves a function that calls it to Python.
+
+    torch.library.custom_op would do the same, but imports the compiler at an operator's first call, which
+    takes a second or two. Here it stays out where nobody has imported it.
+    """
+    hidden: Callable[..., Any] | None = None
+
+    def kernel(*args: Any) -> Any:
+        nonlocal hidden
+        if "torch._dynamo" not in sys.modules:
+            return real(*args)
+        if hidden is None:
+            torch._dynamo.decorators.skip(kernel)  # its own frame, too
+            hidden = torch.compiler.disable(real)
+        return hidden(*args)
+
+    return kernel
+
+
+def _batch_first(arg: Any, dim: Any, size: int) -> Any:
+    """An argument of an operator with its batch dimension, of that size, in front."""
+    if isinstance(arg, list):
+        return [_batch_first(*pair, size) for pair in zip(arg, dim, strict=True)]
+    if isinstance(arg, Tensor):
+        return arg.expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+    return arg
+
+
+def _not_differentiable(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.mark_non_differentiable(*([output] if isinstance(output, Tensor) else output))
+
+
+def _no_gradient(ctx: Any, *gradients: Any) -> None:
+    raise NotImplementedError(
+        "torch.ops.nmsolve.* are not differentiable; the functions of nmsolve that call them are, where a "
+        "gradient is defined"
+    )

@@ -1,0 +1,348 @@
+"""The shipped kernels do not spill and cost no more instructions than bench/results/kernel_costs.csv says.
+
+The table's own parts are tested too: the reader of machine code, its assignment to the loops of the source,
+and the model of time. ``-m slow`` compiles the whole table.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import kernel_cases
+import kernel_costs
+import kernel_model
+import kernel_trips
+import offline
+import regions
+import sass
+import torch
+import triton
+import triton.language as tl
+from common import read_csv
+
+GROWTH = 1.1
+QUICK = [
+    *((kernel, m) for kernel in ("exact", "tsenor") for m in (8, 16, 32)),
+    ("exact, edge, solution", 16),
+    ("exact, exhaustive, many matrices", 4),
+    ("greedy", 16),
+    ("nm", 8),
+    ("sinkhorn, forward", 32),
+    ("sinkhorn, training", 16),
+    ("sinkhorn, backward", 32),
+    ("permute_columns", 0),
+    ("rms_norm_permute", 0),
+]
+"""What a default run compiles for sm_90 in float32."""
+
+
+def check(cases: list[kernel_cases.Case]) -> None:
+    """Nothing spilled, no barrier in loops where a warp holds blocks, no more instructions than tabled."""
+    tabled = {
+        tuple(row[key] for key in ("kernel", "m", "dtype", "target")): float(row["instructions_per_block"])
+        for row in read_csv(kernel_costs.COSTS)
+        if row["shipped"] == "1" and row["instructions_per_block"]
+    }
+    trips = kernel_trips.trips_of(read_csv(kernel_costs.TRIPS))
+    faults = []
+    for case, result in zip(cases, offline.compile_all([case.job() for case in cases]), strict=True):
+        if "error" in result:
+            faults.append(f"{case}: {result['error']}")
+            continue
+        if result["spills"] or result.get("local"):
+            faults.append(f"{case}: {result['spills']} spills with {result['registers']} registers")
+        if case.kernel.startswith(("exact", "tsenor", "greedy", "assignment")) and case.m <= 32:
+            barriers = [loop["BAR"] for loop in result.get("loops", []) if loop.get("BAR")]
+            if barriers:
+                faults.append(f"{case}: barriers in loops {barriers}")
+        if case.target.startswith("sm_"):
+            now = kernel_costs.cost(case, result, trips).row["instructions_per_block"]
+            before = tabled.get((case.kernel, str(case.m or ""), case.dtype, case.target), 0.0)
+            if now > GROWTH * before:
+                faults.append(f"{case}: {now:.0f} instructions per block, {before:.0f} in the table")
+    assert not faults, "\n".join(faults)
+
+
+def test_shipped_configurations_cost_what_the_table_says() -> None:
+    check([kernel_cases.Case(kernel, m, "float32", "sm_90", True, None) for kernel, m in QUICK])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", offline.TARGETS)
+def test_every_configuration_costs_what_the_table_says(target: str) -> None:
+    check([case for case in kernel_cases.shipped() if case.target == target])
+
+
+def test_nothing_in_the_table_spills() -> None:
+    rows = [row for row in read_csv(kernel_costs.COSTS) if row["shipped"] == "1"]
+    assert {(row["kernel"], row["m"]) for row in rows} == {
+        (case.kernel, str(case.m or "")) for case in kernel_cases.shipped()
+    }
+    assert all(row["spills"] == "0" for row in rows)
+
+
+# --- the reader of machine code -----------------------------------------------------------------------------
+
+LISTING = """
+\t.section\t.text.kernel,"ax",@progbits
+kernel:
+.text.kernel:
+\t//## File "/somewhere/k.py", line 3
+        /*0000*/                   S2R R0, SR_TID.X ;
+\t//## File "/somewhere/k.py", line 5
+.L_x_0:
+        /*0010*/                   FADD R1, R1, R0 ;
+        /*0020*/                   BRA.DIV UR7, `(.L_x_9) ;
+\t//## File "/somewhere/k.py", line 7
+.L_x_1:
+        /*0030*/                   SHFL.BFLY PT, R2, R1, 0x1, 0x1f ;
+        /*0040*/              @!P1 FMNMX R2, R2, R1, PT ;
+        /*0050*/               @P0 BRA `(.L_x_1) ;
+\t//## File "/somewhere/k.py", line 8
+        /*0060*/               @P2 BRA `(.L_x_2) ;
+\t//## File "/somewhere/k.py", line 9
+        /*0070*/                   MUFU.RCP R3, R2 ;
+        /*0080*/                   IMAD R3, R3, R3, RZ ;
+\t//## File "/somewhere/k.py", line 10
+.L_x_2:
+        /*0090*/                   LOP3.LUT R1, R1, R3, RZ, 0xc0, !PT ;
+        /*00a0*/                   BRA P3, `(.L_x_0) ;
+\t//## File "/somewhere/k.py", line 11
+        /*00b0*/                   STG.E desc[UR4][R4.64], R1 ;
+        /*00c0*/                   EXIT ;
+.L_x_9:
+        /*00d0*/                   FADD R1, R1, R1 ;
+        /*00e0*/                   BRA `(.L_x_1) ;
+.L_x_10:
+        /*00f0*/                   BRA `(.L_x_10) ;
+"""
+
+SOURCE = """
+@triton.jit
+def kernel(x_ptr, n):
+    x = tl.load(x_ptr)
+    while x < n:
+        x += 1
+        while tl.max(x) > 0:
+            x = other(x)
+        if x > 0:
+            x = 1 / x
+        x &= 3
+    tl.store(x_ptr, x)
+
+
+@triton.jit
+def other(x):
+    return x
+"""
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> regions.Sources:
+    file = tmp_path / "k.py"
+    file.write_text(SOURCE.removeprefix("\n"))
+    return regions.Sources([file], "kernel")
+
+
+def test_instructions_have_labels_and_lines_resolved() -> None:
+    code = sass.parse(LISTING)
+    assert [line.address for line in code] == list(range(0, 0x100, 16))
+    assert (code[5].opcode, code[5].predicate, code[5].target) == ("BRA", "@P0", 0x30)
+    assert code[3].source == ("/somewhere/k.py", 7)
+    assert [code[k].name for k in (3, 4, 7, 9)] == ["SHFL", "FMNMX", "MUFU", "LOP3"]
+
+
+def test_loops_are_nested_and_slow_paths_are_left_out() -> None:
+    code = sass.parse(LISTING)
+    blocks = sass.basic_blocks(code)
+    outer, inner = sass.natural_loops(blocks)
+    assert (outer.parent, inner.parent) == (None, 0)
+    assert inner.body < outer.body
+    assert [blocks[b].first for b in sorted(inner.body)] == [3]
+    executed = {k for b in sass.reachable(blocks) for k in range(blocks[b].first, blocks[b].last)}
+    assert executed == set(range(13)), "what only a diverged warp or nobody reaches is not executed"
+
+
+def test_instructions_are_counted_by_kind_and_by_unit() -> None:
+    counts = sass.count(sass.parse(LISTING)[:13])
+    assert counts["kinds"] == {
+        "integer": 3, "float": 2, "shuffle": 1, "special": 1, "global": 1, "control": 5,
+    }  # fmt: skip
+    assert counts["pipes"]["fma_heavy"] == counts["pipes"]["minmax"] == counts["pipes"]["memory"] == 1
+
+
+def test_machine_code_is_assigned_to_the_loops_of_the_source(sources: regions.Sources) -> None:
+    found = regions.phases(sass.parse(LISTING), sources)
+    sizes = {name: sum(counts["kinds"].values()) for name, counts in found.items()}
+    assert sizes == {"kernel": 3, "kernel.while1": 5, "kernel.while1.while1": 3, "kernel.while1.if1": 2}
+
+
+def test_a_call_of_a_label_leaves_a_loop(sources: regions.Sources) -> None:
+    """As compiled for sm_80; calls of subroutines come back."""
+    leave = """        /*00a0*/              @!P3 CALL.REL.NOINC `(.L_x_3) ;
+        /*00a4*/                   BRA `(.L_x_0) ;
+.L_x_3:
+"""
+    branch = "        /*00a0*/                   BRA P3, `(.L_x_0) ;\n"
+    assert branch in LISTING
+    expected = regions.phases(sass.parse(LISTING), sources)
+    found = regions.phases(sass.parse(LISTING.replace(branch, leave)), sources)
+    assert found.keys() == expected.keys()
+    for region, counts in found.items():
+        kinds, before = dict(counts["kinds"]), dict(expected[region]["kinds"])
+        assert kinds.pop("control", 0) - before.pop("control", 0) in (0, 1)
+        assert kinds == before
+
+
+def test_a_loop_that_the_source_does_not_have_is_an_error(sources: regions.Sources) -> None:
+    with pytest.raises(ValueError, match="none of the source's"):
+        regions.phases(sass.parse(LISTING.replace("line 7", "line 3")), sources)
+
+
+def test_a_loop_that_is_there_twice_is_an_error(sources: regions.Sources) -> None:
+    loop = (
+        '\t//## File "k.py", line 5\n.L_{0}:\n'
+        "  /*00{0}0*/  FADD R1, R1, R0 ;\n  /*00{0}8*/  @P0 BRA `(.L_{0}) ;\n"
+    )
+    once = loop.format(1) + "  /*0090*/  EXIT ;\n"
+    assert sum(regions.phases(sass.parse(once), sources)["kernel.while1"]["kinds"].values()) == 2
+    with pytest.raises(ValueError, match="twice"):
+        regions.phases(sass.parse(loop.format(1) + loop.format(2) + "  /*0090*/  EXIT ;\n"), sources)
+
+
+# --- regions of the source ----------------------------------------------------------------------------------
+
+
+def test_regions_are_loops_and_branches_by_their_path() -> None:
+    found = {region.name: region for region in regions.read(SOURCE)}
+    assert set(found) == {"kernel", "kernel.while1", "kernel.while1.while1", "kernel.while1.if1", "other"}
+    assert found["kernel.while1.while1"].calls == ("other",)
+    static = SOURCE.replace("while x < n", "for k in tl.static_range(4)")
+    assert "kernel.for1" not in {region.name for region in regions.read(static)}
+
+
+def test_a_helper_belongs_to_the_one_place_that_calls_it(sources: regions.Sources) -> None:
+    assert sources.chain("other") == ("other", "kernel.while1.while1", "kernel.while1", "kernel")
+    assert sources.at("elsewhere/k.py", 7) == "kernel.while1.while1"
+    assert sources.at("elsewhere/k.py", 16) == "other"
+    assert sources.at("unknown.py", 7) is None
+
+
+@triton.jit
+def _halve(x):
+    if tl.max(x) > 4:
+        x -= 4
+    return x // 2
+
+
+@triton.jit
+def _halving_kernel(x_ptr, y_ptr):
+    x = tl.load(x_ptr + tl.program_id(0))
+    steps = 0
+    while x > 0:
+        x = _halve(x)
+        steps += 1
+    for _ in range(2):
+        steps += 0
+    tl.store(y_ptr + tl.program_id(0), steps)
+
+
+def test_entries_of_regions_are_counted_in_the_interpreter() -> None:
+    sources = regions.Sources([Path(__file__)], "_halving_kernel")
+    x, y = torch.tensor([0, 1, 7, 8]), torch.zeros(4, dtype=torch.long)
+    with regions.counting(sources) as entered:
+        _halving_kernel[(4,)](x, y)
+    assert y.tolist() == [0, 1, 2, 3]  # 7 -> 3 // 2, 8 -> 4 // 2 -> 2 // 2
+    assert entered == {
+        "_halving_kernel": 4,
+        "_halving_kernel.while1": 6,
+        "_halving_kernel.for1": 8,
+        "_halve": 6,
+        "_halve.if1": 2,
+    }
+    _halving_kernel[(4,)](x, y)
+    assert entered["_halving_kernel"] == 4
+
+
+# --- the model ----------------------------------------------------------------------------------------------
+
+H100 = kernel_model.GPUS["sm_90"]
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps", "shared", "share"),
+    [
+        (255, 1, 0, 8 / 64),
+        (168, 1, 0, 12 / 64),
+        (32, 1, 0, 32 / 64),
+        (32, 4, 0, 1.0),
+        (64, 4, 32 << 10, 24 / 64),
+    ],
+)
+def test_occupancy(registers: int, warps: int, shared: int, share: float) -> None:
+    assert kernel_model.occupancy(H100, registers, warps, shared) == share
+
+
+def test_clocks_of_each_unit() -> None:
+    found = kernel_model.clocks(
+        H100, {"fma": 8, "fma_heavy": 4, "alu": 6, "minmax": 2, "shuffle": 5, "special": 1}
+    )
+    assert found == {
+        "issue": 6.5,
+        "float": 3.0,
+        "integer": 4.0,
+        "special": 2.0,
+        "exchange": 5.0,
+        "double": 0.0,
+    }
+    assert kernel_model.clocks(kernel_model.GPUS["sm_80"], {"fma": 8})["float"] == 4.0
+    assert kernel_model.clocks(kernel_model.GPUS["sm_100"], {"minmax": 4})["integer"] == 1.0
+    assert kernel_model.clocks(kernel_model.GPUS["sm_100"], {"fma_packed": 4})["float"] == 2.0
+
+
+def test_prediction_is_the_slowest_of_the_units_and_the_memory() -> None:
+    busy = kernel_model.predict(H100, {"alu": 1000}, 132 * 1.98e9, 3.35e12)
+    assert busy == (pytest.approx(500.0), pytest.approx(1.0), "integer")
+    idle = kernel_model.predict(H100, {"alu": 1}, 132, 3.35e12)
+    assert idle == (pytest.approx(1.0), pytest.approx(1.0), "memory")
+
+
+def test_a_cost_is_instructions_times_entries() -> None:
+    case = kernel_cases.Case("tsenor", 16, "float32", "sm_90", True, None)
+    phases = {
+        "dykstra_kernel": {"kinds": {"float": 100}, "pipes": {"fma": 100}},
+        "store_mask.if1": {"kinds": {"global": 4}, "pipes": {"memory": 4}},
+        "dykstra.for1.for1": {"kinds": {"float": 30, "shuffle": 2}, "pipes": {"fma": 30, "shuffle": 2}},
+    }
+    result: dict[str, Any] = {
+        "meta": {"BLOCKS": 4, "num_warps": 2}, "registers": 100, "spills": 0, "stack": 0, "shared": 0,
+        "phases": phases,
+    }  # fmt: skip
+    entered = dict.fromkeys(offline.sources_of("dykstra").regions, 1.0)
+    trips = {("tsenor", 16, 4): {**entered, "dykstra.for1.for1": 300.0}}
+    row, lines = kernel_costs.cost(case, result, trips)
+    assert row["instructions_per_block"] == (104 + 300 * 32) * 2 / 4
+    assert row["float"] == (100 + 300 * 30) * 2 / 4
+    assert row["bytes_per_weight"] == 5
+    assert row["bound"] == "issue"
+    assert row["predicted_ms_8192"] == pytest.approx(
+        (104 + 300 * 32) * 2 / 4 * (8192**2 / (4 * 256)) / 132 / 1.98e9 * 1e3
+    )
+    assert {line["phase"]: line["entries_per_program"] for line in lines} == {
+        "dykstra iteration": 300.0, "load, start, store": 1.0,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="not counted"):
+        kernel_costs.cost(case, result, {("tsenor", 16, 4): {"dykstra_kernel": 1.0}})
+
+
+@pytest.mark.parametrize("m", kernel_cases.SIZES)
+def test_candidates_fill_their_warps(m: int) -> None:
+    tiles = kernel_cases.candidate_tiles(m)
+    assert tiles
+    for rows_in, cols_in, blocks, warps in tiles:
+        assert (m // rows_in) * (m // cols_in) * blocks == 32 * warps

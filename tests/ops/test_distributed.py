@@ -1,0 +1,68 @@
+"""DTensors and FSDP2 in real processes (gloo on the CPU); the cases are in spread.py."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+
+import pytest
+import spread
+import torch
+import torch.multiprocessing
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from nmsolve.ops.distributed import Run, _split
+
+LIMIT_S = 300
+
+
+def outcomes(processes: int, folder: Path) -> dict[str, dict[int, str | None]]:
+    """Case -> process -> traceback or None, of one group that runs all cases of its size."""
+    context = torch.multiprocessing.spawn(spread.work, (processes, str(folder)), nprocs=processes, join=False)
+    end = time.monotonic() + LIMIT_S
+    try:
+        while not context.join(timeout=max(1.0, end - time.monotonic())):
+            assert time.monotonic() < end, "the processes hang"
+    finally:
+        for process in context.processes:
+            process.kill()
+    found = {rank: json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)}
+    return {name: {rank: found[rank][name] for rank in found} for name in spread.CASES[processes]}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, str | None]]:
+    return outcomes(2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, str | None]]:
+    return outcomes(4, tmp_path_factory.mktemp("four"))
+
+
+@pytest.mark.parametrize("case", spread.CASES[2])
+def test_two_processes(two: dict[str, dict[int, str | None]], case: str) -> None:
+    assert two[case] == dict.fromkeys(range(2))
+
+
+@pytest.mark.parametrize("case", spread.CASES[4])
+def test_four_processes(four: dict[str, dict[int, str | None]], case: str) -> None:
+    assert four[case] == dict.fromkeys(range(4))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("factor", [1, 2, 3])
+def test_shards_are_those_of_torch(count: int, factor: int) -> None:
+    placement = Shard(0) if factor == 1 else _StridedShard(0, split_factor=factor)
+    for runs in ([(0, 7)], [(0, 30)], [(4, 8), (12, 16)], [(0, 1), (2, 3), (5, 24)]):
+        held = torch.tensor([i for start, stop in runs for i in range(start, stop)])
+        parts, _ = placement._split_tensor(held, count, with_padding=False, contiguous=False)
+        assert [indices(part) for part in _split(runs, count, factor)] == [part.tolist() for part in parts]
+
+
+def indices(runs: list[Run]) -> list[int]:
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(runs)), "runs that touch are one run"
+    return [i for start, stop in runs for i in range(start, stop)]
