@@ -1,4 +1,9 @@
-"""Output that appears whole or not at all, and signals that end a run tidily."""
+"""Output that appears whole or not at all, folders that one process holds, and signals that end a run tidily.
+
+Everything that nmsolve writes goes through here. A file is written under a hidden name beside its own
+(:func:`writing`, :func:`replacing`), several files or a folder in a hidden folder (:class:`Staging`); when
+they are complete and on disk they are renamed.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +13,11 @@ import secrets
 import shutil
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from nmsolve.errors import NMSolveError
 
@@ -20,34 +26,199 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Interrupts", "Staging", "check_outside", "check_replaceable", "lock"]
+__all__ = [
+    "Interrupts",
+    "Staging",
+    "check_out",
+    "check_space",
+    "is_partial",
+    "locked",
+    "replacing",
+    "write_bytes",
+    "write_text",
+    "writing",
+]
 
 
-def check_outside(out: Path, source: Path) -> Path:
-    """The resolved ``--out``, once it is certain that it can be made and has nothing to do with the input."""
-    target, origin = Path(os.path.realpath(out)), Path(os.path.realpath(source))
-    if target == origin:
-        raise NMSolveError(f"--out: {out} is the input itself")
-    if origin in target.parents or target in origin.parents:
-        raise NMSolveError(f"--out: expected a path outside {source}, got {out}")
+# --- one file -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A hidden name beside ``path``; what was written there takes its place when the block ends.
+
+    After an error nothing is left. A process that is killed leaves what :func:`is_partial` recognises.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+    try:
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written that takes the place of ``path``, whole, when the block ends without an error."""
+    with replacing(path) as partial, partial.open("xb") as file:
+        yield file
+        file.flush()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``path`` whole or not at all."""
+    with writing(path) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``path`` in UTF-8, whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def is_partial(path: Path, of: Path) -> bool:
+    """Whether ``path`` is what a killed process left of ``of``."""
+    return path.name.startswith(f".{of.name}.") and path.name.endswith(_PARTIAL)
+
+
+_PARTIAL = ".partial"
+
+
+def _sync(path: Path) -> None:
+    """Makes sure that a file's contents, or a folder's names, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- where a command may write ------------------------------------------------------------------------------
+
+
+def check_out(
+    out: Path,
+    overwrite: bool,
+    *,
+    source: Path | None = None,
+    mark: str | None = None,
+    suffixes: Sequence[str] = (),
+    beside: Callable[[Path], Sequence[str]] | None = None,
+) -> Path:
+    """The resolved ``out``, once it is certain that it can be made and that nothing else falls with it.
+
+    Parameters
+    ----------
+    out : Path
+        A folder to be made if there is a ``mark``, a file if there is none.
+    overwrite : bool
+        Whether what is there may be replaced: a file, or a folder with the ``mark`` in it, by which nmsolve
+        knows its own.
+    source : Path, optional
+        The input, which lies neither in ``out`` nor around it.
+    suffixes : sequence of str
+        What the name of a file ends in.
+    beside : callable, optional
+        From the resolved file to the names of all that is written, itself included, in the same folder.
+
+    Raises
+    ------
+    NMSolveError
+        If ``out`` will not do.
+    """
+    target = Path(os.path.realpath(out))
+    if source is not None:
+        _check_apart(out, target, source)
+    if mark is None and suffixes and target.suffix not in suffixes:
+        raise NMSolveError(f"out: expected a name that ends in {' or '.join(suffixes)}, got {out}")
     if not target.parent.is_dir():
-        raise NMSolveError(f"--out: the folder {target.parent} does not exist")
+        raise NMSolveError(f"out: the folder {target.parent} does not exist")
     if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise NMSolveError(f"--out: no permission to write in {target.parent}")
+        raise NMSolveError(f"out: no permission to write in {target.parent}")
+    if mark is not None:
+        _check_replaceable_folder(target, overwrite, mark)
+        return target
+    for name in [target.name] if beside is None else beside(target):
+        path = target.with_name(name)
+        if source is not None and _is_same(path, source):
+            raise NMSolveError(f"out: {out} would replace the input with {name}")
+        if path.exists() and not (overwrite and path.is_file()):
+            kind = "a folder" if path.is_dir() else "not a file"
+            raise NMSolveError(
+                f"out: {path} exists; {'overwrite=True replaces it' if path.is_file() else f'it is {kind}'}"
+            )
     return target
 
 
-def check_replaceable(out: Path, overwrite: bool, mark: Path) -> None:
-    """Raise if ``out`` is there, unless it may be overwritten and ``mark`` shows that nmsolve wrote it."""
-    if not out.exists():
+def _check_apart(out: Path, target: Path, source: Path) -> None:
+    """Links, and mounts of one folder at two places, are seen through."""
+    origin = Path(os.path.realpath(source))
+    if target == origin or _is_same(target, origin):
+        raise NMSolveError(f"out: {out} is the input itself")
+    inside = any(_is_same(parent, origin) for parent in target.parents)
+    if inside or any(_is_same(parent, target) for parent in origin.parents):
+        raise NMSolveError(f"out: expected a path outside {source}, got {out}")
+
+
+def _check_replaceable_folder(target: Path, overwrite: bool, mark: str) -> None:
+    if not target.exists():
         return
     if not overwrite:
-        raise NMSolveError(f"--out: {out} exists; --overwrite replaces it")
-    if not mark.exists():
+        raise NMSolveError(f"out: {target} exists; overwrite=True replaces it")
+    if not (target / mark).exists():
         raise NMSolveError(
-            f"--out: {out} exists and nmsolve did not write it (there is no {mark.name}); "
+            f"out: {target} exists and nmsolve did not write it (there is no {mark}); "
             "remove it yourself or choose another name"
         )
+
+
+def _is_same(a: Path, b: Path) -> bool:
+    with suppress(OSError):
+        return os.path.samefile(a, b)
+    return False
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise unless ``needed`` bytes are free in ``folder``."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise NMSolveError(f"out: {needed:,} bytes are needed in {folder}, {free:,} are free")
+
+
+# --- folders ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Holds ``folder`` for this process; the end of the block, or of the process, frees it.
+
+    Yields False where the file system or this system has no such locks.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process holds it.
+    OSError
+        If it is no folder that can be read.
+    """
+    if fcntl is None:
+        yield False
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except BlockingIOError:
+            raise
+        except OSError:
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
 
 
 class Staging:
@@ -61,22 +232,33 @@ class Staging:
     def __init__(self, out: Path) -> None:
         self.out = out
         self._prefix = f".{out.name}.nmsolve-"
-        self.path = out.with_name(self._prefix + secrets.token_hex(4))
-        self._lock: int | None = None
+        self.path = self._fresh()
+        self._held = ExitStack()
 
     def __enter__(self) -> Staging:
         for stale in sorted(self.out.parent.glob(f"{_literal(self._prefix)}*")):
-            held = _lock(stale)
-            if held is not None:
-                shutil.rmtree(stale, ignore_errors=True)
-                os.close(held)
+            with suppress(OSError), locked(stale) as held:  # one without locks cannot be told stale
+                if held:
+                    shutil.rmtree(stale, ignore_errors=True)
         try:
-            self.path.mkdir()
-            self._lock = _lock(self.path)
+            while not self._made():  # another run has taken the new folder for a stale one
+                self.path = self._fresh()
         except BaseException:
             self._discard()
             raise
         return self
+
+    def _fresh(self) -> Path:
+        return self.out.with_name(self._prefix + secrets.token_hex(4))
+
+    def _made(self) -> bool:
+        """Makes and locks the folder; whether it is still there then."""
+        self.path.mkdir()
+        try:
+            self._held.enter_context(locked(self.path))
+        except (BlockingIOError, FileNotFoundError):
+            return False
+        return self.path.exists()
 
     def publish_folder(self, replace: bool = False) -> None:
         """Renames the staging folder itself to ``out``; one that is there is replaced if allowed."""
@@ -92,7 +274,7 @@ class Staging:
             if replaced is not None:
                 os.rename(replaced, self.out)
             raise
-        _sync_folder(self.out.parent)
+        _sync(self.out.parent)
         if replaced is not None:
             shutil.rmtree(replaced, ignore_errors=True)
 
@@ -110,7 +292,7 @@ class Staging:
                 if not existed:
                     target.unlink(missing_ok=True)
             raise
-        _sync_folder(self.out.parent)
+        _sync(self.out.parent)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -119,9 +301,27 @@ class Staging:
 
     def _discard(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._held.close()
+
+
+def _refuse_existing(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, "appeared while the work went on", str(path))
+
+
+def _literal(text: str) -> str:
+    """``text`` as a glob that matches only itself."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+
+
+def _sync_tree(root: Path) -> None:
+    """Every folder's names; files are synced by those who write them."""
+    for folder, _, _ in os.walk(root):
+        _sync(Path(folder))
+
+
+# --- signals ------------------------------------------------------------------------------------------------
 
 
 class Interrupts:
@@ -167,63 +367,3 @@ class Interrupts:
     ) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
-
-
-def _refuse_existing(paths: Sequence[Path]) -> None:
-    for path in paths:
-        if path.exists():
-            raise FileExistsError(errno.EEXIST, "appeared while the work went on", str(path))
-
-
-def _lock(folder: Path) -> int | None:
-    """A locked descriptor of ``folder``, or None if another process holds it or the folder is gone.
-
-    Where the file system has no locks, a folder cannot be told stale and is left alone.
-    """
-    try:
-        return lock(folder)
-    except OSError:
-        return None
-
-
-def _literal(text: str) -> str:
-    """``text`` as a glob that matches only itself."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_tree(root: Path) -> None:
-    for folder, _, _ in os.walk(root):
-        _sync_folder(Path(folder))
-
-
-def lock(folder: Path) -> int | None:
-    """A locked descriptor of ``folder``; closing it, or the end of the process, frees the folder.
-
-    None where the file system or this system has no such locks.
-
-    Raises
-    ------
-    BlockingIOError
-        If another process holds it.
-    OSError
-        If it is no folder that can be read.
-    """
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise
-        return None
-    return descriptor

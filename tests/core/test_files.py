@@ -6,10 +6,13 @@ import contextlib
 import fcntl
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
-from nmsolve.files import Interrupts, Staging
+from nmsolve import files
+from nmsolve.errors import NMSolveError, WorkFailed, begun, printable
+from nmsolve.files import Interrupts, Staging, check_out
 
 
 def names(folder) -> list[str]:
@@ -146,3 +149,128 @@ def test_the_last_step_is_completed():
         interrupts.hold()
         signal.raise_signal(signal.SIGINT)
         interrupts.check()
+
+
+def test_a_new_folder_that_another_run_removes_is_made_again(tmp_path, monkeypatch):
+    """Between making a folder and locking it, another run may take it for one that was left behind."""
+    held, calls = files.locked, []
+
+    def robbed(folder):
+        calls.append(folder)
+        if len(calls) == 1:
+            folder.rmdir()
+        return held(folder)
+
+    monkeypatch.setattr(files, "locked", robbed)
+    with Staging(tmp_path / "out") as staging:
+        assert staging.path == calls[1] != calls[0]
+        assert names(tmp_path) == [staging.path.name]
+
+
+# --- one file -----------------------------------------------------------------------------------------------
+
+
+def test_a_file_appears_whole(tmp_path):
+    path = tmp_path / "a.json"
+    with files.writing(path) as file:
+        file.write(b"first")
+        (partial,) = tmp_path.iterdir()
+        assert files.is_partial(partial, path)
+        assert not path.exists()
+    assert path.read_bytes() == b"first"
+    assert path.stat().st_mode & 0o777 == 0o666 & ~current_umask()
+    files.write_text(path, "zweitens: ä")
+    assert path.read_text(encoding="utf-8") == "zweitens: ä"
+    assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, error):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(error), files.writing(path) as file:  # noqa: PT012
+        file.write(b"ne")
+        raise error
+    assert names(tmp_path) == ["a"]
+    assert path.read_text() == "old"
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "a"
+    with files.writing(path) as first, files.writing(path) as second:
+        first.write(b"1" * 100)
+        second.write(b"22")
+    assert path.read_bytes() == b"1" * 100
+    assert names(tmp_path) == ["a"]
+
+
+# --- where a command may write ------------------------------------------------------------------------------
+
+
+def refusal(*args, **options) -> str:
+    with pytest.raises(NMSolveError) as error:
+        check_out(*args, **options)
+    return str(error.value)
+
+
+def test_outputs_that_will_do(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "mark").touch()
+    (tmp_path / "old.csv").touch()
+    (tmp_path / "link").symlink_to("new")
+    source = tmp_path / "in"
+    assert check_out(tmp_path / "new", False, source=source, mark="mark") == tmp_path / "new"
+    assert check_out(tmp_path / "link", False, source=source, mark="mark") == tmp_path / "new"
+    assert check_out(tmp_path / "ours", True, source=source, mark="mark") == tmp_path / "ours"
+    assert check_out(tmp_path / "old.csv", True, suffixes=(".csv", ".json")) == tmp_path / "old.csv"
+
+
+def test_outputs_that_would_take_something_with_them(tmp_path):
+    source = tmp_path / "model"
+    source.mkdir()
+    (tmp_path / "alias").symlink_to(source)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "file").touch()
+    assert refusal(source, True, source=source, mark="m") == f"out: {source} is the input itself"
+    assert "is the input itself" in refusal(tmp_path / "alias", True, source=source, mark="m")
+    assert "expected a path outside" in refusal(source / "x", True, source=source, mark="m")
+    assert "expected a path outside" in refusal(tmp_path, True, source=source, mark="m")
+    assert "nmsolve did not write it (there is no m)" in refusal(tmp_path / "theirs", True, mark="m")
+    assert "exists; overwrite=True replaces it" in refusal(tmp_path / "theirs", False, mark="m")
+    assert "exists; overwrite=True replaces it" in refusal(tmp_path / "file", False)
+    assert "exists; it is a folder" in refusal(tmp_path / "theirs", True)
+    assert "does not exist" in refusal(tmp_path / "no" / "x", False)
+    assert "ends in .csv or .json, got x.txt" in refusal(Path("x.txt"), False, suffixes=(".csv", ".json"))
+
+
+def test_two_names_of_one_file_are_one_file(tmp_path):
+    source, link = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    source.write_text("weights")
+    link.hardlink_to(source)
+    assert "is the input itself" in refusal(link, True, source=source)
+    (tmp_path / "out.orders").hardlink_to(source)
+    message = refusal(
+        tmp_path / "out", True, source=source, beside=lambda out: [f"{out.name}.orders", out.name]
+    )
+    assert message == f"out: {tmp_path / 'out'} would replace the input with out.orders"
+
+
+# --- text ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "a\nnmsolve: done", "\u202egnp.exe", "tab\t", "\udc80", "\x00"])
+def test_what_is_not_printable_is_escaped_in_every_message(text):
+    message = str(NMSolveError(f"names: no mask for {text!s}"))
+    assert message.isprintable()
+    assert printable(message) == message, "escaping twice changes nothing"
+    assert printable("größe 大きさ") == "größe 大きさ"
+
+
+def test_work_that_has_begun_fails():
+    with pytest.raises(WorkFailed, match=r"^scores: no$"), begun():
+        raise NMSolveError("scores: no")
+    with pytest.raises(WorkFailed, match=r"^weights: no$"), begun():
+        raise WorkFailed("weights: no")
+    with pytest.raises(OSError, match="disk"), begun():
+        raise OSError("disk")
