@@ -2,9 +2,9 @@
 
 For each backend, pattern and kind of block the mean and the largest number of augmenting paths that are
 searched per block, and of sweeps (a row and a column reduction each) of those searches, beside the bounds of
-docs/solver.md: no block needs more than ``M max(N, M - N)`` paths, and no search more than ``M + 1`` sweeps.
-The kinds are the weights of SmolLM2-135M (where the package that ships them is installed), the distributions
-of the other benchmarks, and adversarial blocks.
+docs/internals/solver.md: no block needs more than ``M max(N, M - N)`` paths, and no search more than ``M + 1``
+sweeps. The kinds are the weights of SmolLM2-135M (where the package that ships them is installed), the
+distributions of the other benchmarks, and adversarial blocks.
 
 The Numba backend reports paths only. The Triton kernel runs in the interpreter and on few blocks.
 """
@@ -112,7 +112,7 @@ class Work(NamedTuple):
 
 
 def paths_bound(rows: int, cols: int, n: int) -> int:
-    """The most augmenting paths that a block can need (docs/solver.md)."""
+    """The most augmenting paths that a block can need (docs/internals/solver.md)."""
     rows, cols = min(rows, cols), max(rows, cols)
     return rows * max(n, rows - n) if rows == cols else cols * max(n, rows)
 

@@ -4,7 +4,8 @@
                max over units of (instructions of a program / rate) * programs / SMs / clock)
 
 A multiprocessor issues four warp instructions a clock; each kind also has a unit with a rate of its own.
-Latency, diverging warps, uneven ends and bank conflicts are not in it; docs/kernel-costs.md has the sources.
+Latency, diverging warps, uneven ends and bank conflicts are not in it;
+docs/internals/kernel-costs.md has the sources.
 """
 
 from __future__ import annotations

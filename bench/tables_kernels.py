@@ -1,4 +1,4 @@
-"""The tables of docs/kernel-costs.md, from what bench/kernel_costs.py wrote."""
+"""The tables of docs/internals/kernel-costs.md, from what bench/kernel_costs.py wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of docs/solver.md: how much the exact solver's phases have to do."""
+"""The tables of docs/internals/solver.md: how much the exact solver's phases have to do."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 r"""Dual ascent: approximate prices of a block's rows and columns.
 
 Alternates Newton steps on u and v for ``S = clip(tau (A - u - v) + 1/2, 0, 1)``, the problem regularised by a
-box, raising tau until few entries are fractional, see docs/solver.md.
+box, raising tau until few entries are fractional, see docs/internals/solver.md.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 r"""Shortest augmenting paths: from any duals to an optimal mask and its duals.
 
 Starts from ``S = [A - u - v > 0]`` and moves one unit of imbalance per search along a shortest path
-(Bellman-Ford: a column and a row reduction per sweep), see docs/solver.md.
+(Bellman-Ford: a column and a row reduction per sweep), see docs/internals/solver.md.
 
 It keeps one float per entry, its *arc* (see :func:`to_arcs`): the cost of flipping the entry, |A - u - v|
 clamped to the side that complementary slackness allows, times 2^-40, with bit 30 set if the entry is free. A

@@ -49,7 +49,7 @@ class BlockSolution:
         float64 ``(*batch, GR, GC)`` or ``(B,)``: kept score of each block.
     bound : Tensor
         float64, as ``objective``: no mask of this pattern keeps more. It follows from the duals alone
-        (docs/solver.md), so :func:`nmsolve.dual_bound` recomputes it.
+        (docs/internals/solver.md), so :func:`nmsolve.dual_bound` recomputes it.
     scale : Tensor
         float64, as ``objective``: sum of the absolute kept scores, what ``gap`` is relative to. It equals the
         objective where no score is negative.

@@ -1,6 +1,6 @@
 """Constants of the dual ascent, shared by every backend.
 
-The ascent (docs/solver.md) alternates Newton steps on the row and the column duals of the problem
+The ascent (docs/internals/solver.md) alternates Newton steps on the row and the column duals of the problem
 regularised by a box: an entry is *fractional* while it lies within ``1 / (2 tau)`` of its threshold. tau is
 steered by what it does, not by the size of the scores: after each sweep it is set so that the mean number of
 fractional entries per line falls geometrically from ``FRACTION_START * M`` to ``FRACTION_END``. That makes

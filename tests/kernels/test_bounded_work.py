@@ -1,4 +1,7 @@
-"""No block makes a backend search more paths, or a search take more sweeps, than docs/solver.md proves."""
+"""No block makes a backend search more paths, or a search take more sweeps, than is proved.
+
+The bounds and their proofs: docs/internals/solver.md.
+"""
 
 from __future__ import annotations
 

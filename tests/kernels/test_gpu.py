@@ -321,7 +321,7 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("m", cases([4, 12, 16, 64], (4,)))
 def test_every_kernel_once(m: int) -> None:
-    """Every specialisation on a few blocks: what compute-sanitizer is pointed at (docs/kernels.md)."""
+    """Every specialisation on a few blocks: docs/internals/kernels.md points compute-sanitizer at it."""
     n, pattern = m // 2, NMPattern(m // 2, m)
     for shape in ((2, m, 2 * m), (1, m + 1, m + 3)):
         scores = oracles.sample("normal", shape, seed=12).to(DEVICE)

@@ -9,7 +9,7 @@ among those masks one with the largest kept score; :func:`nmsolve.blocks.demand`
 .. math::  \max \langle S, A\rangle,\quad S 1 = a,\; S^T 1 = b \text{ (or } \le b),\; 0 \le S \le 1
 
 by an ascent on its dual (:func:`dual_ascent`) and shortest augmenting paths (:func:`augment`), see
-docs/solver.md. :func:`tsenor` is the entropic method of arXiv 2505.23949; :func:`greedy` is the
+docs/internals/solver.md. :func:`tsenor` is the entropic method of arXiv 2505.23949; :func:`greedy` is the
 2-approximation by descending score. Sums of floats are taken by halving (:func:`fold`), so that the result
 of a block does not depend on how many are solved with it.
 """
@@ -314,7 +314,7 @@ def _augment_once(
 ) -> int:
     """One augmentation in each block, in place: shortest paths (Bellman-Ford), duals, flip.
 
-    Returns the number of sweeps, which docs/solver.md bounds by the columns and one.
+    Returns the number of sweeps, which docs/internals/solver.md bounds by the columns and one.
     """
     batch, rows, cols = x.shape
     inf = float("inf")
@@ -344,8 +344,9 @@ def _augment_once(
     )
     nearest, node = ends.min(1)
     nearest = torch.where(nearest < inf, nearest, 0.0)  # a block that the tight entries already balanced
-    # The update of docs/solver.md with all prices shifted by the distance: lines near a source move little,
-    # so that one far line, such as a row of outliers, does not push all prices to where floats are coarse.
+    # The update of docs/internals/solver.md with all prices shifted by the distance: lines near a source move
+    # little, so that one far line, such as a row of outliers, does not push all prices to where floats are
+    # coarse.
     u += torch.minimum(dist_row, nearest.unsqueeze(1))
     v -= torch.minimum(dist_col, nearest.unsqueeze(1))
 

@@ -4,8 +4,9 @@ The start is ``S = [A - u - v > 0]``. Sources are rows that hold too few entries
 many, sinks the other way round; an arc leads from a row to a column through a free entry at cost
 ``max(0, -(A - u - v))`` and back through a kept one at cost ``max(0, A - u - v)``. After the shortest path to
 the nearest sink, at distance D, ``u += min(D, distance)`` and ``v -= min(D, distance)`` keep the
-complementary slackness of S, and flipping the path's entries removes one unit of imbalance. (docs/solver.md
-has the same update with all prices shifted by D; here lines near a source move little and keep their digits.)
+complementary slackness of S, and flipping the path's entries removes one unit of imbalance.
+(docs/internals/solver.md has the same update with all prices shifted by D; here lines near a source move
+little and keep their digits.)
 
 The search corrects labels in rounds instead of settling one node at a time: a round relaxes every entry of
 the rows whose distance has just fallen, then of the columns, and drops what lies beyond the nearest sink
