@@ -2,7 +2,7 @@
 
 For each backend, pattern and kind of block the mean and the largest number of augmenting paths that are
 searched per block, and of sweeps (a row and a column reduction each) of those searches, beside the bounds of
-docs/internals/solver.md: no block needs more than ``M max(N, M - N)`` paths, and no search more than ``M + 1``
+docs/internals/solver.md: no block needs more than ``M max(N, M - N)`` paths, no search more than ``M + 1``
 sweeps. The kinds are the weights of SmolLM2-135M (where the package that ships them is installed), the
 distributions of the other benchmarks, and adversarial blocks.
 
