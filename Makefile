@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-gpu lint format demo bench tables clean
+.PHONY: help venv test test-gpu lint format demo bench tables docs clean
 
 help:
 	@echo "make venv      .venv with the package (editable) and all that the other commands need"
@@ -24,6 +24,7 @@ help:
 	@echo "make demo      masks for the real weights of a real model: a table, and pictures in demo-out/"
 	@echo "make bench     every benchmark; writes bench/results/*.csv, then the documents' tables"
 	@echo "make tables    only the documents' tables, from the results that are there"
+	@echo "make docs      the API reference, from the docstrings, in build/docs/"
 	@echo "make clean     remove .venv, caches and build outputs"
 
 venv: $(STAMP)
@@ -84,6 +85,9 @@ bench: $(MODEL)
 
 tables: $(STAMP)
 	$(BIN)/python bench/tables.py
+
+docs: $(STAMP)
+	$(BIN)/python docs/reference.py build/docs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
