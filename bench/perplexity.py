@@ -46,8 +46,8 @@ from nmsolve.prune import (
     sparsegpt,
     wanda_scores,
 )
-from nmsolve.prune.alps import alps_system
-from nmsolve.prune.sparsegpt import sparsegpt_factor
+from nmsolve.prune.layerwise.alps import alps_system
+from nmsolve.prune.layerwise.sparsegpt import sparsegpt_factor
 
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
 PUBLISHED = "wanda, published rule"  # peers/wanda.py, with ordinary masks alone

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from nmsolve.errors import NMSolveError
-from nmsolve.prune.problem import Pruned
+from nmsolve.prune.layerwise.problem import Pruned
+from nmsolve.prune.layerwise.sparsegpt import sparsegpt
 from nmsolve.prune.rule import MaskRule
-from nmsolve.prune.sparsegpt import sparsegpt
 
 __all__ = ["sparsegpt_weight", "weight_mask"]
 

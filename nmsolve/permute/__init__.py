@@ -3,29 +3,37 @@
 Search for orders (:func:`ria_permutation`, :func:`swap_search`, :func:`stripe_search`,
 :func:`transposable_permutation`), learn them (:func:`learn_permutation`), find out what a model allows
 (:func:`find_couplings`), and apply them without changing the dense model (:func:`apply_permutations`).
+
+The names below are loaded from their modules when they are first used, as those of nmsolve itself are. No
+module of this folder may have the name of one of them: once imported it would stand in its place.
 """
 
-from nmsolve.permute.apply import (
-    Applied,
-    PermutedLinear,
-    apply_permutations,
-    load_permutations,
-    load_permuted,
-    save_permutations,
-)
-from nmsolve.permute.calibration import calibration_scores
-from nmsolve.permute.couplings import Coupling, find_couplings
-from nmsolve.permute.heuristics import (
-    deal_columns,
-    retained_score,
-    ria_permutation,
-    stripe_search,
-    swap_search,
-)
-from nmsolve.permute.learned import LearnedPermutations, learn_permutation
-from nmsolve.permute.module import LearnableChannelPermutation
-from nmsolve.permute.norm import PermutedRMSNorm
-from nmsolve.permute.transposable import TransposablePermutation, transposable_permutation
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nmsolve.permute.apply import (
+        Applied,
+        PermutedLinear,
+        apply_permutations,
+        load_permutations,
+        load_permuted,
+        save_permutations,
+    )
+    from nmsolve.permute.calibration import calibration_scores
+    from nmsolve.permute.couplings import Coupling, find_couplings
+    from nmsolve.permute.heuristics import (
+        deal_columns,
+        retained_score,
+        ria_permutation,
+        stripe_search,
+        swap_search,
+    )
+    from nmsolve.permute.learned import LearnedPermutations, learn_permutation
+    from nmsolve.permute.module import LearnableChannelPermutation
+    from nmsolve.permute.norm import PermutedRMSNorm
+    from nmsolve.permute.on_disk import permute_checkpoint
+    from nmsolve.permute.transposable import TransposablePermutation, transposable_permutation
 
 __all__ = [
     "Applied",
@@ -42,6 +50,7 @@ __all__ = [
     "learn_permutation",
     "load_permutations",
     "load_permuted",
+    "permute_checkpoint",
     "retained_score",
     "ria_permutation",
     "save_permutations",
@@ -49,3 +58,40 @@ __all__ = [
     "swap_search",
     "transposable_permutation",
 ]
+
+_MODULES = {
+    "nmsolve.permute.apply": (
+        "Applied",
+        "PermutedLinear",
+        "apply_permutations",
+        "load_permutations",
+        "load_permuted",
+        "save_permutations",
+    ),
+    "nmsolve.permute.calibration": ("calibration_scores",),
+    "nmsolve.permute.couplings": ("Coupling", "find_couplings"),
+    "nmsolve.permute.heuristics": (
+        "deal_columns",
+        "retained_score",
+        "ria_permutation",
+        "stripe_search",
+        "swap_search",
+    ),
+    "nmsolve.permute.learned": ("LearnedPermutations", "learn_permutation"),
+    "nmsolve.permute.module": ("LearnableChannelPermutation",),
+    "nmsolve.permute.norm": ("PermutedRMSNorm",),
+    "nmsolve.permute.on_disk": ("permute_checkpoint",),
+    "nmsolve.permute.transposable": ("TransposablePermutation", "transposable_permutation"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nmsolve.permute.objective import Batch, run
-from nmsolve.prune.scores import wanda_scores
+from nmsolve.prune.layerwise.scores import wanda_scores
 
 __all__ = ["calibration_scores"]
 

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from nmsolve.checkpoint.mask_files import load_masks
-from nmsolve.errors import NMSolveError
+from nmsolve.errors import NMSolveError, WorkFailed
 from nmsolve.pattern import NMPattern
 from nmsolve.prune.calibration import Batch, fingerprint
 from nmsolve.prune.layers import Layer, Selected, told
+from nmsolve.prune.methods import check_pruning_method, check_sequential
 from nmsolve.prune.rule import MaskRule
 
 __all__ = [
-    "METHODS",
-    "SEQUENTIAL",
     "Patterns",
-    "Settings",
+    "PruneSettings",
     "check_initial_masks",
     "check_settings",
     "check_tokens",
@@ -32,14 +31,11 @@ __all__ = [
     "sequence_length_of",
 ]
 
-METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
-SEQUENTIAL = ("layer", "block", "off")
-
 Patterns = str | NMPattern | Mapping[str, str | NMPattern | None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class PruneSettings:
     """What decides the result, beside the model and the calibration data."""
 
     method: str
@@ -60,21 +56,19 @@ def check_settings(
     damping: float,
     iterations: int,
     model: object,
-) -> Settings:
+) -> PruneSettings:
     if not isinstance(model, nn.Module):
         raise NMSolveError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(transposable, bool):
         raise NMSolveError(f"transposable: expected True or False, got {transposable!r}")
-    if method not in METHODS:
-        raise NMSolveError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if sequential not in SEQUENTIAL:
-        raise NMSolveError(f"sequential: expected one of {', '.join(SEQUENTIAL)}, got {sequential!r}")
+    check_pruning_method(method)
+    check_sequential(sequential)
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):
         raise NMSolveError(f"damping: expected a positive number, got {damping!r}")
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise NMSolveError(f"iterations: expected an integer of at least 1, got {iterations!r}")
     MaskRule(NMPattern(1, 1), transposable, mask_method, backend)
-    return Settings(method, transposable, mask_method, backend, sequential, float(damping), iterations)
+    return PruneSettings(method, transposable, mask_method, backend, sequential, float(damping), iterations)
 
 
 def parse_patterns(pattern: Patterns) -> dict[str, NMPattern | None]:
@@ -91,11 +85,12 @@ def parse_patterns(pattern: Patterns) -> dict[str, NMPattern | None]:
 
 
 def check_weights(selected: Selected) -> None:
+    """Raises WorkFailed if a weight to prune is not finite: a model may be right and hold such weights."""
     for layer in selected.layers:
         weight = layer.weight.detach()
         wrong = weight.numel() - int(torch.isfinite(weight).sum())
         if wrong:
-            raise NMSolveError(
+            raise WorkFailed(
                 f"model: {layer.weight_name}: expected finite values, got {wrong} NaN or infinite of "
                 f"{weight.numel()}"
             )

@@ -19,7 +19,6 @@ from nmsolve.checkpoint.format import MASKS_FOLDER, MASKS_SUFFIX, PICTURE_NAME, 
 from nmsolve.checkpoint.mask_files import save_masks
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
-from nmsolve.prune.alps import ITERATIONS
 from nmsolve.prune.arguments import (
     Patterns,
     check_initial_masks,
@@ -32,7 +31,9 @@ from nmsolve.prune.arguments import (
 )
 from nmsolve.prune.calibration import Batch, make_batches
 from nmsolve.prune.layers import select_layers, uncompiled
-from nmsolve.prune.problem import DAMPING
+from nmsolve.prune.layerwise.alps import ITERATIONS
+from nmsolve.prune.layerwise.problem import DAMPING
+from nmsolve.prune.methods import PRUNING_METHODS
 from nmsolve.prune.report import PruneReport, need_matplotlib
 from nmsolve.prune.run import Run
 from nmsolve.prune.store import LayerStore
@@ -177,8 +178,10 @@ def prune_model(
     Raises
     ------
     NMSolveError
-        If an argument is not as described, before the model is touched; or, while it works, if the inputs
-        of a layer are not finite or its Hessian cannot be factored.
+        If an argument is not as described, before the model is touched.
+    WorkFailed
+        If a weight is not finite, before the model is touched; or, while it works, if the inputs of a layer
+        are not finite or its Hessian cannot be factored.
 
     Examples
     --------
@@ -202,7 +205,7 @@ def prune_model(
     allowed = check_initial_masks(initial_masks, selected)
     batches: list[Batch] = []
     if calibration is None:
-        if method != "magnitude":
+        if PRUNING_METHODS[method].needs_calibration:
             raise NMSolveError(f"calibration: needed for method {method!r}")
     else:
         batches = make_batches(

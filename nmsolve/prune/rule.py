@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nmsolve.backends.dispatch import check_mask_method
 from nmsolve.errors import NMSolveError
 from nmsolve.ops.masks import nm_mask, transposable_mask
-from nmsolve.ops.validation import check_mask_method
 from nmsolve.pattern import NMPattern
 
 __all__ = ["MaskRule", "Tally"]

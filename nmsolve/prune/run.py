@@ -7,25 +7,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nmsolve.checkpoint.mask_files import pack_mask, unpack_mask
-from nmsolve.errors import NMSolveError
+from nmsolve.errors import NMSolveError, begun
 from nmsolve.pattern import NMPattern
-from nmsolve.prune.alps import alps, alps_system
-from nmsolve.prune.arguments import Settings
+from nmsolve.prune.arguments import PruneSettings
 from nmsolve.prune.calibration import Batch, call_model, real_positions
 from nmsolve.prune.layers import Layer, Selected
+from nmsolve.prune.methods import PRUNING_METHODS, LayerPruner
 from nmsolve.prune.report import LayerReport, PruneReport
 from nmsolve.prune.rule import MaskRule
-from nmsolve.prune.scores import magnitude_scores, ria_scores, wanda_scores
-from nmsolve.prune.sparsegpt import sparsegpt, sparsegpt_factor
 from nmsolve.prune.store import LayerStore
-from nmsolve.prune.walk import Chain, Group, Loose, Stop, input_of, make_plan
+from nmsolve.prune.walk import Chain, Group, Loose, Plan, Stop, input_of, make_plan
 
 __all__ = ["PackedMasks", "Run"]
 
@@ -80,7 +78,7 @@ class Hessian:
 @dataclass
 class Run:
     model: nn.Module
-    settings: Settings
+    settings: PruneSettings
     selected: Selected
     allowed: Mapping[Layer, Tensor]
     batches: list[Batch]
@@ -94,16 +92,33 @@ class Run:
     delay: bool = False
 
     def all(self) -> None:
+        """Prunes every layer.
+
+        Raises
+        ------
+        NMSolveError
+            If the model cannot be called on the first batch, or calls no layer then; nothing is changed.
+        WorkFailed
+            If a layer cannot be pruned.
+        """
+        layers = list(self.selected.layers)
+        plan = make_plan(self.model, layers, self.batches[0]) if self.batches else None
+        with begun():
+            self._all(plan)
+
+    def _all(self, plan: Plan | None) -> None:
         from tqdm import tqdm
 
         for layer, mask in self.allowed.items():
             layer.weight.data.mul_(mask.to(layer.weight.device))
         self._memory(model=sum(p.numel() * p.element_size() for p in self.model.parameters()))
-        total = sum(layer.weight.numel() for layer in self.selected.layers)
+        for layer in plan.unreached if plan else ():
+            self.report.skipped[layer.name] = "not called in the forward pass of the first batch"
+        total = sum(x.weight.numel() for x in self.selected.layers if x.name not in self.report.skipped)
         disable = None if self.progress is None else not self.progress
         with tqdm(total=total, unit="w", unit_scale=True, disable=disable) as self.bar:
-            if self.batches:
-                self._walk()
+            if plan:
+                self._walk(plan)
             else:
                 for layer in self.selected.layers:
                     self._group(Group([layer]), None)
@@ -115,12 +130,7 @@ class Run:
         if torch.cuda.is_available():
             self._memory(peak_gpu=torch.cuda.max_memory_allocated())
 
-    def _walk(self) -> None:
-        layers = list(self.selected.layers)
-        plan = make_plan(self.model, layers, self.batches[0])
-        for layer in plan.unreached:
-            self.report.skipped[layer.name] = "not called in the forward pass of the first batch"
-            self.bar.total -= layer.weight.numel()
+    def _walk(self, plan: Plan) -> None:
         # Inputs of the dense model need it dense to the end, unless one chain is all there is: its blocks
         # are left behind one by one.
         one_chain = len(plan.stages) == 1 and isinstance(plan.stages[0], Chain)
@@ -215,7 +225,7 @@ class Run:
 
     def _group(self, group: Group, hessian: Hessian | None) -> None:
         """Prunes the layers of a group, or takes them from the store."""
-        system: list[Any] = []
+        prepared = cache(partial(self._prepare, hessian))  # by the first layer that is not in the store
         for layer in group.layers:
             if self.check is not None:
                 self.check()
@@ -225,7 +235,7 @@ class Run:
                 report = LayerReport(**row)
                 self.report.resumed += 1
             else:
-                weight, mask, report = self._layer(layer, hessian, system)
+                weight, mask, report = self._layer(layer, hessian, prepared)
                 if self.store is not None:
                     self.store.save(layer.name, weight, mask, asdict(report))
             self.masks.add(layer.weight_name, mask)
@@ -240,10 +250,16 @@ class Run:
             self.bar.set_postfix_str(f"{error}gap {report.gap:.1e}", refresh=False)
             self.bar.update(report.weights)
 
+    def _prepare(self, hessian: Hessian | None) -> LayerPruner:
+        """What prunes the layers of a group by the method of the run."""
+        method = PRUNING_METHODS[self.settings.method]
+        options = {name: getattr(self.settings, name) for name in method.options}
+        return method.prepare(None if hessian is None else hessian.matrix, **options)
+
     def _layer(
-        self, layer: Layer, hessian: Hessian | None, system: list[Any]
+        self, layer: Layer, hessian: Hessian | None, prepared: Callable[[], LayerPruner]
     ) -> tuple[Tensor, Tensor, LayerReport]:
-        """New weight and mask of one layer, both in the weight's shape. ``system`` is shared in a group."""
+        """New weight and mask of one layer, both in the weight's shape."""
         start = time.perf_counter()
         pattern = self.selected.layers[layer]
         rule = MaskRule(pattern, self.settings.transposable, self.settings.mask_method, self.settings.backend)
@@ -253,7 +269,7 @@ class Run:
         error = None
         with torch.autocast(dense.device.type, enabled=False):
             try:
-                pruned, mask = self._prune_matrices(layer, dense, hessian, rule, keep, system)
+                pruned, mask = prepared()(dense, rule, layer.positions, keep)
             except NMSolveError as problem:
                 raise NMSolveError(f"{layer.name}: {problem}") from None
             weight = layer.from_matrices(pruned).to(layer.weight.dtype)
@@ -281,51 +297,6 @@ class Run:
             mask_solves=tally.solves,
         )
         return weight, full_mask, report
-
-    def _prune_matrices(
-        self,
-        layer: Layer,
-        dense: Tensor,
-        hessian: Hessian | None,
-        rule: MaskRule,
-        allowed: Tensor | None,
-        system: list[Any],
-    ) -> tuple[Tensor, Tensor]:
-        """``(groups, out, positions * in)`` pruned, and masks of that shape."""
-        method, positions = self.settings.method, layer.positions
-        if method in ("sparsegpt", "alps"):
-            assert hessian is not None
-            if not system:
-                prepare: Callable[[Tensor, float], Any] = (
-                    sparsegpt_factor if method == "sparsegpt" else alps_system
-                )
-                system += [prepare(matrix, self.settings.damping) for matrix in hessian.matrix]
-            weights, masks = [], []
-            for g, prepared in enumerate(system):
-                options: dict[str, Any] = {
-                    "positions": positions,
-                    "allowed": None if allowed is None else allowed[g],
-                }
-                if method == "sparsegpt":
-                    one = sparsegpt(dense[g], prepared, rule, **options)
-                else:
-                    one = alps(dense[g], prepared, rule, iterations=self.settings.iterations, **options)
-                weights.append(one.weight)
-                masks.append(one.mask)
-            if len(weights) == 1:
-                return weights[0].unsqueeze(0), masks[0].unsqueeze(0)
-            return torch.stack(weights), torch.stack(masks)
-        if method == "magnitude":
-            scores = magnitude_scores(dense)
-        else:
-            assert hessian is not None
-            norms = hessian.matrix.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(1)
-            scores = wanda_scores(dense, norms) if method == "wanda" else ria_scores(dense, norms)
-        split = scores.unflatten(2, (positions, -1)).transpose(1, 2)
-        mask = rule.choose(split).transpose(1, 2).flatten(2)
-        if allowed is not None:
-            mask = mask & allowed
-        return dense * mask, mask
 
     def _memory(self, **sizes: int) -> None:
         for name, size in sizes.items():

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nmsolve.checkpoint.mask_files import pack_mask, unpack_mask
 from nmsolve.errors import NMSolveError
-from nmsolve.files import lock
+from nmsolve.files import is_partial, locked, write_bytes, write_text
 
 __all__ = ["LayerStore"]
 
@@ -46,18 +46,18 @@ class LayerStore:
 
     def __init__(self, folder: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
-        self._lock: int | None = None
+        self._held = ExitStack()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._hold()
             self._check(run)
-            _write_atomically(self.folder / _RECORD, json.dumps(run, indent=2).encode())
+            write_text(self.folder / _RECORD, json.dumps(run, indent=2))
             (self.folder / _LAYERS).mkdir(exist_ok=True)
         except OSError as error:
-            self._release()
+            self._held.close()
             raise NMSolveError(f"resume: {self.folder}: {error.strerror or error}") from None
         except BaseException:
-            self._release()
+            self._held.close()
             raise
 
     def __enter__(self) -> LayerStore:
@@ -69,9 +69,12 @@ class LayerStore:
         if not self._names():
             with suppress(OSError):
                 shutil.rmtree(self.folder / _LAYERS)
-                (self.folder / _RECORD).unlink()
+                record = self.folder / _RECORD
+                for path in self.folder.iterdir():
+                    if path == record or is_partial(path, record):
+                        path.unlink()
                 self.folder.rmdir()
-        self._release()
+        self._held.close()
 
     def _names(self) -> list[str]:
         return sorted(path.stem for path in (self.folder / _LAYERS).glob("[!.]*.safetensors"))
@@ -80,7 +83,7 @@ class LayerStore:
         record = self.folder / _RECORD
         if not record.exists():
             # Where a run was killed while it wrote its record, only the beginning of that is here.
-            if any(path != _partial(record) for path in self.folder.iterdir()):
+            if not all(is_partial(path, record) for path in self.folder.iterdir()):
                 raise NMSolveError(f"resume: {self.folder} is not empty and holds no run of nmsolve")
             return
         found = json.loads(record.read_text(encoding="utf-8"))
@@ -96,14 +99,9 @@ class LayerStore:
     def _hold(self) -> None:
         """Locks the folder, where the file system has locks."""
         try:
-            self._lock = lock(self.folder)
+            self._held.enter_context(locked(self.folder))
         except BlockingIOError:
             raise NMSolveError(f"resume: {self.folder} is in use by another run") from None
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
     def path(self, name: str) -> Path:
         """The file of a layer; dots are no separators, so any module name is a file name."""
@@ -117,7 +115,7 @@ class LayerStore:
         from safetensors.torch import save
 
         tensors = {"weight": weight.detach().cpu().contiguous(), "mask": pack_mask(mask)}
-        _write_atomically(self.path(name), save(tensors, {"report": json.dumps(report)}))
+        write_bytes(self.path(name), save(tensors, {"report": json.dumps(report)}))
 
     def load(self, name: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Weight, mask and report of a layer."""
@@ -127,15 +125,3 @@ class LayerStore:
             weight = file.get_tensor("weight")
             mask = unpack_mask(file.get_tensor("mask"), weight.shape)
             return weight, mask, json.loads(file.metadata()["report"])
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    with _partial(path).open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(_partial(path), path)

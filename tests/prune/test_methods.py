@@ -8,7 +8,7 @@ import torch
 
 import nmsolve
 from nmsolve.prune import MaskRule, alps, magnitude_scores, ria_scores, sparsegpt, wanda_scores
-from nmsolve.prune.sparsegpt import sparsegpt_factor
+from nmsolve.prune.layerwise.sparsegpt import sparsegpt_factor
 
 
 def problem(out: int, size: int, tokens: int = 200, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from nmsolve.errors import NMSolveError
-from nmsolve.prune.problem import DAMPING, Pruned, check_hessian, check_problem
+from nmsolve.prune.layerwise.problem import DAMPING, Pruned, check_hessian, check_problem
 from nmsolve.prune.rule import MaskRule
 
 __all__ = ["SparseGPTFactor", "sparsegpt", "sparsegpt_factor"]

@@ -1,0 +1,1 @@
+"""The methods for one layer: from its weight and what its inputs were to a new weight and its mask."""

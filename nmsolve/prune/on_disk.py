@@ -1,0 +1,262 @@
+"""Prunes and evaluates models on disk: what ``nmsolve prune`` and ``nmsolve eval-ppl`` do, with the same
+arguments. torch and transformers are imported once it is certain that there is work for them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nmsolve.backends.devices import check_device, chosen_device
+from nmsolve.backends.dispatch import AUTO, check_backend, check_mask_method
+from nmsolve.checkpoint.format import REPORT_NAME, SUFFIX
+from nmsolve.errors import NMSolveError, WorkFailed
+from nmsolve.files import Interrupts, Staging, check_out
+from nmsolve.prune.methods import PRUNING_METHODS, check_pruning_method
+
+if TYPE_CHECKING:
+    from nmsolve.prune.arguments import Patterns
+    from nmsolve.prune.evaluation import Perplexity
+    from nmsolve.prune.model import PruneResult
+
+__all__ = ["evaluate_checkpoint", "prune_checkpoint"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""What a model can be run and saved in."""
+
+
+def prune_checkpoint(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    pattern: Patterns,
+    *,
+    calibration: str | os.PathLike[str] | None = None,
+    transposable: bool = False,
+    method: str = "alps",
+    mask_method: str | None = None,
+    backend: str = AUTO,
+    device: str | None = None,
+    dtype: str | None = None,
+    sequential: str = "layer",
+    initial_masks: str | os.PathLike[str] | None = None,
+    dense: Sequence[str] = (),
+    samples: int = 128,
+    sequence_length: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    iterations: int | None = None,
+    damping: float | None = None,
+    picture: bool = True,
+    overwrite: bool = False,
+    progress: bool | None = None,
+    interrupts: Interrupts | None = None,
+) -> PruneResult:
+    """Prunes the model in a checkpoint folder with :func:`nmsolve.prune.prune_model`, and saves it elsewhere.
+
+    Finished layers are kept in a hidden folder beside ``out`` until the end: the same call goes on where one
+    that was interrupted or killed had stopped.
+
+    Parameters
+    ----------
+    model : path
+        A checkpoint folder with safetensors weights, of a model that transformers knows.
+    out : path
+        Gets a folder that transformers loads, with ``masks/``, ``nmsolve_report.json`` and
+        ``nmsolve_report.png`` in it. It appears whole or not at all.
+    calibration : path, optional
+        Text in UTF-8, or tokens (or images) in a .safetensors file with one tensor. Methods that need none
+        do without.
+    device : str, optional
+        ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; by default a GPU if there is one.
+    dtype : {"float32", "bfloat16", "float16"}, optional
+        Of the model while it runs and of what is saved; by default the checkpoint's.
+    picture : bool
+        Whether to draw ``nmsolve_report.png`` (this needs matplotlib).
+    overwrite : bool
+        Whether a folder ``out`` that nmsolve wrote may be replaced.
+    progress, interrupts
+        As in :func:`nmsolve.checkpoint.mask_checkpoint`.
+    pattern, transposable, method, mask_method, backend, sequential, initial_masks, dense, samples, \
+sequence_length, batch_size, seed, iterations, damping
+        As in :func:`nmsolve.prune.prune_model`; ``iterations`` and ``damping`` are refused where the method
+        has none.
+
+    Returns
+    -------
+    PruneResult
+        Masks and report.
+
+    Raises
+    ------
+    NMSolveError
+        If an argument or the input is not as described, before any work.
+    WorkFailed
+        If weights, or the inputs of a layer, are not finite, for one; the message says where finished layers
+        are kept.
+    KeyboardInterrupt
+        With a message that says the same.
+
+    Examples
+    --------
+    >>> result = prune_checkpoint("SmolLM2", "sparse", "2:4", calibration="text.txt")   # doctest: +SKIP
+    >>> result.report.totals()["layers"]                                                # doctest: +SKIP
+    210
+    """
+    options = _check(
+        method, transposable, mask_method, backend, device, iterations=iterations, damping=damping
+    )
+    text = _calibration_file(calibration, method)
+    folder = Path(model)
+    target = check_out(Path(out), overwrite, source=folder, mark=REPORT_NAME)
+
+    device = chosen_device(device)
+
+    from nmsolve.prune.model import prune_model
+    from nmsolve.prune.pretrained import copy_other_files, load_model, load_tokenizer
+    from nmsolve.prune.report import need_matplotlib
+
+    if picture:
+        need_matplotlib()
+    loaded = load_model(folder, dtype)
+    tokenizer = None
+    if text is not None and text.suffix != SUFFIX:
+        tokenizer = load_tokenizer(folder)
+    else:
+        with suppress(NMSolveError):  # not needed, only taken along
+            tokenizer = load_tokenizer(folder)
+
+    interrupts = interrupts or Interrupts()
+    resume = target.with_name(f".{target.name}.unfinished")
+    try:
+        with Staging(target) as staging:
+            result = prune_model(
+                loaded.to(device),
+                text,
+                pattern,
+                transposable=transposable,
+                method=method,
+                mask_method=mask_method or "exact",
+                backend=backend,
+                sequential=sequential,
+                initial_masks=initial_masks,
+                dense=dense,
+                tokenizer=tokenizer,
+                samples=samples,
+                sequence_length=sequence_length,
+                batch_size=batch_size,
+                seed=seed,
+                resume=resume,
+                progress=progress,
+                check=interrupts.check,
+                **options,
+            )
+            result.save(loaded, staging.path, tokenizer=tokenizer, picture=picture)
+            copy_other_files(folder, staging.path)
+            interrupts.hold()
+            staging.publish_folder(replace=overwrite)
+    except KeyboardInterrupt:
+        kept = f"finished layers are in {resume}; " if resume.exists() else ""
+        raise KeyboardInterrupt(f"{kept}the same command goes on") from None
+    except (NMSolveError, OSError) as error:
+        if not resume.exists():
+            raise
+        what = getattr(error, "strerror", None) or error
+        raise WorkFailed(f"{what}; finished layers are in {resume}") from error
+    shutil.rmtree(resume, ignore_errors=True)
+    return result
+
+
+def evaluate_checkpoint(
+    model: str | os.PathLike[str],
+    text: str | os.PathLike[str],
+    *,
+    window: int | None = None,
+    windows: int | None = None,
+    batch_size: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: bool | None = None,
+) -> Perplexity:
+    """The perplexity of the causal language model in a checkpoint folder on a text.
+
+    Parameters
+    ----------
+    model : path
+        A checkpoint folder with safetensors weights.
+    text : path
+        Text in UTF-8, or tokens in a .safetensors file with one tensor.
+    window, windows, batch_size, progress
+        As in :func:`nmsolve.prune.perplexity`.
+    device, dtype
+        As in :func:`prune_checkpoint`.
+
+    Returns
+    -------
+    Perplexity
+
+    Raises
+    ------
+    NMSolveError
+        If an argument or the input is not as described.
+
+    Examples
+    --------
+    >>> evaluate_checkpoint("SmolLM2", "test.txt", window=512).perplexity               # doctest: +SKIP
+    22.41
+    """
+    check_device(device)
+    file = Path(text)
+    if not file.is_file():
+        raise NMSolveError(f"text: {file} is not a file")
+    device = chosen_device(device)
+
+    from nmsolve.prune.calibration import read_tokens
+    from nmsolve.prune.evaluation import perplexity
+    from nmsolve.prune.pretrained import load_model, load_tokenizer
+
+    folder = Path(model)
+    loaded = load_model(folder, dtype)
+    if not loaded.can_generate() or loaded.config.is_encoder_decoder:
+        raise NMSolveError(f"{folder}: {type(loaded).__name__} is no causal language model")
+    tokenizer = None if file.suffix == SUFFIX else load_tokenizer(folder)
+    return perplexity(
+        loaded.to(device),
+        read_tokens(file, tokenizer),
+        window=window,
+        windows=windows,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def _check(
+    method: str, transposable: bool, mask_method: str | None, backend: str, device: str | None, **options: Any
+) -> dict[str, Any]:
+    """The options that were given, once it is certain that the method has them."""
+    check_pruning_method(method)
+    check_backend(backend)
+    check_device(device)
+    if mask_method is not None:
+        check_mask_method(mask_method, "mask_method")
+        if not transposable:
+            raise NMSolveError(f"mask_method: {mask_method!r} needs transposable=True")
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in PRUNING_METHODS[method].options:
+            raise NMSolveError(f"{name}: method {method!r} has none")
+    return given
+
+
+def _calibration_file(calibration: str | os.PathLike[str] | None, method: str) -> Path | None:
+    if calibration is None:
+        if PRUNING_METHODS[method].needs_calibration:
+            raise NMSolveError(f"calibration: needed for method {method!r}")
+        return None
+    file = Path(calibration)
+    if not file.is_file():
+        raise NMSolveError(f"calibration: {file} is not a file")
+    return file
