@@ -1,9 +1,10 @@
-"""What the solvers return: masks, duals and the certificate that joins them."""
+"""What the solvers return: masks, duals and the certificate that joins them; and the ratios of reports."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from torch import Tensor
 from nmsolve.blocks import batched_matrices, demand, grid_of, split_blocks
 from nmsolve.pattern import NMPattern
 
-__all__ = ["BlockResult", "BlockSolution", "dual_bound", "kept_score"]
+__all__ = ["BlockResult", "BlockSolution", "dual_bound", "kept_score", "relative_gap", "retained_share"]
+
+Value = TypeVar("Value", float, Tensor)
 
 # Elements looked at together where a whole matrix is reduced block by block: bounds the working memory.
 _CHUNK = 1 << 20
@@ -65,7 +68,7 @@ class BlockSolution:
     @property
     def gap(self) -> Tensor:
         """``(bound - objective) / scale`` of each block: 0 proves that the block's mask is optimal."""
-        return _relative(self.bound - self.objective, self.scale)
+        return relative_gap(self.bound - self.objective, self.scale)
 
     @property
     def max_gap(self) -> float:
@@ -87,7 +90,7 @@ class BlockSolution:
     def relative_gap(self) -> float:
         """``(total_bound - total_objective)`` relative to the sum of the absolute kept scores."""
         objective, bound, scale = map(_gathered, (self.objective, self.bound, self.scale))
-        return float(_relative((bound - objective).sum(), scale.sum()))
+        return float(relative_gap((bound - objective).sum(), scale.sum()))
 
 
 # So that vmap, export and other transforms of PyTorch take a solution apart into its tensors.
@@ -99,8 +102,26 @@ def _gathered(values: Tensor) -> Tensor:
     return values.full_tensor() if hasattr(values, "full_tensor") else values
 
 
-def _relative(difference: Tensor, scale: Tensor) -> Tensor:
-    return torch.where(difference == 0, 0.0, difference / scale)
+def relative_gap(difference: Value, scale: Value) -> Value:
+    """``difference / scale``: bound minus objective, relative to the sum of the absolute kept scores.
+
+    0 where nothing is missing, even of nothing; infinite where nothing was kept and something is missing.
+
+    Examples
+    --------
+    >>> relative_gap(1.0, 4.0), relative_gap(0.0, 0.0)
+    (0.25, 0.0)
+    """
+    if isinstance(difference, Tensor):
+        return torch.where(difference == 0, 0.0, difference / scale)
+    if difference == 0:
+        return 0.0
+    return difference / scale if scale else math.copysign(math.inf, difference)
+
+
+def retained_share(objective: float, score: float) -> float:
+    """``objective / score``: the kept share of scores of which none is negative; all of nothing is 1."""
+    return objective / score if score else 1.0
 
 
 def kept_score(scores: Tensor, mask: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:

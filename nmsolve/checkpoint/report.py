@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from nmsolve.about import __version__, versions
+from nmsolve.solution import relative_gap, retained_share
 
-__all__ = ["MaskedTensor", "Report", "SkippedTensor", "relative_gap", "retained_share"]
+__all__ = ["MaskedTensor", "Report", "SkippedTensor", "finite"]
 
 
 @dataclass
@@ -44,7 +45,7 @@ class MaskedTensor:
 
     def finish(self, seconds: float) -> None:
         """Derives the ratios once the sums are complete."""
-        self.gap = relative_gap(self.objective, self.bound)
+        self.gap = relative_gap(self.bound - self.objective, self.objective)
         self.retained = retained_share(self.objective, self.score)
         self.seconds = seconds
 
@@ -85,7 +86,7 @@ class Report:
             "score": score,
             "objective": objective,
             "bound": bound,
-            "gap": relative_gap(objective, bound),
+            "gap": relative_gap(bound - objective, objective),
             "max_gap": max((tensor.max_gap for tensor in self.tensors), default=0.0),
             "retained": retained_share(objective, score),
             "seconds_solving": sum(tensor.seconds for tensor in self.tensors),
@@ -105,7 +106,7 @@ class Report:
             "skipped": [asdict(tensor) for tensor in self.skipped],
             "files_left_out": self.files_left_out,
         }
-        return _finite(data)
+        return finite(data)
 
     def write(self, path: Path) -> None:
         """Writes a new file and makes sure that it is on disk."""
@@ -116,21 +117,12 @@ class Report:
             os.fsync(file.fileno())
 
 
-def relative_gap(objective: float, bound: float) -> float:
-    """``(bound - objective) / objective`` for scores of which none is negative; 0 where they are equal."""
-    return (bound - objective) / objective if bound != objective else 0.0
-
-
-def retained_share(objective: float, score: float) -> float:
-    """``objective / score``; all of nothing is 1."""
-    return objective / score if score else 1.0
-
-
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """JSON data with null for numbers that JSON has not: sums that overflowed, and what follows from them."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -8,10 +8,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from nmsolve.backends.dispatch import AUTO, BACKENDS, Backend, check_backend, select
+from nmsolve.backends.dispatch import AUTO, BACKENDS, REFERENCE, Backend, check_backend, select
 from nmsolve.errors import BackendError, NMSolveError
 from nmsolve.ops.registration import register
 from nmsolve.ops.validation import check_finite, check_scores, describe
+from nmsolve.solution import relative_gap
 
 __all__ = ["AssignmentSolution", "assignment"]
 
@@ -45,8 +46,7 @@ class AssignmentSolution:
     @property
     def gap(self) -> Tensor:
         """``(bound - objective) / scale``: 0, short of rounding, which proves optimality."""
-        difference = self.bound - self.objective
-        return torch.where(difference == 0, 0.0, difference / self.scale)
+        return relative_gap(self.bound - self.objective, self.scale)
 
     @property
     def max_gap(self) -> float:
@@ -126,7 +126,7 @@ def _runner(backend: str, scores: Tensor) -> tuple[Backend, bool]:
             "use 'auto' or 'torch'"
         )
     host = BACKENDS["cpu"]
-    return (host, True) if host.is_installed() else (BACKENDS["torch"], False)
+    return (host, True) if host.is_installed() else (REFERENCE, False)
 
 
 def _solve(scores: Tensor, backend: str, want_solution: bool) -> tuple[Tensor, ...]:

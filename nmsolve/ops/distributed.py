@@ -17,14 +17,14 @@ from torch import Tensor
 
 from nmsolve.errors import NMSolveError
 
-__all__ = ["Layout", "agree", "is_dtensor", "layout_of", "local", "run", "whole"]
+__all__ = ["Sharding", "agree_over_mesh", "from_shards", "is_dtensor", "on_shards", "shard_of", "sharding_of"]
 
 # Consecutive global indices [start, stop) of one dimension.
-Run = tuple[int, int]
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Layout:
+class Sharding:
     """Where a DTensor's shards lie: its mesh, and one placement per mesh dimension."""
 
     mesh: Any
@@ -37,8 +37,8 @@ def is_dtensor(value: object) -> TypeGuard[Any]:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def layout_of(tensor: Tensor, m: int, tiled: Sequence[int], name: str = "scores") -> Layout | None:
-    """The layout of a DTensor whose shards hold whole groups of m along the ``tiled`` dimensions.
+def sharding_of(tensor: Tensor, m: int, tiled: Sequence[int], name: str = "scores") -> Sharding | None:
+    """The sharding of a DTensor whose shards hold whole groups of m along the ``tiled`` dimensions.
 
     None for an ordinary tensor.
 
@@ -67,7 +67,7 @@ def layout_of(tensor: Tensor, m: int, tiled: Sequence[int], name: str = "scores"
             f"{_mesh_dim(mesh, mesh_dim)} of size {sizes[mesh_dim]} with a border at {border}, "
             f"which is not a multiple of m={m}; {name}.redistribute(placements={remedy}) would do"
         )
-    return Layout(mesh, placements)
+    return Sharding(mesh, placements)
 
 
 def _mesh_dim(mesh: Any, mesh_dim: int) -> str:
@@ -83,35 +83,35 @@ def _fault(
 ) -> tuple[int, int, int] | None:
     """The first tensor dimension, mesh dimension and index where a border between shards splits a group."""
     for dim in dims:
-        shards: list[list[Run]] = [[(0, shape[dim])]]
+        shards: list[list[Span]] = [[(0, shape[dim])]]
         for mesh_dim, placement in enumerate(placements):
             if getattr(placement, "dim", None) != dim:
                 continue
             factor = getattr(placement, "split_factor", 1)
-            shards = [part for runs in shards for part in _split(runs, sizes[mesh_dim], factor)]
-            for runs in shards:
-                for border in (end for run in runs for end in run):
+            shards = [part for spans in shards for part in _split(spans, sizes[mesh_dim], factor)]
+            for spans in shards:
+                for border in (end for span in spans for end in span):
                     if border % m and border != shape[dim]:
                         return dim, mesh_dim, border
     return None
 
 
-def _split(runs: list[Run], count: int, factor: int) -> list[list[Run]]:
+def _split(spans: list[Span], count: int, factor: int) -> list[list[Span]]:
     """The shards of a placement over ``count`` processes.
 
     ``Shard`` (factor 1) cuts like ``torch.chunk``. ``_StridedShard``, which FSDP2 makes over tensor parallel
     shards, cuts into ``factor`` chunks, each of them into ``count``, and gives process i the i-th of each.
     """
-    chunks = [_chunk(part, count) for part in _chunk(runs, factor)]
-    return [_joined([run for parts in chunks for run in parts[i]]) for i in range(count)]
+    chunks = [_chunk(part, count) for part in _chunk(spans, factor)]
+    return [_joined([span for parts in chunks for span in parts[i]]) for i in range(count)]
 
 
-def _chunk(runs: list[Run], count: int) -> list[list[Run]]:
-    step = -(-sum(stop - start for start, stop in runs) // count)
+def _chunk(spans: list[Span], count: int) -> list[list[Span]]:
+    step = -(-sum(stop - start for start, stop in spans) // count)
     chunks = []
     for low in range(0, step * count, step) if step else [0] * count:
         part, before = [], 0
-        for start, stop in runs:
+        for start, stop in spans:
             first, last = max(start, start + low - before), min(stop, start + low + step - before)
             if first < last:
                 part.append((first, last))
@@ -120,9 +120,9 @@ def _chunk(runs: list[Run], count: int) -> list[list[Run]]:
     return chunks
 
 
-def _joined(runs: list[Run]) -> list[Run]:
-    joined: list[Run] = []
-    for start, stop in runs:
+def _joined(spans: list[Span]) -> list[Span]:
+    joined: list[Span] = []
+    for start, stop in spans:
         if joined and joined[-1][1] == start:
             start = joined.pop()[0]
         joined.append((start, stop))
@@ -151,7 +151,7 @@ def _remedy(
 # --- to shards and back -------------------------------------------------------------------------------------
 
 
-def local(tensor: Tensor) -> Tensor:
+def shard_of(tensor: Tensor) -> Tensor:
     """The shard that this process holds, or the tensor itself; without its history.
 
     A process outside the mesh holds an empty one.
@@ -162,23 +162,23 @@ def local(tensor: Tensor) -> Tensor:
     return shard if shard.ndim == tensor.ndim else shard.new_empty((0,) * tensor.ndim)
 
 
-def whole(
-    layout: Layout | None, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], inner: int = -1
+def from_shards(
+    sharding: Sharding | None, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], inner: int = -1
 ) -> list[Tensor]:
     """DTensors of the given global shapes from the shards that this process computed.
 
     ``inner`` is the dimension in which the shards' elements lie side by side. Shards of a tensor that was
     not spread are returned as they are.
     """
-    if layout is None:
+    if sharding is None:
         return list(parts)
     from torch.distributed.tensor import DTensor
 
     return [
         DTensor.from_local(
             part,
-            layout.mesh,
-            layout.placements,
+            sharding.mesh,
+            sharding.placements,
             run_check=False,
             shape=torch.Size(shape),
             stride=_strides(shape, inner),
@@ -196,9 +196,9 @@ def _strides(shape: Sequence[int], inner: int) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def run(operator: Callable[..., Any], layouts: Sequence[Layout | None], *args: Any) -> Any:
+def on_shards(operator: Callable[..., Any], shardings: Sequence[Sharding | None], *args: Any) -> Any:
     """The operator on shards; an error in their values says that it was found in this process's shard."""
-    where = [layout for layout in layouts if layout is not None]
+    where = [sharding for sharding in shardings if sharding is not None]
     if not where:
         return operator(*args)
     try:
@@ -207,14 +207,14 @@ def run(operator: Callable[..., Any], layouts: Sequence[Layout | None], *args: A
         raise type(error)(f"{error}, in the shard {where[0].mesh.get_coordinate()} of the mesh") from error
 
 
-def agree(layout: Layout, message: str | None) -> str | None:
+def agree_over_mesh(sharding: Sharding, message: str | None) -> str | None:
     """The first message that any process of the mesh has, on all of them. Communicates."""
     from torch import distributed
 
-    if layout.mesh.get_coordinate() is None:
+    if sharding.mesh.get_coordinate() is None:
         return message
-    for mesh_dim in range(layout.mesh.ndim):
-        messages: list[Any] = [None] * layout.mesh.size(mesh_dim)
-        distributed.all_gather_object(messages, message, group=layout.mesh.get_group(mesh_dim))
+    for mesh_dim in range(sharding.mesh.ndim):
+        messages: list[Any] = [None] * sharding.mesh.size(mesh_dim)
+        distributed.all_gather_object(messages, message, group=sharding.mesh.get_group(mesh_dim))
         message = next((found for found in messages if found is not None), None)
     return message

@@ -11,7 +11,7 @@ from torch import Tensor
 from nmsolve.backends.dispatch import check_backend
 from nmsolve.errors import NMSolveError
 from nmsolve.ops import mask_operators
-from nmsolve.ops.distributed import agree, layout_of, local, run, whole
+from nmsolve.ops.distributed import agree_over_mesh, from_shards, on_shards, shard_of, sharding_of
 from nmsolve.ops.validation import (
     WarmStart,
     check_dim,
@@ -126,16 +126,18 @@ def transposable_mask(
     iterations, tau = tsenor_options(method, iterations, tau)
     if warm_start is not None and method != "exact":
         raise NMSolveError(f"warm_start: only method 'exact' starts from duals, got method {method!r}")
-    layout = layout_of(scores, pattern.m, _TILED)
+    sharding = sharding_of(scores, pattern.m, _TILED)
     u = v = None
     if warm_start is not None:
-        u, v = (local(duals) for duals in check_duals(warm_start, scores, pattern, layout))
+        u, v = (shard_of(duals) for duals in check_duals(warm_start, scores, pattern, sharding))
     options = (pattern.n, pattern.m, method, backend, iterations, tau)
     if not return_solution:
-        mask = run(mask_operators.transposable_mask, [layout], local(scores), u, v, *options)
-        return whole(layout, [mask], [scores.shape])[0]
-    parts = run(mask_operators.transposable_solution, [layout], local(scores), u, v, *options)
-    return BlockSolution(*whole(layout, parts, mask_operators.solution_shapes(scores.shape, pattern.m)))
+        mask = on_shards(mask_operators.transposable_mask, [sharding], shard_of(scores), u, v, *options)
+        return from_shards(sharding, [mask], [scores.shape])[0]
+    parts = on_shards(mask_operators.transposable_solution, [sharding], shard_of(scores), u, v, *options)
+    return BlockSolution(
+        *from_shards(sharding, parts, mask_operators.solution_shapes(scores.shape, pattern.m))
+    )
 
 
 @overload
@@ -204,22 +206,22 @@ def transposable_masks(
         check_scores(matrix, name=f"scores[{i}]")
     check_backend(backend)
     options = (pattern.n, pattern.m, method, backend, *tsenor_options(method, None, None))
-    layouts = [layout_of(matrix, pattern.m, _TILED, f"scores[{i}]") for i, matrix in enumerate(scores)]
+    shardings = [sharding_of(matrix, pattern.m, _TILED, f"scores[{i}]") for i, matrix in enumerate(scores)]
     if not scores:
         return []
-    matrices = [local(matrix) for matrix in scores]
+    matrices = [shard_of(matrix) for matrix in scores]
     if not return_solution:
-        masks = run(mask_operators.transposable_masks, layouts, matrices, *options)
+        masks = on_shards(mask_operators.transposable_masks, shardings, matrices, *options)
         return [
-            whole(layout, [mask], [matrix.shape])[0]
-            for layout, mask, matrix in zip(layouts, masks, scores, strict=True)
+            from_shards(sharding, [mask], [matrix.shape])[0]
+            for sharding, mask, matrix in zip(shardings, masks, scores, strict=True)
         ]
-    parts = run(mask_operators.transposable_solutions, layouts, matrices, *options)
+    parts = on_shards(mask_operators.transposable_solutions, shardings, matrices, *options)
     solutions = []
-    for i, (layout, matrix) in enumerate(zip(layouts, scores, strict=True)):
+    for i, (sharding, matrix) in enumerate(zip(shardings, scores, strict=True)):
         shapes = mask_operators.solution_shapes(matrix.shape, pattern.m)
         own = parts[i * len(shapes) : (i + 1) * len(shapes)]
-        solutions.append(BlockSolution(*whole(layout, own, shapes)))
+        solutions.append(BlockSolution(*from_shards(sharding, own, shapes)))
     return solutions
 
 
@@ -328,9 +330,9 @@ def nm_mask(scores: Tensor, n: int, m: int, dim: int = -1, *, backend: str = "au
     check_scores(scores, rank=1)
     dim = check_dim(dim, scores)
     check_backend(backend)
-    layout = layout_of(scores, pattern.m, [dim])
-    mask = run(mask_operators.nm_mask, [layout], local(scores), pattern.n, pattern.m, dim, backend)
-    return whole(layout, [mask], [scores.shape], inner=dim)[0]
+    sharding = sharding_of(scores, pattern.m, [dim])
+    mask = on_shards(mask_operators.nm_mask, [sharding], shard_of(scores), pattern.n, pattern.m, dim, backend)
+    return from_shards(sharding, [mask], [scores.shape], inner=dim)[0]
 
 
 def check_mask(mask: Tensor, n: int, m: int, *, transposable: bool = True, dim: int = -1) -> None:
@@ -368,11 +370,11 @@ def check_mask(mask: Tensor, n: int, m: int, *, transposable: bool = True, dim: 
             f"mask: expected a bool tensor of at least {rank} dimensions, got {describe(mask)}"
         )
     dim = -1 if transposable else check_dim(dim, mask)
-    layout = layout_of(mask, pattern.m, _TILED if transposable else [dim], "mask")
-    violation = mask_violation(local(mask), pattern, None if transposable else dim)
-    if layout is not None:
+    sharding = sharding_of(mask, pattern.m, _TILED if transposable else [dim], "mask")
+    violation = mask_violation(shard_of(mask), pattern, None if transposable else dim)
+    if sharding is not None:
         if violation is not None:
-            violation += f", in the shard {layout.mesh.get_coordinate()} of the mesh"
-        violation = agree(layout, violation)
+            violation += f", in the shard {sharding.mesh.get_coordinate()} of the mesh"
+        violation = agree_over_mesh(sharding, violation)
     if violation is not None:
         raise NMSolveError(f"mask: {violation}")

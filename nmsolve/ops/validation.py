@@ -9,10 +9,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from nmsolve.backends.dispatch import MASK_METHODS, SCORE_DTYPES
+from nmsolve.backends.dispatch import MASK_METHODS, SCORE_DTYPES, check_mask_method
 from nmsolve.blocks import demand, grid_of, split_blocks
 from nmsolve.errors import NMSolveError
-from nmsolve.ops.distributed import Layout, is_dtensor
+from nmsolve.ops.distributed import Sharding, is_dtensor
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import BlockSolution
 
@@ -22,7 +22,6 @@ __all__ = [
     "check_duals",
     "check_finite",
     "check_finite_duals",
-    "check_mask_method",
     "check_scores",
     "describe",
     "dual_pair",
@@ -137,12 +136,6 @@ def _raise_not_finite(scores: Tensor, name: str) -> NoReturn:
     )
 
 
-def check_mask_method(method: str, name: str = "method") -> None:
-    """Raise unless ``method`` is a way to solve transposable masks; ``name`` is the argument's."""
-    if method not in MASK_METHODS:
-        raise NMSolveError(f"{name}: expected one of {', '.join(MASK_METHODS)}, got {method!r}")
-
-
 def tsenor_options(method: str, iterations: int | None, tau: float | None) -> tuple[int, float]:
     check_mask_method(method)
     for name, value in (("iterations", iterations), ("tau", tau)):
@@ -174,7 +167,7 @@ def dual_pair(warm_start: WarmStart) -> tuple[Tensor, Tensor]:
 
 
 def check_duals(
-    warm_start: WarmStart, scores: Tensor, pattern: NMPattern, layout: Layout | None
+    warm_start: WarmStart, scores: Tensor, pattern: NMPattern, sharding: Sharding | None
 ) -> tuple[Tensor, Tensor]:
     grid = grid_of(scores, pattern)
     shape = (*scores.shape[:-2], grid.block_rows, grid.block_cols, pattern.m)
@@ -186,10 +179,10 @@ def check_duals(
                 f"got {describe(duals)} on {duals.device}"
             )
         own = (duals.device_mesh, tuple(duals.placements)) if is_dtensor(duals) else None
-        if own != (layout and (layout.mesh, layout.placements)):
+        if own != (sharding and (sharding.mesh, sharding.placements)):
             raise NMSolveError(
                 f"warm_start: expected {name} to be spread like the scores "
-                f"({layout or 'not a DTensor'}), got {own or 'not a DTensor'}"
+                f"({sharding or 'not a DTensor'}), got {own or 'not a DTensor'}"
             )
     return u, v
 

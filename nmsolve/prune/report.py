@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from nmsolve.about import __version__, versions
-from nmsolve.checkpoint.report import relative_gap, retained_share
+from nmsolve.checkpoint.report import finite
 from nmsolve.errors import NMSolveError
+from nmsolve.files import write_text
+from nmsolve.solution import relative_gap, retained_share
 
 __all__ = ["LayerReport", "PruneReport", "need_matplotlib"]
 
@@ -80,7 +82,7 @@ class PruneReport:
             "mean_relative_error": math.fsum(errors) / len(errors) if errors else None,
             "mean_retained": math.fsum(layer.retained for layer in self.layers) / max(1, len(self.layers)),
             "retained": retained_share(objective, score),
-            "gap": relative_gap(objective, bound),
+            "gap": relative_gap(bound - objective, objective),
             "max_gap": max((layer.max_gap for layer in self.layers), default=0.0),
             "layer_seconds": math.fsum(layer.seconds for layer in self.layers),
             "mask_seconds": math.fsum(layer.mask_seconds for layer in self.layers),
@@ -88,8 +90,8 @@ class PruneReport:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON data."""
-        return {
+        """The report as JSON data; a sum that overflowed becomes null."""
+        data = {
             "nmsolve": __version__,
             "versions": versions(),
             "settings": dict(self.settings),
@@ -99,14 +101,11 @@ class PruneReport:
             "layers": [asdict(layer) for layer in self.layers],
             "skipped": self.skipped,
         }
+        return finite(data)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the JSON file."""
-        with Path(path).open("w", encoding="utf-8") as file:
-            json.dump(self.to_json(), file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Writes the JSON file, whole or not at all."""
+        write_text(Path(path), json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
 
     def draw(self, path: str | os.PathLike[str]) -> None:
         """Draws error and retained score layer by layer, one line for each kind of layer.

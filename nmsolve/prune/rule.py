@@ -12,6 +12,7 @@ from nmsolve.backends.dispatch import check_mask_method
 from nmsolve.errors import NMSolveError
 from nmsolve.ops.masks import nm_mask, transposable_mask
 from nmsolve.pattern import NMPattern
+from nmsolve.solution import relative_gap, retained_share
 
 __all__ = ["MaskRule", "Tally"]
 
@@ -35,12 +36,12 @@ class Tally:
     @property
     def retained(self) -> float:
         """``objective / score``; all of nothing is 1."""
-        return self.objective / self.score if self.score else 1.0
+        return retained_share(self.objective, self.score)
 
     @property
     def gap(self) -> float:
         """``(bound - objective) / objective``; 0 proves that no other mask keeps more."""
-        return (self.bound - self.objective) / self.objective if self.bound != self.objective else 0.0
+        return relative_gap(self.bound - self.objective, self.objective)
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch.multiprocessing
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from nmsolve.ops.distributed import Run, _split
+from nmsolve.ops.distributed import Span, _split
 
 LIMIT_S = 300
 
@@ -57,12 +57,12 @@ def test_four_processes(four: dict[str, dict[int, str | None]], case: str) -> No
 @pytest.mark.parametrize("factor", [1, 2, 3])
 def test_shards_are_those_of_torch(count: int, factor: int) -> None:
     placement = Shard(0) if factor == 1 else _StridedShard(0, split_factor=factor)
-    for runs in ([(0, 7)], [(0, 30)], [(4, 8), (12, 16)], [(0, 1), (2, 3), (5, 24)]):
-        held = torch.tensor([i for start, stop in runs for i in range(start, stop)])
+    for spans in ([(0, 7)], [(0, 30)], [(4, 8), (12, 16)], [(0, 1), (2, 3), (5, 24)]):
+        held = torch.tensor([i for start, stop in spans for i in range(start, stop)])
         parts, _ = placement._split_tensor(held, count, with_padding=False, contiguous=False)
-        assert [indices(part) for part in _split(runs, count, factor)] == [part.tolist() for part in parts]
+        assert [indices(part) for part in _split(spans, count, factor)] == [part.tolist() for part in parts]
 
 
-def indices(runs: list[Run]) -> list[int]:
-    assert all(a[1] < b[0] for a, b in itertools.pairwise(runs)), "runs that touch are one run"
-    return [i for start, stop in runs for i in range(start, stop)]
+def indices(spans: list[Span]) -> list[int]:
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(spans)), "spans that touch are one span"
+    return [i for start, stop in spans for i in range(start, stop)]

@@ -1,7 +1,7 @@
 """How a method prunes layers that see the same inputs, once it has made what it needs of their Hessian.
 
-Weights are ``(groups, out, positions * in)``: a matrix for each group of a convolution, whose kernel positions
-lie one after the other with all their channels; see :mod:`nmsolve.prune.layers`.
+Weights are ``(groups, out, positions * in)``: a matrix for each group of a convolution, whose kernel
+positions lie one after the other with all their channels; see :mod:`nmsolve.prune.layers`.
 """
 
 from __future__ import annotations
