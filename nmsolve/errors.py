@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["BackendError", "NMSolveError", "WorkFailed", "begun", "one_line", "printable"]
+__all__ = ["BackendError", "NMSolveError", "NMSolveWarning", "WorkFailed", "begun", "one_line", "printable"]
 
 
 def printable(text: object) -> str:
@@ -42,12 +42,16 @@ class NMSolveError(ValueError):
     escaped. It is raised before any work is done and before anything is written.
     """
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in args))
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class BackendError(NMSolveError):
     """The backend that was asked for cannot run this tensor on this machine; the message says why."""
+
+
+class NMSolveWarning(UserWarning):
+    """Something that does not end the work, but that its user should know."""
 
 
 class WorkFailed(NMSolveError):

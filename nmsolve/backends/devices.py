@@ -27,13 +27,13 @@ class Device:
 
 
 def check_device(asked: str | None) -> None:
-    """Raise NMSolveError unless ``--device`` is cpu, cuda, cuda:N or not given. Imports nothing."""
+    """Raise NMSolveError unless ``device`` is cpu, cuda, cuda:N or not given. Imports nothing."""
     if asked is not None and re.fullmatch(r"cpu|cuda(:\d+)?", asked) is None:
-        raise NMSolveError(f"--device: expected cpu, cuda or cuda:N, got {asked!r}")
+        raise NMSolveError(f"device: expected cpu, cuda or cuda:N, got {asked!r}")
 
 
 def chosen_device(asked: str | None) -> str:
-    """What ``--device`` asks for (cpu, cuda or cuda:N); by default a GPU if there is one.
+    """What ``device`` asks for (cpu, cuda or cuda:N); by default a GPU if there is one.
 
     Raises
     ------
@@ -49,7 +49,7 @@ def chosen_device(asked: str | None) -> str:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = int(asked.partition(":")[2] or 0)
         if index >= count:
-            raise NMSolveError(f"--device: {asked} is not here: torch {torch.__version__} sees {count} GPUs")
+            raise NMSolveError(f"device: {asked} is not here: torch {torch.__version__} sees {count} GPUs")
     return asked
 
 

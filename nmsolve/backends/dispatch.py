@@ -28,6 +28,7 @@ __all__ = [
     "AUTO",
     "BACKENDS",
     "MASK_METHODS",
+    "REFERENCE",
     "SCORE_DTYPES",
     "Backend",
     "GroupMaskSolver",
@@ -35,6 +36,7 @@ __all__ = [
     "PermutationSolver",
     "backend_reasons",
     "check_backend",
+    "check_mask_method",
     "select",
 ]
 
@@ -188,6 +190,9 @@ class Backend:
         return self.max_m is None or m <= self.max_m
 
 
+REFERENCE = Backend("torch", "nmsolve.backends.torch", slab=1 << 20)  # works in many times what it solves
+"""The one that runs everywhere, whatever the sizes and dtypes."""
+
 _ROWS = (
     Backend(
         "triton",
@@ -207,13 +212,12 @@ _ROWS = (
         remedy="pip install 'nmsolve[cpu]'",
         assignment_finds_infinite=True,
     ),
-    # Its working memory is many times what it solves.
-    Backend("torch", "nmsolve.backends.torch", slab=1 << 20),
+    REFERENCE,
 )
 
 BACKENDS: Mapping[str, Backend] = {row.name: row for row in _ROWS}
-"""Every backend by its name. "auto" takes the first that is preferred on a device and can run there; the last
-one runs everywhere."""
+"""Every backend by its name. "auto" takes the first that is preferred on a device and can run there, and the
+reference where there is none."""
 
 
 def backend_reasons(device: torch.device | str) -> dict[str, str | None]:
@@ -233,6 +237,12 @@ def check_backend(backend: str) -> None:
     """Raise unless ``backend`` is a name that :func:`select` knows."""
     if backend != AUTO and backend not in BACKENDS:
         raise NMSolveError(f"backend: expected '{AUTO}' or one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def check_mask_method(method: str, name: str = "method") -> None:
+    """Raise unless ``method`` is a way to solve transposable masks; ``name`` is the argument's."""
+    if method not in MASK_METHODS:
+        raise NMSolveError(f"{name}: expected one of {', '.join(MASK_METHODS)}, got {method!r}")
 
 
 def select(backend: str, device: torch.device | str, m: int = 1) -> Backend:
@@ -258,10 +268,10 @@ def select(backend: str, device: torch.device | str, m: int = 1) -> Backend:
     check_backend(backend)
     device = torch.device(device)
     if backend == AUTO:
-        for row in _ROWS:
+        for row in BACKENDS.values():
             if device.type in row.preferred_on and row.holds(m) and row.why_not(device) is None:
                 return row
-        return _ROWS[-1]
+        return REFERENCE
     row = BACKENDS[backend]
     reason = row.why_not(device)
     if reason is None and not row.holds(m):

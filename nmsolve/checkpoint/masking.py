@@ -1,4 +1,4 @@
-"""Masks a checkpoint on disk, slab by slab: what ``nmsolve mask`` does between its arguments and its output.
+"""Masks a checkpoint slab by slab: the work of :func:`nmsolve.checkpoint.mask_checkpoint`.
 
 A tensor is read, solved, masked and written in slabs of whole block rows, so that memory depends on the slab
 and not on the model: a slab's weights, its scores, its mask and the solver's working memory. A block's mask
@@ -33,12 +33,12 @@ from nmsolve.checkpoint.format import (
 )
 from nmsolve.checkpoint.mask_files import BitStream, masks_writer, packed_size
 from nmsolve.checkpoint.report import MaskedTensor, Report
-from nmsolve.checkpoint.selection import DTYPES, Layout, Selected, Selection
+from nmsolve.checkpoint.selection import DTYPES, MatrixLayout, Selected, Selection
 from nmsolve.errors import NMSolveError
 from nmsolve.ops.masks import nm_mask, transposable_mask
 from nmsolve.pattern import NMPattern
 
-__all__ = ["Settings", "bytes_needed", "write_masked"]
+__all__ = ["MaskSettings", "bytes_needed", "write_masked"]
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE = 1 << 15
@@ -48,7 +48,7 @@ Progress = Callable[[int, str], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class MaskSettings:
     """How masks are solved."""
 
     pattern: NMPattern
@@ -68,7 +68,7 @@ def bytes_needed(checkpoint: Checkpoint, selection: Selection) -> int:
 def write_masked(
     checkpoint: Checkpoint,
     selection: Selection,
-    settings: Settings,
+    settings: MaskSettings,
     report: Report,
     folder: Path,
     out: Path,
@@ -118,7 +118,7 @@ def _copy_file(source: Path, target: Path) -> None:
 def _write_shard(
     shard: Shard,
     selection: Selection,
-    settings: Settings,
+    settings: MaskSettings,
     backend: Backend,
     report: Report,
     weights_path: Path,
@@ -150,7 +150,7 @@ def _write_shard(
 
 def _write_masked_tensor(
     item: Selected,
-    settings: Settings,
+    settings: MaskSettings,
     backend: Backend,
     source: BinaryIO,
     weights: StreamWriter,
@@ -195,7 +195,7 @@ def _write_masked_tensor(
     return row
 
 
-def _slabs(layout: Layout, m: int, elements: int) -> Iterator[tuple[int, int, int, int]]:
+def _slabs(layout: MatrixLayout, m: int, elements: int) -> Iterator[tuple[int, int, int, int]]:
     """Shapes ``(batch, rows, cols, positions)`` of consecutive slabs of about ``elements`` entries at most.
 
     A slab is several whole matrices, or whole block rows of one.
@@ -212,7 +212,7 @@ def _slabs(layout: Layout, m: int, elements: int) -> Iterator[tuple[int, int, in
             yield 1, min(step, layout.rows - r), layout.cols, layout.positions
 
 
-def _solve(slab: Tensor, layout: Layout, settings: Settings, row: MaskedTensor) -> Tensor:
+def _solve(slab: Tensor, layout: MatrixLayout, settings: MaskSettings, row: MaskedTensor) -> Tensor:
     """The mask of a slab, contiguous on the CPU in the slab's shape; adds its figures to ``row``."""
     n, m = settings.pattern.n, settings.pattern.m
     scores = slab.to(settings.device).abs()

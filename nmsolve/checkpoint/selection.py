@@ -15,7 +15,7 @@ from nmsolve.checkpoint.format import Checkpoint, Entry, Shard
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
 
-__all__ = ["DENSE_BY_DEFAULT", "DTYPES", "Layout", "Selected", "Selection", "select_tensors"]
+__all__ = ["DENSE_BY_DEFAULT", "DTYPES", "MatrixLayout", "Selected", "Selection", "select_tensors"]
 
 # safetensors' spelling of the dtypes that the solvers take, and torch's.
 DTYPES: Mapping[str, str] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -39,7 +39,7 @@ INPUT_FIRST: Mapping[str, tuple[str, ...]] = dict.fromkeys(
 
 
 @dataclass(frozen=True)
-class Layout:
+class MatrixLayout:
     """A tensor as ``batch`` matrices ``(rows, cols)`` for each of ``positions`` kernel positions.
 
     In memory its axes are ``(batch, rows, cols, positions)``. ``kind`` is "linear" (2-D), "stack" (3-D, one
@@ -55,7 +55,7 @@ class Layout:
     input_dim: int
 
     @classmethod
-    def of(cls, shape: Sequence[int], input_first: bool = False) -> Layout:
+    def of(cls, shape: Sequence[int], input_first: bool = False) -> MatrixLayout:
         """The layout of a tensor of two or more dimensions.
 
         A 3-D weight is a 1-D convolution ``(out, in, kernel)`` if its last dimension is smaller than its
@@ -75,7 +75,7 @@ class Selected:
 
     shard: Shard
     entry: Entry
-    layout: Layout
+    layout: MatrixLayout
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def select_tensors(
         If a glob matches no tensor, or no tensor is left to mask.
     """
     names = [entry.name for _, entry in checkpoint.entries()]
-    for option, globs in (("--include", include), ("--exclude", exclude), ("--input-first", input_first)):
+    for option, globs in (("include", include), ("exclude", exclude), ("input_first", input_first)):
         for glob in globs:
             if not any(fnmatchcase(name, glob) for name in names):
                 raise NMSolveError(
@@ -119,7 +119,7 @@ def select_tensors(
     for shard, entry in checkpoint.entries():
         reason = _why_not(entry, pattern, include, exclude)
         if reason is None:
-            layout = Layout.of(entry.shape, _match(entry.name, stored_input_first) is not None)
+            layout = MatrixLayout.of(entry.shape, _match(entry.name, stored_input_first) is not None)
             masked.append(Selected(shard, entry, layout))
         else:
             skipped.append((shard, entry, reason))
@@ -136,9 +136,9 @@ def _why_not(entry: Entry, pattern: NMPattern, include: Sequence[str], exclude: 
     """Why a tensor stays dense, or None if it is to be masked."""
     excluded = _match(entry.name, exclude)
     if excluded is not None:
-        return f"matches --exclude {excluded!r}"
+        return f"excluded by {excluded!r}"
     if include and _match(entry.name, include) is None:
-        return "matches no --include"
+        return "not included"
     if entry.dtype not in DTYPES:
         return f"dtype {entry.dtype} is not one of {', '.join(DTYPES)}"
     if len(entry.shape) < 2:
@@ -153,7 +153,7 @@ def _why_not(entry: Entry, pattern: NMPattern, include: Sequence[str], exclude: 
         glob = _match(entry.name, globs)
         if glob is not None:
             return f"{what} (name matches {glob!r})"
-    layout = Layout.of(entry.shape)
+    layout = MatrixLayout.of(entry.shape)
     if min(layout.rows, layout.cols) < pattern.m:
         return f"{layout.rows} x {layout.cols} matrices are smaller than one block of {pattern.m}"
     return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nmsolve.backends.dispatch import AUTO, BACKENDS, PermutationSolver, check_backend, select
+from nmsolve.backends.dispatch import AUTO, REFERENCE, PermutationSolver, check_backend, select
 from nmsolve.errors import BackendError, NMSolveError
 from nmsolve.ops.registration import register
 from nmsolve.ops.validation import check_scores, describe
@@ -166,7 +166,7 @@ def _solver(backend: str, logits: Tensor) -> PermutationSolver:
         return row.permutations
     if backend != AUTO:
         raise BackendError(f"backend: {row.name!r} cannot run this: {reason}; use 'auto' or 'torch'")
-    return BACKENDS["torch"].permutations
+    return REFERENCE.permutations
 
 
 def _marginals(blocks: Tensor, rows: Tensor | None, cols: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -279,7 +279,7 @@ def _gradient(
 
 _forward = register(
     "sinkhorn",
-    "(Tensor blocks, Tensor? row_marginals, Tensor? col_marginals, float temperature, int iterations, "
+    "(Tensor blocks, Tensor? row_marginals, Tensor? col_marginals, float temperature, SymInt iterations, "
     "float tolerance, str backend, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
     _plans,
     _blank_plans,

@@ -41,6 +41,7 @@ WarmStart = BlockSolution | tuple[Tensor, Tensor]
 
 
 def describe(value: object) -> str:
+    """A value as messages name it: dtype and shape of a tensor, value and type of anything else."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     return f"{value!r} ({type(value).__name__})"

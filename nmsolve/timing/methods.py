@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import nmsolve
-from nmsolve.about import __version__
+from nmsolve.about import __version__, versions
 from nmsolve.backends.dispatch import MASK_METHODS, select
 from nmsolve.blocks import grid_of
+from nmsolve.files import write_text
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import kept_score
+from nmsolve.timing import TIMED
 
-__all__ = ["TIMED", "Timing", "call_of", "kept_by", "measure", "measured_on", "optimum_of", "seconds_of"]
-
-TIMED = (*MASK_METHODS, "ordinary")
-"""What can be timed: every method of transposable masks, and ordinary N:M."""
+__all__ = [
+    "Timing",
+    "call_of",
+    "kept_by",
+    "measure",
+    "measured_on",
+    "optimum_of",
+    "seconds_of",
+    "write_timings",
+]
 
 
 @dataclass(frozen=True)
@@ -151,3 +163,17 @@ def measured_on(device: str) -> dict[str, Any]:
     where = torch.device(device)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else str(where)
     return {"gpu": name, "nmsolve": __version__, "torch": torch.__version__}
+
+
+def write_timings(path: Path, timings: Sequence[Timing], device: str) -> None:
+    """Writes timings with what they were measured on as .json, or as .csv; whole or not at all."""
+    where = {**measured_on(device), **versions(), "nmsolve": __version__}
+    rows = [{**asdict(timing), **where} for timing in timings]
+    if path.suffix == ".json":
+        write_text(path, json.dumps(rows, indent=2) + "\n")
+        return
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, buffer.getvalue())

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, cast
 
 import torch
 
 import nmsolve
-from nmsolve.backends.triton.launch_table import KERNELS, SIZES, Entry, asked_for, check_entry
+from nmsolve.backends.dispatch import select
+from nmsolve.backends.triton.launch_table import KERNELS, SIZES, Entry, asked_for, check_entry, save
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
-from nmsolve.timing.methods import call_of, kept_by, optimum_of, seconds_of
+from nmsolve.timing.methods import call_of, kept_by, measured_on, optimum_of, seconds_of
 
-__all__ = ["Tiles", "candidates", "tune"]
+__all__ = ["Tiles", "candidates", "tune", "tune_to_file"]
 
 ENTRIES_OF_A_LANE = ((2, 4), (4, 4), (4, 8), (8, 4), (8, 8), (16, 4), (16, 8))
 FASTER_BY = 0.98
@@ -126,3 +128,20 @@ def _best_tile(
         f"shipped {tuple(shipped)[1:]}, {time_shipped * 1e3:.3f} ms"
     )
     return best
+
+
+def tune_to_file(path: Path, *, device: str = "cuda", repeats: int = 20) -> dict[tuple[str, int], Entry]:
+    """Tunes the Triton backend and writes the tiles that won, for ``NMSOLVE_LAUNCH_TABLE`` to name.
+
+    Raises
+    ------
+    NMSolveError
+        If ``device`` is no GPU.
+    """
+    if torch.device(device).type == "cpu":
+        raise NMSolveError(f"tune: needs a GPU; torch {torch.__version__} sees {torch.cuda.device_count()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.cuda.device(device):
+        won = tune(cast(Tiles, select("triton", device, 16).masks), device=device, repeats=repeats)
+        save(path, won, measured_on(device))
+    return won

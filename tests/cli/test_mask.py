@@ -83,9 +83,9 @@ def test_the_report_says_what_ran(file, out):
     }
     assert [row["name"] for row in report["tensors"]] == ["model.layers.0.self_attn.q_proj.weight"]
     reasons = {row["name"]: row["reason"] for row in report["skipped"]}
-    assert reasons["model.embed_tokens.weight"] == "matches no --include"
+    assert reasons["model.embed_tokens.weight"] == "not included"
     assert reasons["model.norm.weight"] == "1-D, not a matrix"
-    assert reasons["model.layers.1.self_attn.q_proj.weight"] == "matches --exclude '*.1.*'"
+    assert reasons["model.layers.1.self_attn.q_proj.weight"] == "excluded by '*.1.*'"
 
 
 @pytest.mark.parametrize("method", ["greedy", "tsenor"])

@@ -59,7 +59,7 @@ REFUSED = {
     "no parent": (FILE, "no/x.safetensors", [], "no does not exist"),
     "suffix": (FILE, "x", [], "ends in .safetensors"),
     "file exists": (FILE, "taken.safetensors", [], "taken.report.json exists; --overwrite"),
-    "out is a folder": (FILE, "folder.safetensors", OVER, "it is not a file"),
+    "out is a folder": (FILE, "folder.safetensors", OVER, "it is a folder"),
     "folder exists": (FOLDER, "empty", [], "exists; --overwrite"),
     "folder of others": (FOLDER, "empty", OVER, "nmsolve did not write it"),
 }
@@ -86,7 +86,7 @@ def test_a_backend_that_cannot_run_is_refused(file, out, capsys, monkeypatch):
     def select(backend, device, m):
         raise BackendError(f"backend: {backend!r} cannot run on {device}: there is no GPU")
 
-    monkeypatch.setattr("nmsolve.backends.dispatch.select", select)
+    monkeypatch.setattr("nmsolve.checkpoint.on_disk.select", select)
     assert mask(file, out, backend="triton") == 2
     assert "backend: 'triton' cannot run on cpu: there is no GPU" in one_error(capsys)
     assert names(out.parent) == []

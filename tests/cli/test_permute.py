@@ -65,7 +65,7 @@ def test_dry_run_says_what_and_why(folder, capsys):
     printed = capsys.readouterr().out
     assert "reorder  model.layers.0.mlp.down_proj  1 x 48 channels" in printed
     assert "residual stream" in printed
-    assert "matches no --include" in printed
+    assert "not included" in printed
 
 
 @pytest.mark.parametrize(

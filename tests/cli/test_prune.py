@@ -137,7 +137,7 @@ def test_eval_ppl(checkpoint, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--pattern", "2-4"], "--pattern: pattern: expected 'N:M'"),
+        (["--pattern", "2-4"], "--pattern: expected 'N:M'"),
         (["--pattern", "nothing=2:4"], "'nothing' matches none"),
         (["--pattern", "2:4", "--mask-method", "tsenor"], "--mask-method: 'tsenor' needs --transposable"),
         (

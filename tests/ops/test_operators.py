@@ -421,9 +421,10 @@ def test_a_group_is_solved_like_its_members(method: str, backend: str) -> None:
 
 
 class Together:
-    """The torch backend with ``exact_group``; remembers what each call was given."""
+    """The torch backend with ``exact_group``, as a row and its module; remembers what each call was given."""
 
     def __init__(self) -> None:
+        self.masks = self
         self.calls: list[list[tuple[tuple[int, ...], torch.dtype]]] = []
 
     def __getattr__(self, name: str) -> object:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import nmsolve
 from nmsolve import sinkhorn
-from nmsolve.backends.dispatch import companion
+from nmsolve.backends.dispatch import select
 
 BACKENDS = ("torch", "cpu", "triton")
 
@@ -149,12 +149,15 @@ def test_tolerance_stops_each_block_by_itself(backend):
     for k in range(6):
         alone = sinkhorn(logits[k : k + 1], 0.2, 150, tolerance=1e-3, backend=backend)
         assert torch.equal(alone[0], together[k])
-    runner = companion(backend, logits.device)
+    runner = select(backend, logits.device).permutations
     ones = torch.ones(6, 8)
     made = runner.sinkhorn_forward(logits, ones, ones, 0.2, 150, 1e-3, False)[3]
     assert made[::2].max() <= 3 < made[1::2].min() <= made.max() < 150
     assert torch.equal(
-        made, companion("torch", logits.device).sinkhorn_forward(logits, ones, ones, 0.2, 150, 1e-3, False)[3]
+        made,
+        select("torch", logits.device).permutations.sinkhorn_forward(
+            logits, ones, ones, 0.2, 150, 1e-3, False
+        )[3],
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nmsolve.errors import NMSolveError
+from nmsolve.files import write_text
 
 __all__ = ["ENVIRONMENT", "KERNELS", "Entry", "asked_for", "check_entry", "default_path", "load", "save"]
 
@@ -110,9 +111,4 @@ def save(path: Path, entries: Mapping[tuple[str, int], Entry], measured: Mapping
         tiles[kernel].append(check_entry(kernel, entry))
     data = {"format": FORMAT, "format_version": VERSION, **measured, "tiles": tiles}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, json.dumps(data, indent=2) + "\n")

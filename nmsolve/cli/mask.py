@@ -1,0 +1,141 @@
+"""The command ``nmsolve mask``: masks for a checkpoint on disk."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nmsolve.checkpoint.on_disk import mask_checkpoint, prepare
+from nmsolve.checkpoint.selection import DENSE_BY_DEFAULT, Selection
+from nmsolve.cli import options
+from nmsolve.cli.command import Command, exit_codes
+from nmsolve.errors import printable
+from nmsolve.files import Interrupts
+
+if TYPE_CHECKING:
+    from nmsolve.checkpoint.report import Report
+
+__all__ = ["COMMAND"]
+
+DESCRIPTION = """\
+Keeps the N largest of every M weights (by magnitude) and sets the others to zero.
+
+IN is a .safetensors file, or a Hugging Face checkpoint folder, sharded or not. Without --transposable
+the groups of M lie along the input dimension of each layer. With it every M x M block keeps N in each row
+and N in each column, so that the transposed weight of the backward pass is N:M as well; the mask is the one
+that keeps the most magnitude, and the report proves it with an upper bound.
+"""
+
+_DENSE = "\n".join(f"    {what:<20} {'  '.join(globs)}" for what, globs in DENSE_BY_DEFAULT.items())
+
+EPILOG = f"""\
+examples:
+  nmsolve mask model.safetensors --pattern 2:4 --out sparse.safetensors
+      ordinary 2:4; writes sparse.safetensors, sparse.masks.safetensors and sparse.report.json
+
+  nmsolve mask Llama-3.2-1B --pattern 8:16 --transposable --out Llama-3.2-1B-8of16
+      optimal transposable masks for a whole folder; writes a folder of the same structure
+      with masks/*.masks.safetensors and nmsolve_report.json in it
+
+  nmsolve mask Llama-3.2-1B --pattern 8:16 --include '*.mlp.*' --exclude '*.layers.0.*' --dry-run
+      which tensors would be masked, and why the others would not
+
+which tensors:
+  By default every floating-point '*.weight' of two dimensions or more whose matrices hold at least one
+  M x M block, except
+{_DENSE}
+  --include replaces this choice: whatever it matches is masked, if it has two dimensions or more.
+  Convolution weights (out, in, kernel...) get a mask for each kernel position; a 3-D weight whose last
+  dimension is not smaller than its first is a stack of matrices, one for each expert.
+
+in Python:
+  nmsolve.checkpoint.mask_checkpoint("Llama-3.2-1B", "sparse", "8:16", transposable=True)
+  masks = nmsolve.load_masks("Llama-3.2-1B-8of16")     # name -> bool tensor, True = keep
+
+Everything is written beside OUT in a hidden folder and renamed when it is complete. Memory holds a slab of
+one tensor at a time, whatever the size of the model.
+
+{exit_codes()}"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="IN", type=Path, help="a .safetensors file or a checkpoint folder")
+    parser.add_argument("--pattern", metavar="N:M", required=True, help="keep N of M, for example 8:16")
+    options.add_out(parser)
+    options.add_transposable(parser)
+    options.add_mask_method(parser, "--method")
+    options.add_backend(parser)
+    options.add_device(parser)
+    options.add_globs(parser, "--include", "mask the tensors that match, instead of the default choice")
+    options.add_globs(parser, "--exclude", "leave these dense")
+    options.add_globs(
+        parser, "--input-first", "these weights are stored (in, out), not (out, in); known already for GPT-2"
+    )
+    options.add_overwrite(parser, "replace OUT: a file, or a folder that nmsolve wrote")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list what would be masked or not, and write nothing"
+    )
+    options.add_quiet(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    arguments = {
+        "transposable": args.transposable,
+        "method": args.method,
+        "device": args.device,
+        "include": args.include,
+        "exclude": args.exclude,
+        "input_first": args.input_first,
+        "overwrite": args.overwrite,
+    }
+    pattern = options.pattern_of(args.pattern)
+    if args.dry_run:
+        _print_selection(prepare(args.input, args.out, pattern, **arguments).selection)
+        return
+    out = options.need_out(args.out)
+    with Interrupts() as interrupts:
+        report = mask_checkpoint(
+            args.input,
+            out,
+            pattern,
+            backend=args.backend,
+            progress=options.progress_of(args),
+            interrupts=interrupts,
+            **arguments,
+        )
+    if not args.quiet:
+        _print_summary(report)
+
+
+def _print_selection(selection: Selection) -> None:
+    rows = [
+        ("mask", item.entry, f"{item.layout.kind}{'' if item.layout.input_dim else ', stored (in, out)'}")
+        for item in selection.masked
+    ]
+    rows += [("keep", entry, reason) for _, entry, reason in selection.skipped]
+    width = max(len(printable(entry.name)) for _, entry, _ in rows)
+    for verb, entry, note in rows:
+        shape = "x".join(map(str, entry.shape)) or "scalar"
+        print(f"{verb}  {printable(entry.name):<{width}}  {entry.dtype:<4}  {shape:<14}  {printable(note)}")
+    weights = sum(item.entry.size for item in selection.masked)
+    print(f"{len(selection.masked)} of {len(rows)} tensors would be masked, {weights:,} weights")
+
+
+def _print_summary(report: Report) -> None:
+    totals, settings = report.totals(), report.settings
+    certificate = f"provably within {totals['gap']:.1e} of the optimum" if totals["gap"] else "the optimum"
+    kind = str(settings["pattern"])
+    if settings["transposable"]:
+        kind = f"transposable {kind} by {settings['method']}"
+    where = f"{report.tensors[0].backend} backend on {settings['device']}"
+    density = totals["kept"] / totals["weights"]
+    print(f"{kind}: {totals['tensors_masked']} tensors, {totals['weights']:,} weights")
+    print(f"{density:.2%} of the weights keep {totals['retained']:.2%} of the magnitude; {certificate}")
+    print(f"{totals['tensors_skipped']} tensors stay dense")
+    print(f"wrote {printable(report.output)} in {totals['seconds']:.1f} s ({where})")
+    if report.files_left_out:
+        print(f"not copied, as they hold other weights: {printable(', '.join(report.files_left_out))}")
+
+
+COMMAND = Command("mask", "mask the weights of a checkpoint", DESCRIPTION, EPILOG, add_options, run)

@@ -1,0 +1,105 @@
+"""Options that several commands have, with the choices of the library's tables. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from nmsolve.backends.dispatch import AUTO, BACKENDS, MASK_METHODS
+from nmsolve.errors import NMSolveError
+from nmsolve.pattern import NMPattern
+
+__all__ = [
+    "add_backend",
+    "add_device",
+    "add_dtype",
+    "add_globs",
+    "add_mask_method",
+    "add_out",
+    "add_overwrite",
+    "add_quiet",
+    "add_transposable",
+    "need_out",
+    "pattern_of",
+    "progress_of",
+]
+
+_FILE_OR_FOLDER = "file (for a file) or folder (for a folder) to write"
+
+
+def add_out(
+    parser: argparse.ArgumentParser, help_text: str = _FILE_OR_FOLDER, *, required: bool = False
+) -> None:
+    parser.add_argument("--out", metavar="OUT", type=Path, required=required, help=help_text)
+
+
+def add_overwrite(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument("--overwrite", action="store_true", help=help_text)
+
+
+def add_transposable(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--transposable", action="store_true", help="N:M along rows and along columns")
+
+
+def add_mask_method(parser: argparse.ArgumentParser, option: str) -> None:
+    parser.add_argument(
+        option,
+        choices=tuple(MASK_METHODS),
+        help="with --transposable: exact is optimal (default); tsenor and greedy approximate",
+    )
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend",
+        choices=(AUTO, *BACKENDS),
+        default=AUTO,
+        help="of the mask solver: auto (default) takes triton on a GPU, cpu (Numba) on a CPU if it is "
+        "installed, else torch",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)"
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser, choices: Sequence[str]) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(choices),
+        help="of the model while it runs, and of what is saved (default: the checkpoint's)",
+    )
+
+
+def add_globs(parser: argparse.ArgumentParser, option: str, help_text: str) -> None:
+    """An option that takes one glob and may be repeated."""
+    parser.add_argument(
+        option, metavar="GLOB", action="append", default=[], help=f"{help_text}; may be repeated"
+    )
+
+
+def add_quiet(parser: argparse.ArgumentParser, help_text: str = "no progress bar and no summary") -> None:
+    parser.add_argument("--quiet", action="store_true", help=help_text)
+
+
+def pattern_of(text: str) -> NMPattern:
+    """The pattern that ``--pattern`` gives."""
+    try:
+        return NMPattern.parse(text)
+    except NMSolveError as error:
+        raise NMSolveError(f"pattern: {str(error).removeprefix('pattern: ')}") from None
+
+
+def need_out(out: Path | None) -> Path:
+    """``--out`` of a command that has work to do."""
+    if out is None:
+        raise NMSolveError("out: expected a path to write to (only --dry-run needs none)")
+    return out
+
+
+def progress_of(args: argparse.Namespace) -> bool | None:
+    """Whether to show a progress bar: never with ``--quiet``, else on a terminal."""
+    return False if args.quiet else None

@@ -1,0 +1,335 @@
+"""Reorders a checkpoint on disk: what ``nmsolve permute`` does, with the same arguments.
+
+torch is imported once it is certain that there is work for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nmsolve.about import __version__, versions
+from nmsolve.checkpoint.format import (
+    REPORT_NAME,
+    SUFFIX,
+    Checkpoint,
+    StreamWriter,
+    open_checkpoint,
+)
+from nmsolve.checkpoint.selection import DTYPES
+from nmsolve.errors import NMSolveError, begun
+from nmsolve.files import Interrupts, Staging, check_out, check_space, write_text
+from nmsolve.pattern import NMPattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nmsolve.permute.couplings import Coupling
+
+__all__ = ["ORDERS_FOLDER", "ORDERS_SUFFIX", "PermuteReport", "permute_checkpoint", "prepare"]
+
+# Beside a file's weights; in a folder of its own where loaders do not look for weights.
+ORDERS_SUFFIX = ".permutations.safetensors"
+ORDERS_FOLDER = "permutations"
+
+
+@dataclass(frozen=True)
+class PermuteReport:
+    """What was reordered. Scores are magnitudes, summed in float64.
+
+    ``couplings`` has a row for each: name, heads, channels, the magnitude that masks keep ``before`` and
+    ``after``, and the ``score``, what there is to keep.
+    """
+
+    input: str
+    output: str
+    pattern: str
+    transposable: bool
+    passes: int
+    couplings: list[dict[str, Any]]
+
+    def totals(self) -> dict[str, float]:
+        """The sums over the couplings."""
+        return {key: sum(row[key] for row in self.couplings) for key in ("before", "after", "score")}
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON data."""
+        return {
+            "nmsolve": __version__,
+            "versions": versions(),
+            "input": self.input,
+            "output": self.output,
+            "pattern": self.pattern,
+            "transposable": self.transposable,
+            "passes": self.passes,
+            "couplings": self.couplings,
+        }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is certain before any work: input, output if there is one, what is reordered and what is not."""
+
+    checkpoint: Checkpoint
+    out: Path | None
+    chosen: list[Coupling]
+    others: list[tuple[Coupling, str]]
+
+
+def prepare(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None,
+    *,
+    passes: int = 3,
+    include: Sequence[str] = (),
+    heads: int | None = None,
+    key_value_heads: int | None = None,
+    overwrite: bool = False,
+) -> Prepared:
+    """Checks the arguments of :func:`permute_checkpoint` and reads the headers; writes nothing.
+
+    Raises
+    ------
+    NMSolveError
+        If an argument is not as described there.
+    """
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        raise NMSolveError(f"passes: expected at least 1, got {passes!r}")
+    found = open_checkpoint(Path(checkpoint))
+    target = None
+    if out is not None and found.is_folder:
+        target = check_out(Path(out), overwrite, source=found.root, mark=REPORT_NAME)
+    elif out is not None:
+        suffixes = (SUFFIX,)
+        target = check_out(Path(out), overwrite, source=found.root, suffixes=suffixes, beside=_names)
+    return Prepared(found, target, *_choose(found, include, heads, key_value_heads))
+
+
+def permute_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    pattern: str | NMPattern,
+    *,
+    transposable: bool = False,
+    passes: int = 3,
+    include: Sequence[str] = (),
+    heads: int | None = None,
+    key_value_heads: int | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+    interrupts: Interrupts | None = None,
+) -> PermuteReport:
+    """A checkpoint with its channels in a better order for N:M masks, computing what it did before.
+
+    Every order is folded into the layers that write the channels; those that would need a gather at run time
+    are left alone.
+
+    Parameters
+    ----------
+    checkpoint : path
+        A .safetensors file or a checkpoint folder of a transformer.
+    out : path
+        A file for a file, with the orders beside it (``*.permutations.safetensors``); a folder for a folder,
+        with ``permutations/`` in it. It appears whole or not at all.
+    pattern : str or NMPattern
+        The masks to come: ``"2:4"`` keeps 2 of 4.
+    transposable : bool
+        Whether they will be transposable.
+    passes : int
+        Passes of the search over all slots.
+    include : sequence of str
+        Globs of the couplings to reorder; all where there are none.
+    heads, key_value_heads : int, optional
+        Attention heads, where no config.json says it.
+    overwrite : bool
+        Whether ``out`` may be replaced: a file, or a folder that nmsolve wrote.
+    progress : bool, optional
+        Whether to show a progress bar; by default on a terminal.
+    interrupts : Interrupts, optional
+        Signals to be obeyed between pieces of work, and held back while the output is put in place.
+
+    Returns
+    -------
+    PermuteReport
+        Also written into a folder.
+
+    Raises
+    ------
+    NMSolveError
+        If an argument or the input is not as described, before any work.
+    WorkFailed
+        If a weight is not finite, for one.
+    OSError
+        If reading or writing fails.
+
+    Examples
+    --------
+    >>> report = permute_checkpoint("Llama-3.2-1B", "ordered", "2:4")                   # doctest: +SKIP
+    >>> report.totals()["after"] >= report.totals()["before"]                           # doctest: +SKIP
+    True
+    """
+    pattern = NMPattern.parse(pattern) if isinstance(pattern, str) else pattern
+    prepared = prepare(
+        checkpoint,
+        out,
+        passes=passes,
+        include=include,
+        heads=heads,
+        key_value_heads=key_value_heads,
+        overwrite=overwrite,
+    )
+    found, target, chosen = prepared.checkpoint, prepared.out, prepared.chosen
+    assert target is not None
+    if not chosen:
+        raise NMSolveError(f"{found.root}: no channels whose order can be folded")
+    check_space(target.parent, sum(shard.nbytes for shard in found.shards))
+    interrupts = interrupts or Interrupts()
+    with begun(), Staging(target) as staging:
+        rows, orders = _search(found, chosen, pattern, transposable, passes, progress, interrupts)
+        _write(found, chosen, orders, target, staging.path, interrupts)
+        report = PermuteReport(
+            os.fspath(checkpoint), os.fspath(out), str(pattern), transposable, passes, rows
+        )
+        if found.is_folder:
+            write_text(staging.path / REPORT_NAME, json.dumps(report.to_json(), indent=2) + "\n")
+        interrupts.hold()
+        if found.is_folder:
+            staging.publish_folder(replace=overwrite)
+        else:
+            staging.publish_files(_names(target), replace=overwrite)
+    return report
+
+
+def _names(out: Path) -> list[str]:
+    """What is written for a file, the weights last."""
+    return [f"{out.name.removesuffix(SUFFIX)}{ORDERS_SUFFIX}", out.name]
+
+
+def _choose(
+    checkpoint: Checkpoint, include: Sequence[str], heads: int | None, key_value_heads: int | None
+) -> tuple[list[Coupling], list[tuple[Coupling, str]]]:
+    """The couplings to reorder, and the others with the reason."""
+    from nmsolve.permute.couplings import named_couplings
+
+    config: dict[str, Any] = {}
+    if checkpoint.is_folder and (checkpoint.root / "config.json").is_file():
+        config = json.loads((checkpoint.root / "config.json").read_bytes())
+    if heads is not None:
+        config |= {"num_attention_heads": heads, "num_key_value_heads": key_value_heads}
+    entries = {entry.name: entry for _, entry in checkpoint.entries()}
+    couplings = named_couplings({name: entry.shape for name, entry in entries.items()}, config)
+    for glob in include:
+        if not any(fnmatchcase(coupling.name, glob) for coupling in couplings):
+            raise NMSolveError(f"include: {glob!r} matches none of the {len(couplings)} couplings")
+    chosen, others = [], []
+    for coupling in couplings:
+        sites = (*coupling.consumers, *coupling.producers)
+        unknown = [s.tensor for s in sites if entries[s.tensor].dtype not in DTYPES]
+        if include and not any(fnmatchcase(coupling.name, glob) for glob in include):
+            others.append((coupling, "not included"))
+        elif not coupling.folds:
+            others.append((coupling, coupling.reason))
+        elif unknown:
+            others.append((coupling, f"{unknown[0]} has dtype {entries[unknown[0]].dtype}"))
+        else:
+            chosen.append(coupling)
+    return chosen, others
+
+
+def _search(
+    checkpoint: Checkpoint,
+    chosen: list[Coupling],
+    pattern: NMPattern,
+    transposable: bool,
+    passes: int,
+    progress: bool | None,
+    interrupts: Interrupts,
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Magnitude that masks keep before and after, and the order of every coupling."""
+    import torch
+    from tqdm import tqdm
+
+    from nmsolve.permute import retained_score, ria_permutation, transposable_permutation
+
+    rows: list[dict[str, Any]] = []
+    orders: dict[str, Tensor] = {}
+    for coupling in tqdm(chosen, unit="coupling", disable=None if progress is None else not progress):
+        interrupts.check()
+        sites = [*coupling.consumers]
+        if transposable:  # the masks of the producers feel the order of their rows as well
+            sites += [site for site in coupling.producers if site.tensor.endswith(".weight")]
+        weights = {site.tensor: _read(checkpoint, site.tensor).float().abs() for site in sites}
+        for name, weight in weights.items():
+            if not torch.isfinite(weight).all():
+                raise NMSolveError(f"{name}: expected finite values, got NaN or infinite ones")
+        scores = coupling.scores(weights, sites)
+        if transposable:
+            found = transposable_permutation(scores, pattern.n, pattern.m, rows=False, passes=passes)
+            order, before, after = found.columns, found.before.sum(), found.after.sum()
+        else:
+            order = ria_permutation(scores, pattern.n, pattern.m, passes=passes)
+            before = retained_score(scores, pattern.n, pattern.m).sum()
+            after = retained_score(scores, pattern.n, pattern.m, order).sum()
+            if after < before:
+                order, after = torch.arange(coupling.size).expand(coupling.shape).contiguous(), before
+        orders[coupling.name] = order
+        kept = {"before": float(before), "after": float(after), "score": float(scores.double().sum())}
+        rows.append({"name": coupling.name, "heads": coupling.heads, "channels": coupling.size, **kept})
+    return rows, orders
+
+
+def _write(
+    checkpoint: Checkpoint,
+    chosen: list[Coupling],
+    orders: dict[str, Tensor],
+    out: Path,
+    folder: Path,
+    interrupts: Interrupts,
+) -> None:
+    """The checkpoint with its tensors reordered, and the orders, into ``folder``."""
+    import torch
+
+    from nmsolve.permute.apply import fold_site, save_permutations
+
+    moves: dict[str, list[tuple[Coupling, Any]]] = {}
+    for coupling in chosen:
+        for site in (*coupling.consumers, *coupling.producers):
+            moves.setdefault(site.tensor, []).append((coupling, site))
+    for shard in checkpoint.shards:
+        path = folder / (shard.path.name if checkpoint.is_folder else out.name)
+        size = sum(entry.nbytes for entry in shard.entries)
+        with shard.path.open("rb") as source, StreamWriter(path, shard.header, size) as writer:
+            for entry in shard.entries:
+                interrupts.check()
+                if entry.name not in moves:
+                    for _ in writer.copy(source, entry):
+                        interrupts.check()
+                    continue
+                tensor = _read(checkpoint, entry.name).clone()
+                for coupling, site in moves[entry.name]:
+                    fold_site(tensor, coupling, orders[coupling.name], site)
+                writer.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    if checkpoint.is_folder:
+        for name in checkpoint.extras:
+            if name != Path(REPORT_NAME):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(checkpoint.root / name, folder / name)
+        (folder / ORDERS_FOLDER).mkdir(exist_ok=True)
+        save_permutations(folder / ORDERS_FOLDER / f"orders{SUFFIX}", orders)
+    else:
+        save_permutations(folder / _names(out)[0], orders)
+
+
+def _read(checkpoint: Checkpoint, name: str) -> Tensor:
+    from safetensors import safe_open
+
+    shard = next(shard for shard, entry in checkpoint.entries() if entry.name == name)
+    with safe_open(shard.path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
