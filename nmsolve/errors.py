@@ -53,6 +53,9 @@ class BackendError(NMSolveError):
 class NMSolveWarning(UserWarning):
     """Something that does not end the work, but that its user should know."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class WorkFailed(NMSolveError):
     """The arguments are right, but what they name cannot be worked on: weights that are not finite, say.

@@ -88,7 +88,7 @@ def warnings_told() -> Iterator[None]:
 
     def tell(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
         if issubclass(category, NMSolveWarning):
-            print(f"nmsolve: warning: {printable(one_line(message))}", file=sys.stderr)
+            print(f"nmsolve: warning: {printable(message)}", file=sys.stderr)
         else:
             show(message, category, *where, **options)
 
@@ -118,7 +118,7 @@ def _option(name: str) -> str:
 
 def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        return f"{error.strerror}: {printable(error.filename)}" if error.filename else error.strerror
     return f"{type(error).__name__}: {error}"
 
 
