@@ -1,7 +1,7 @@
 """Cost table of the Triton kernels without a GPU: registers, spills, instructions by phase, lower bounds.
 
 Compiles every shipped configuration (kernel_cases.py), assigns the machine code to the loops of the source
-(tests/regions.py) and multiplies with how often a program enters each, which Triton's interpreter counts on
+(bench/regions.py) and multiplies with how often a program enters each, which Triton's interpreter counts on
 random scores (kernel_trips.py). Writes kernel_trips.csv (the counts), kernel_costs.csv and kernel_phases.csv
 to bench/results; what is selected is only printed, or written to another folder.
 docs/internals/kernel-costs.md explains the columns.

@@ -12,7 +12,7 @@ from nmsolve.kernels._tile import sum_cols, sum_rows
 
 
 class Schedule(NamedTuple):
-    """The constants of the ascent, which nmsolve/schedule.py explains."""
+    """The constants of the ascent, which nmsolve/backends/ascent_schedule.py explains."""
 
     SWEEPS: int
     FRACTION_START: float

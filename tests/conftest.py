@@ -26,7 +26,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 def pytest_configure(config: pytest.Config) -> None:
     """Without ``-m gpu`` kernels are interpreted, on CPU tensors: decided before triton is imported.
 
-    NMSOLVE_GPU_TESTS_ON_INTERPRETER=1 has them interpreted with ``-m gpu``, too: see tests/test_gpu.py.
+    NMSOLVE_GPU_TESTS_ON_INTERPRETER=1 has them interpreted with ``-m gpu``, too (tests/kernels/test_gpu.py).
     """
     torch.set_num_threads(1)
     on_gpu = re.search(r"(?<!not )\bgpu\b", config.option.markexpr) is not None

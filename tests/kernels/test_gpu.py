@@ -4,9 +4,10 @@ The oracle (the backend "torch") runs on the CPU. Masks of tied optima may diffe
 compared; greedy and ordinary masks are unique and have to be equal, and a group's results are those of each
 matrix alone bit for bit.
 
-Without a GPU, ``NMSOLVE_GPU_TESTS_ON_INTERPRETER=1 pytest -m gpu tests/test_gpu.py`` runs all that does not
-ask CUDA for something, on smaller CPU tensors in Triton's interpreter, so that few lines of this file are run
-for the first time on a machine that has a GPU. The default suite runs a few of these tests in this way.
+Without a GPU, ``NMSOLVE_GPU_TESTS_ON_INTERPRETER=1 pytest -m gpu tests/kernels/test_gpu.py`` runs all that
+does not ask CUDA for something, on smaller CPU tensors in Triton's interpreter, so that few lines of this file
+are run for the first time on a machine that has a GPU. The default suite runs a few of these tests in this
+way.
 """
 
 from __future__ import annotations

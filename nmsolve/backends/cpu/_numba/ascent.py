@@ -5,9 +5,10 @@ and then on every column dual,
 
     u_i += clip((sum_j s_ij - rows' target) / (#{j : 0 < s_ij < 1} + DAMPING), +-STEP_LIMIT) / tau,
 
-and steers tau so that the number of fractional entries follows the schedule (nmsolve/schedule.py). A row's
-step and its share of the column sums are computed while the row is in the first-level cache, four rows at a
-time: an entry costs seven instructions per half-sweep and register.
+and steers tau so that the number of fractional entries follows the schedule
+(nmsolve/backends/ascent_schedule.py). A row's step and its share of the column sums are computed while the
+row is in the first-level cache, four rows at a time: an entry costs seven instructions per half-sweep and
+register.
 """
 
 from __future__ import annotations
