@@ -5,7 +5,7 @@ compared; greedy and ordinary masks are unique and have to be equal, and a group
 matrix alone bit for bit.
 
 Without a GPU, ``NMSOLVE_GPU_TESTS_ON_INTERPRETER=1 pytest -m gpu tests/kernels/test_gpu.py`` runs all that
-does not ask CUDA for something, on smaller CPU tensors in Triton's interpreter, so that few lines of this file
+does not ask CUDA for something, on smaller CPU tensors in the interpreter, so that few lines of this file
 are run for the first time on a machine that has a GPU. The default suite runs a few of these tests in this
 way.
 """
