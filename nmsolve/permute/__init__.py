@@ -21,18 +21,19 @@ if TYPE_CHECKING:
         save_permutations,
     )
     from nmsolve.permute.calibration import calibration_scores
-    from nmsolve.permute.couplings import Coupling, find_couplings
+    from nmsolve.permute.couplings import Coupling
     from nmsolve.permute.heuristics import (
         deal_columns,
-        retained_score,
         ria_permutation,
         stripe_search,
         swap_search,
     )
     from nmsolve.permute.learned import LearnedPermutations, learn_permutation
+    from nmsolve.permute.model_couplings import find_couplings
     from nmsolve.permute.module import LearnableChannelPermutation
     from nmsolve.permute.norm import PermutedRMSNorm
     from nmsolve.permute.on_disk import permute_checkpoint
+    from nmsolve.permute.orders import retained_score
     from nmsolve.permute.transposable import TransposablePermutation, transposable_permutation
 
 __all__ = [
@@ -69,18 +70,19 @@ _MODULES = {
         "save_permutations",
     ),
     "nmsolve.permute.calibration": ("calibration_scores",),
-    "nmsolve.permute.couplings": ("Coupling", "find_couplings"),
+    "nmsolve.permute.couplings": ("Coupling",),
     "nmsolve.permute.heuristics": (
         "deal_columns",
-        "retained_score",
         "ria_permutation",
         "stripe_search",
         "swap_search",
     ),
     "nmsolve.permute.learned": ("LearnedPermutations", "learn_permutation"),
     "nmsolve.permute.module": ("LearnableChannelPermutation",),
+    "nmsolve.permute.model_couplings": ("find_couplings",),
     "nmsolve.permute.norm": ("PermutedRMSNorm",),
     "nmsolve.permute.on_disk": ("permute_checkpoint",),
+    "nmsolve.permute.orders": ("retained_score",),
     "nmsolve.permute.transposable": ("TransposablePermutation", "transposable_permutation"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

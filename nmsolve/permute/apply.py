@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nmsolve.errors import NMSolveError
-from nmsolve.files import Staging
+from nmsolve.files import replacing
 from nmsolve.ops.columns import permute_columns
-from nmsolve.permute.couplings import Coupling, Site, find_couplings
-from nmsolve.permute.heuristics import check_permutation
+from nmsolve.permute.couplings import Coupling, Site
+from nmsolve.permute.model_couplings import find_couplings
 from nmsolve.permute.norm import PermutedRMSNorm
+from nmsolve.permute.orders import check_permutation
+from nmsolve.prune.layers import is_conv1d
 
 __all__ = [
     "Applied",
@@ -220,11 +222,9 @@ def save_permutations(path: Path | str, permutations: Mapping[str, Tensor]) -> N
     """
     from safetensors.torch import save_file
 
-    path = Path(path).absolute()
     tensors = {name: order.cpu().to(torch.int64).contiguous() for name, order in permutations.items()}
-    with Staging(path) as staging:
-        save_file(tensors, staging.path / path.name, metadata=_FORMAT)
-        staging.publish_files([path.name], replace=True)
+    with replacing(Path(path)) as partial:
+        save_file(tensors, partial, metadata=_FORMAT)
 
 
 def load_permutations(path: Path | str) -> dict[str, Tensor]:
@@ -333,7 +333,7 @@ def _linear_tensors(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight ``(out, in)`` and bias of a linear layer."""
     if isinstance(layer, nn.Linear):
         return layer.weight, layer.bias
-    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
+    if is_conv1d(layer):
         weight, bias = layer.weight, layer.bias
         assert isinstance(weight, Tensor)
         assert isinstance(bias, Tensor)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmsolve.permute.objective import Batch, run
+from nmsolve.permute.objective import Batch
+from nmsolve.prune.calibration import call_model
+from nmsolve.prune.layers import is_conv1d
 from nmsolve.prune.layerwise.scores import wanda_scores
 
 __all__ = ["calibration_scores"]
@@ -47,14 +49,14 @@ def calibration_scores(
     try:
         with torch.no_grad():
             for batch in calibration:
-                run(model, batch)
+                call_model(model, batch)
     finally:
         for handle in handles:
             handle.remove()
     scores = {}
     for name, layer in layers.items():
         weight = model.get_parameter(name).detach().float()
-        input_first = type(layer).__name__ == "Conv1D"
+        input_first = is_conv1d(layer)
         score = wanda_scores(weight.T if input_first else weight, squares[name].sqrt())
         scores[name] = score.T if input_first else score
     return scores

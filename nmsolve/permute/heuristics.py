@@ -1,8 +1,7 @@
 r"""Orders of the input channels that let an N:M mask keep more score.
 
-A permutation is an int64 tensor ``p`` of shape ``(..., C)``: position k of the new order holds column
-``p[k]``, so that the reordered scores are ``scores[..., p]``. M consecutive positions form a *group*, and
-position ``g M + s`` is *slot* s of group g.
+M consecutive positions of a permutation (see :mod:`nmsolve.permute.orders`) form a *group*, and position
+``g M + s`` is *slot* s of group g.
 
 Let ``t[r, g]`` be the N-th largest score of row r among the columns of group g other than the one in slot s,
 and ``b[r, g]`` the sum of its N - 1 largest. With column j in slot s the row keeps
@@ -25,14 +24,12 @@ from torch import Tensor
 
 from nmsolve.errors import NMSolveError
 from nmsolve.ops.assignment import assignment
-from nmsolve.ops.masks import nm_mask
 from nmsolve.ops.validation import check_finite, check_scores, describe
 from nmsolve.pattern import NMPattern
+from nmsolve.permute.orders import check_permutation, retained_score
 
 __all__ = [
-    "check_permutation",
     "deal_columns",
-    "retained_score",
     "ria_permutation",
     "stripe_search",
     "swap_search",
@@ -43,59 +40,6 @@ _CHUNK = 1 << 22
 
 # The most ways of dealing two groups' columns anew that a stripe search tries: C(8, 4) / 2 = 35 for M = 4.
 _MAX_SPLITS = 35
-
-
-def check_permutation(permutation: object, columns: int, name: str = "permutation") -> Tensor:
-    """``permutation`` if it is an int64 tensor ``(..., columns)`` that names every column once.
-
-    Raises
-    ------
-    NMSolveError
-        If it is not.
-    """
-    if (
-        not isinstance(permutation, Tensor)
-        or permutation.dtype != torch.int64
-        or permutation.ndim == 0
-        or permutation.shape[-1] != columns
-    ):
-        raise NMSolveError(
-            f"{name}: expected an int64 tensor of shape (..., {columns}), got {describe(permutation)}"
-        )
-    expected = torch.arange(columns, device=permutation.device)
-    if not (permutation.sort(dim=-1).values == expected).all():
-        raise NMSolveError(f"{name}: expected each of 0 to {columns - 1} exactly once")
-    return permutation
-
-
-def retained_score(scores: Tensor, n: int, m: int, permutation: Tensor | None = None) -> Tensor:
-    """Score that the N:M mask along the last dimension keeps of reordered columns.
-
-    Parameters
-    ----------
-    scores : Tensor
-        ``(..., rows, cols)``, higher = keep.
-    n, m : int
-        Pattern.
-    permutation : Tensor, optional
-        int64 ``(..., cols)``; identity if left out.
-
-    Returns
-    -------
-    Tensor
-        float64 ``(...)``: kept score of each matrix.
-
-    Examples
-    --------
-    >>> scores = torch.tensor([[4.0, 3.0, 0.0, 1.0]])
-    >>> retained_score(scores, 1, 2), retained_score(scores, 1, 2, torch.tensor([0, 2, 1, 3]))
-    (tensor(5., dtype=torch.float64), tensor(7., dtype=torch.float64))
-    """
-    check_scores(scores)
-    if permutation is not None:
-        check_permutation(permutation, scores.shape[-1])
-        scores = _reorder(scores, permutation)
-    return (scores.double() * nm_mask(scores, n, m)).sum((-2, -1))
 
 
 def deal_columns(scores: Tensor, m: int) -> Tensor:
@@ -371,11 +315,6 @@ def _groups(permutation: Tensor, m: int) -> Tensor:
     """``(..., G, m)``: the full groups of a permutation, as a view that can be written to."""
     full = permutation.shape[-1] // m * m
     return permutation[..., :full].unflatten(-1, (-1, m))
-
-
-def _reorder(scores: Tensor, permutation: Tensor) -> Tensor:
-    index = permutation.unsqueeze(-2).expand(*scores.shape[:-1], permutation.shape[-1])
-    return scores.gather(-1, index)
 
 
 def _row_chunks(scores: Tensor, per_row: int) -> Iterator[Tensor]:

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
 from nmsolve.permute.calibration import calibration_scores
-from nmsolve.permute.couplings import Coupling, Site, find_couplings
-from nmsolve.permute.heuristics import check_permutation, ria_permutation
+from nmsolve.permute.couplings import Coupling, Site
+from nmsolve.permute.heuristics import ria_permutation
+from nmsolve.permute.model_couplings import find_couplings
 from nmsolve.permute.module import STRATEGIES, LearnableChannelPermutation, Strategy, check_strategy
 from nmsolve.permute.objective import Batch, Objective, TaskLoss
+from nmsolve.permute.orders import check_permutation
 from nmsolve.permute.pruned_model import Part, PrunedModel
-from nmsolve.permute.training import Schedule, Trainer
+from nmsolve.permute.training import Trainer, TrainingPlan
 from nmsolve.permute.training_state import LearnedPermutations
+from nmsolve.prune.layers import is_conv1d
 
 __all__ = ["LearnedPermutations", "learn_permutation"]
 
@@ -129,10 +132,10 @@ def learn_permutation(
         )
         pruned = PrunedModel(model, parts, scores, pattern, transposable)
         least = -math.inf if floor is None else _kept_by(floor, pruned)
-        schedule = Schedule(steps, rate, check_every, patience)
+        plan = TrainingPlan(steps, rate, check_every, patience)
         state = None if resume is None else Path(resume).absolute()
         with pruned.installed():
-            return Trainer(pruned, objective, least).fit(train, test, schedule, state, progress)
+            return Trainer(pruned, objective, least).fit(train, test, plan, state, progress)
 
 
 def _split(batches: list[Batch], held_out: float) -> tuple[list[Batch], list[Batch]]:
@@ -168,7 +171,7 @@ def _linear_couplings(model: nn.Module) -> list[Coupling]:
 
 def _is_linear(model: nn.Module, site: Site) -> bool:
     layer = model.get_submodule(site.tensor.removesuffix(".weight"))
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+    return isinstance(layer, nn.Linear) or is_conv1d(layer)
 
 
 @contextmanager

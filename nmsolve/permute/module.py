@@ -34,7 +34,7 @@ __all__ = [
     "LearnableChannelPermutation",
     "Strategy",
     "check_strategy",
-    "kept_score",
+    "kept_in_order",
     "pruned_in_order",
 ]
 
@@ -42,7 +42,7 @@ Strategy = Literal["permllm", "cost-matrix"]
 
 
 @dataclass(frozen=True)
-class _Settings:
+class _Constants:
     """A strategy's constants: Sinkhorn iterations, temperatures, start of the identity, learning rate."""
 
     iterations: int
@@ -51,9 +51,9 @@ class _Settings:
     learning_rate: float
 
 
-STRATEGIES: Mapping[str, _Settings] = {
-    "permllm": _Settings(iterations=5, temperature=(1.0, 0.1), lead=0.25, learning_rate=0.1),
-    "cost-matrix": _Settings(iterations=20, temperature=(0.1, 0.03), lead=1.0, learning_rate=0.4),
+STRATEGIES: Mapping[str, _Constants] = {
+    "permllm": _Constants(iterations=5, temperature=(1.0, 0.1), lead=0.25, learning_rate=0.1),
+    "cost-matrix": _Constants(iterations=20, temperature=(0.1, 0.03), lead=1.0, learning_rate=0.4),
 }
 
 _BLOCK = 64
@@ -111,7 +111,7 @@ class LearnableChannelPermutation(nn.Module):
     ) -> None:
         super().__init__()
         check_strategy(strategy)
-        self.settings = STRATEGIES[strategy]
+        self.constants = STRATEGIES[strategy]
         if block is None:
             limit = _BLOCK if strategy == "permllm" else max(1, channels // _GROUPS)
             block = next(size for size in range(min(limit, channels), 0, -1) if channels % size == 0)
@@ -119,14 +119,14 @@ class LearnableChannelPermutation(nn.Module):
             raise NMSolveError(f"block: expected a divisor of channels={channels}, got {block!r}")
         self.strategy = strategy
         self.channels, self.block, self.heads = channels, block, heads
-        self.temperature = self.settings.temperature[0]
+        self.temperature = self.constants.temperature[0]
         generator = torch.Generator().manual_seed(seed)
         noise = torch.rand(heads * channels // block, block, block, generator=generator) - 0.5
-        self.logits = nn.Parameter(self.settings.lead * (torch.eye(block) + _NOISE * noise))
+        self.logits = nn.Parameter(self.constants.lead * (torch.eye(block) + _NOISE * noise))
 
     def plan(self) -> Tensor:
         """The doubly stochastic plans ``(blocks, block, block)``: share of each channel at each position."""
-        return sinkhorn(self.logits, temperature=self.temperature, iterations=self.settings.iterations)
+        return sinkhorn(self.logits, temperature=self.temperature, iterations=self.constants.iterations)
 
     def forward(self) -> Tensor:
         """The plans to train with: hard with the gradient of the soft ones, or soft ones."""
@@ -247,7 +247,7 @@ def pruned_in_order(
     return weight * mask.index_select(1, index.argsort())
 
 
-def kept_score(scores: Tensor, index: Tensor, pattern: NMPattern, transposable: bool) -> float:
+def kept_in_order(scores: Tensor, index: Tensor, pattern: NMPattern, transposable: bool) -> float:
     """What the mask of the columns in the order ``index`` keeps."""
     ordered = scores.index_select(1, index)
     return float((ordered * _mask(ordered, pattern, transposable)).sum(dtype=torch.float64))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nmsolve.errors import NMSolveError
 from nmsolve.ops.columns import rms_norm_permute
-from nmsolve.permute.heuristics import check_permutation
+from nmsolve.permute.orders import check_permutation
 
 __all__ = ["PermutedRMSNorm"]
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nmsolve.errors import NMSolveError
+from nmsolve.prune.calibration import call_model
 
-__all__ = ["Batch", "Objective", "TaskLoss", "run"]
+__all__ = ["Batch", "Objective", "TaskLoss"]
 
 Batch = Tensor | Mapping[str, Tensor]
 TaskLoss = Callable[[Any, Batch], Tensor]
@@ -75,18 +76,13 @@ class Objective:
 
         handles = [layer.register_forward_hook(hook) for layer in self.watched]
         try:
-            output = run(self.runs, batch)
+            output = call_model(self.runs, batch)
         finally:
             for handle in handles:
                 handle.remove()
         if not self.watched:
             return output, [getattr(output, "logits", output)]
         return output, [seen[layer] for layer in self.watched]
-
-
-def run(model: nn.Module, batch: Batch) -> Any:
-    """``model(batch)``, or ``model(**batch)`` for a mapping."""
-    return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
 def next_token_loss(output: Any, batch: Batch) -> Tensor:
@@ -97,4 +93,4 @@ def next_token_loss(output: Any, batch: Batch) -> Tensor:
         raise NMSolveError(
             "task_loss: expected a function (output, batch) -> loss, as this is no language model"
         )
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten().to(logits.device))

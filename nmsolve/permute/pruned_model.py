@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from nmsolve.ops.columns import permute_columns
 from nmsolve.pattern import NMPattern
 from nmsolve.permute.couplings import Coupling, Site
-from nmsolve.permute.module import LearnableChannelPermutation, kept_score, pruned_in_order
+from nmsolve.permute.module import LearnableChannelPermutation, kept_in_order, pruned_in_order
 
 __all__ = ["Part", "PrunedModel"]
 
@@ -76,7 +76,7 @@ class PrunedModel:
         for part, site in self._sites():
             index = part.coupling.index(orders[part.coupling.name], site)
             scores = self.scores[site.tensor].movedim(site.axis, 1)
-            kept += kept_score(scores, index, self.pattern, self.transposable)
+            kept += kept_in_order(scores, index, self.pattern, self.transposable)
         return kept / self.total
 
     @contextmanager

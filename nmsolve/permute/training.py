@@ -27,7 +27,7 @@ from nmsolve.permute.objective import Batch, Objective
 from nmsolve.permute.pruned_model import PrunedModel
 from nmsolve.permute.training_state import LearnedPermutations, load_state, save_state
 
-__all__ = ["Schedule", "Trainer"]
+__all__ = ["Trainer", "TrainingPlan"]
 
 # Of the gradient's running mean.
 _MOMENTUM = 0.8
@@ -40,7 +40,7 @@ _BISECTIONS = 4
 
 
 @dataclass(frozen=True)
-class Schedule:
+class TrainingPlan:
     """How long to train; as the parameters of :func:`nmsolve.permute.learn_permutation`."""
 
     steps: int
@@ -61,7 +61,7 @@ class Trainer:
         self.floor = floor
 
     def fit(
-        self, train: list[Batch], test: list[Batch], schedule: Schedule, resume: Path | None, progress: bool
+        self, train: list[Batch], test: list[Batch], plan: TrainingPlan, resume: Path | None, progress: bool
     ) -> LearnedPermutations:
         """One batch of ``train`` a step, and checks on ``test``; ``resume`` gets the state at every check."""
         if resume is not None and resume.exists():
@@ -71,8 +71,8 @@ class Trainer:
             self._check(found, 0, None, test)
         from tqdm import tqdm
 
-        steps = schedule.steps
-        high, low = self.parts[0].module.settings.temperature
+        steps = plan.steps
+        high, low = self.parts[0].module.constants.temperature
         losses: list[float] = []
         for step in tqdm(range(first, steps), initial=first, total=steps, disable=not progress, unit="step"):
             for part in self.parts:
@@ -81,15 +81,15 @@ class Trainer:
             k = step % len(train)
             loss = self._loss(k, train[k], train=True)
             loss.backward()
-            self._descend(schedule.rate(step))
+            self._descend(plan.rate(step))
             losses.append(float(loss.detach()))
-            if (step + 1) % schedule.check_every == 0 or step + 1 == steps:
+            if (step + 1) % plan.check_every == 0 or step + 1 == steps:
                 self._check(found, step + 1, sum(losses) / len(losses), test)
                 losses.clear()
                 if resume is not None:
                     save_state(resume, self.model, found, step + 1)
                 checks = [row["step"] for row in found.history]
-                if len(checks) - 1 - checks.index(found.best_step) >= schedule.patience:
+                if len(checks) - 1 - checks.index(found.best_step) >= plan.patience:
                     break
         return found
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nmsolve.errors import NMSolveError
-from nmsolve.files import Staging
+from nmsolve.files import replacing
 from nmsolve.permute.pruned_model import PrunedModel
 
 __all__ = ["LearnedPermutations", "load_state", "save_state"]
@@ -50,10 +50,8 @@ def save_state(path: Path, model: PrunedModel, found: LearnedPermutations, step:
         tensors[f"{k}.best"] = found.permutations[part.coupling.name].contiguous()
         tensors[f"{k}.first"], tensors[f"{k}.average"] = part.first, part.average
     text = json.dumps({"history": found.history, "best": found.best_step, "run": _fingerprint(model)})
-    with Staging(path) as staging:
-        metadata = {"format": _FORMAT, "step": str(step), "state": text}
-        save_file(tensors, staging.path / path.name, metadata=metadata)
-        staging.publish_files([path.name], replace=True)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={"format": _FORMAT, "step": str(step), "state": text})
 
 
 def load_state(path: Path, model: PrunedModel) -> tuple[LearnedPermutations, int]:

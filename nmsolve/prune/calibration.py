@@ -16,7 +16,7 @@ from nmsolve.errors import NMSolveError
 __all__ = [
     "Batch",
     "call_model",
-    "describe",
+    "describe_batch",
     "fingerprint",
     "make_batches",
     "read_tokens",
@@ -169,14 +169,14 @@ def real_positions(model: nn.Module, batch: Batch) -> Tensor | None:
     return given != 0
 
 
-def describe(value: object) -> str:
+def describe_batch(value: object) -> str:
     """The types and shapes in a batch, in a line."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{name}: {describe(part)}" for name, part in value.items()) + "}"
+        return "{" + ", ".join(f"{name}: {describe_batch(part)}" for name, part in value.items()) + "}"
     if isinstance(value, tuple):
-        return "(" + ", ".join(describe(part) for part in value) + ")"
+        return "(" + ", ".join(describe_batch(part) for part in value) + ")"
     return type(value).__name__
 
 

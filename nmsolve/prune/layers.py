@@ -26,7 +26,7 @@ from nmsolve.checkpoint.selection import DENSE_BY_DEFAULT
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
 
-__all__ = ["Layer", "Selected", "find_layers", "select_layers", "told", "uncompiled"]
+__all__ = ["Layer", "Selected", "find_layers", "is_conv1d", "select_layers", "told", "uncompiled"]
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -52,7 +52,7 @@ class Layer:
     @property
     def input_first(self) -> bool:
         """Whether the weight is stored ``(in, out)``."""
-        return _is_transposed(self.module)
+        return is_conv1d(self.module)
 
     @property
     def is_convolution(self) -> bool:
@@ -111,8 +111,11 @@ class Layer:
 _Convolution = (nn.Conv1d, nn.Conv2d)
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, a linear layer whose weight is ``(in, out)``."""
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D or derived from it: a linear layer whose weight is ``(in, out)``.
+
+    transformers is not imported: who has such a layer has imported it.
+    """
     kinds = type(module).__mro__
     return any(kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in kinds)
 
@@ -134,7 +137,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
     return [
         Layer(name, module)
         for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or _is_transposed(module))
+        if (isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_conv1d(module))
         and isinstance(getattr(module, "weight", None), Tensor)
     ]
 

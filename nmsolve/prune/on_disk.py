@@ -106,6 +106,7 @@ sequence_length, batch_size, seed, iterations, damping
     >>> result.report.totals()["layers"]                                                # doctest: +SKIP
     210
     """
+    _check_dtype(dtype)
     options = _check(
         method, transposable, mask_method, backend, device, iterations=iterations, damping=damping
     )
@@ -209,6 +210,7 @@ def evaluate_checkpoint(
     22.41
     """
     check_device(device)
+    _check_dtype(dtype)
     file = Path(text)
     if not file.is_file():
         raise NMSolveError(f"text: {file} is not a file")
@@ -249,6 +251,11 @@ def _check(
         if name not in PRUNING_METHODS[method].options:
             raise NMSolveError(f"{name}: method {method!r} has none")
     return given
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise NMSolveError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
 
 
 def _calibration_file(calibration: str | os.PathLike[str] | None, method: str) -> Path | None:

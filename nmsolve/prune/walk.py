@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nmsolve.errors import NMSolveError
-from nmsolve.prune.calibration import Batch, call_model, describe
+from nmsolve.prune.calibration import Batch, call_model, describe_batch
 from nmsolve.prune.layers import Layer
 
 __all__ = ["Chain", "Group", "Loose", "Plan", "make_plan", "quiet_model"]
@@ -326,7 +326,7 @@ def _call_first(model: nn.Module, batch: Batch) -> None:
         call_model(model, batch)
     except Exception as error:
         raise NMSolveError(
-            f"calibration: the model cannot be called on the first batch, {describe(batch)}: "
+            f"calibration: the model cannot be called on the first batch, {describe_batch(batch)}: "
             f"{type(error).__name__}: {error}"
         ) from error
 

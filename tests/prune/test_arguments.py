@@ -11,6 +11,7 @@ from torch import nn
 
 import nmsolve
 from nmsolve.checkpoint.mask_files import load_masks
+from nmsolve.errors import WorkFailed
 from nmsolve.prune import prune_model
 from nmsolve.prune.calibration import make_batches
 from nmsolve.prune.methods import PRUNING_METHODS
@@ -90,6 +91,13 @@ def test_an_earlier_mask_is_kept(method, tmp_path):
         ({"calibration": [5]}, "calibration: expected batches that are tensors"),
         ({"calibration": [[5, 6]]}, "calibration: expected batches .*got a list of numbers"),
         (
+            {
+                "calibration": [torch.ones(2, 3)],
+                "initial_masks": {"0.weight": torch.zeros(16, 16, dtype=torch.bool)},
+            },
+            r"cannot be called on the first batch, float32 \(2, 3\): Runtime",
+        ),
+        (
             {"calibration": [torch.ones(2, 3)]},
             r"cannot be called on the first batch, float32 \(2, 3\): Runtime",
         ),
@@ -108,8 +116,9 @@ def test_wrong_arguments_are_refused_before_any_work(changes, message):
     model = mlp()
     before = weights(model)
     given = {"model": model, "calibration": torch.randn(8, 16), "pattern": "2:4", "method": "wanda", **QUICK}
-    with pytest.raises(nmsolve.NMSolveError, match=message):
+    with pytest.raises(nmsolve.NMSolveError, match=message) as raised:
         prune_model(**{**given, **changes})
+    assert not isinstance(raised.value, WorkFailed)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -124,7 +133,7 @@ def test_weights_that_are_not_finite(method):
     model[2].weight.data[3, 5] = torch.inf
     before = weights(model)
     message = r"model: 2\.weight: expected finite values, got 1 NaN or infinite of 256"
-    with pytest.raises(nmsolve.NMSolveError, match=message):
+    with pytest.raises(WorkFailed, match=message):
         prune(model, torch.randn(8, 16), "2:4", method=method)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -132,8 +141,14 @@ def test_weights_that_are_not_finite(method):
 def test_inputs_that_are_not_finite():
     data = torch.randn(8, 16)
     data[3, 5] = torch.nan
-    with pytest.raises(nmsolve.NMSolveError, match="the inputs of 0 hold NaN"):
+    with pytest.raises(WorkFailed, match="the inputs of 0 hold NaN"):
         prune(mlp(), data, "2:4")
+
+
+def test_a_hessian_that_cannot_be_factored():
+    data = torch.full((8, 16), 1e-20)
+    with pytest.raises(WorkFailed, match="0: damping: the Hessian is not positive definite"):
+        prune(mlp(), data, "2:4", method="sparsegpt")
 
 
 def test_calibration_text_and_tokens(tmp_path):

@@ -308,10 +308,13 @@ def test_autocast_does_not_lower_the_precision(method):
     [
         (
             {"weight": torch.ones(8)},
-            r"weight: expected a floating-point tensor \(out, in\), got float32 \(8,\)",
+            r"weight: expected a floating-point tensor \(out, in\), got float32 tensor of shape \(8,\)",
         ),
         ({"weight": torch.ones(8, 6)}, r"hessian: expected \(in, in\) with in=6, got \(8, 8\)"),
-        ({"hessian": torch.ones(8, 6)}, r"hessian: expected a tensor \(in, in\), got float32 \(8, 6\)"),
+        (
+            {"hessian": torch.ones(8, 6)},
+            r"hessian: expected a tensor \(in, in\), got float32 tensor of shape \(8, 6\)",
+        ),
         ({"hessian": torch.eye(8).bfloat16()}, "hessian: expected float32 or float64, got bfloat16"),
         ({"hessian": torch.full((8, 8), torch.nan)}, "hessian: expected finite values"),
         ({"positions": 3}, "positions: expected a divisor of in=8, got 3"),

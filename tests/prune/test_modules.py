@@ -12,7 +12,8 @@ from pruning import inputs_of, mlp, prune
 from torch import nn
 
 import nmsolve
-from nmsolve.prune.layers import Layer, find_layers
+from nmsolve.permute import PermutedLinear, calibration_scores, learn_permutation
+from nmsolve.prune.layers import Layer, find_layers, is_conv1d
 from nmsolve.prune.walk import Chain, Loose, make_plan, quiet_model
 
 pytest.importorskip("transformers")
@@ -244,6 +245,46 @@ def test_convolutions_have_a_mask_for_each_kernel_position(kind, method):
         for group in position.chunk(module.groups):
             nmsolve.check_mask(group, 2, 4)
     assert 0 < result.report.layers[0].relative_error < 0.5
+
+
+def derived_conv1d():
+    """A layer of a class derived from transformers' Conv1D, and GPT-2 with such layers."""
+    from transformers.pytorch_utils import Conv1D
+
+    class Tuned(Conv1D):
+        pass
+
+    model = tiny_models.make("gpt2")
+    for module in model.modules():
+        if type(module) is Conv1D:
+            module.__class__ = Tuned
+    return Tuned(6, 4), model
+
+
+def test_conv1d_is_known_by_its_class():
+    """transformers' Conv1D stores (in, out); PyTorch's Conv1d and a foreign class of that name do not."""
+    layer, _ = derived_conv1d()
+    foreign = type("Conv1D", (nn.Linear,), {})(4, 6)
+    assert [is_conv1d(module) for module in (layer, nn.Conv1d(4, 6, 1), nn.Linear(4, 6), foreign)] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+def test_layers_derived_from_conv1d_are_pruned_and_permuted_as_it_is():
+    layer, model = derived_conv1d()
+    assert Layer("x", layer).matrix_shape == (6, 4)
+    x = torch.randn(3, 4)
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(PermutedLinear.from_linear(layer, order)(x), layer(x))
+    name = "transformer.h.0.mlp.c_proj.weight"
+    batches = list(tiny_models.tokens().split(2))
+    scores = calibration_scores(model, batches, [name])[name]
+    plain = calibration_scores(tiny_models.make("gpt2"), batches, [name])[name]
+    assert torch.equal(scores, plain)
+    assert name.removesuffix(".weight") in learn_permutation(model, batches, 2, 4, steps=0).permutations
 
 
 def test_loose_layers_around_a_chain():

@@ -109,7 +109,9 @@ def test_a_run_that_finished_no_layer_leaves_nothing(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("left", [".run.json.partial", "run.json", "layers/.0.safetensors.partial"])
+@pytest.mark.parametrize(
+    "left", [".run.json.1b2c3d4e.partial", "run.json", "layers/.0.safetensors.1b2c3d4e.partial"]
+)
 def test_a_run_killed_before_its_first_layer_does_not_hinder_the_next(left, tmp_path):
     folder = tmp_path / "a"
     (folder / left).parent.mkdir(parents=True)

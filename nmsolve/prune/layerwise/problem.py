@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nmsolve.errors import NMSolveError
-from nmsolve.prune.calibration import describe
+from nmsolve.ops.validation import describe
 
 __all__ = ["DAMPING", "Pruned", "check_hessian", "check_problem"]
 
