@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-
 __all__ = ["__version__", "versions"]
 
 __version__ = "0.1.0"
@@ -13,13 +10,16 @@ PACKAGES = ("torch", "triton", "numba", "numpy", "safetensors")
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that solve, None for what is not installed. Imports nothing.
+    """Versions of Python and of the packages that solve, None for what is not installed.
 
     Examples
     --------
     >>> sorted(versions())
     ['numba', 'numpy', 'python', 'safetensors', 'torch', 'triton']
     """
+    import importlib.metadata  # takes longer than all the rest of nmsolve
+    import platform
+
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
