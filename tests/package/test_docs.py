@@ -17,7 +17,12 @@ import nmsolve
 from nmsolve.integrations.client import MissingClientError
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+# The pages of docs/integrations are run by tests/integrations.
+DOCUMENTS = sorted(
+    page
+    for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md"))
+    if page.parent.name != "integrations"
+)
 
 
 def modules() -> list[str]:
@@ -49,9 +54,16 @@ def blocks(document: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(encoding="utf-8"), re.M | re.S)
 
 
-# test_integrations_docs runs the tutorial, with its command lines.
+def prose(document: Path) -> str:
+    """A document without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+# tests/integrations/test_docs.py runs the tutorial, with its command lines.
 @pytest.mark.parametrize(
-    "document", [path for path in DOCUMENTS if path.name != "tutorial.md"], ids=lambda path: path.name
+    "document",
+    [path for path in DOCUMENTS if path.name != "tutorial.md"],
+    ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_python_blocks(document, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -63,15 +75,26 @@ def test_python_blocks(document, monkeypatch, tmp_path):
         assert doctest.DocTestRunner().run(test).failed == 0
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links(document):
-    text = document.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", prose(document)):
         if "://" not in target:
             assert (document.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def anchors(document: Path) -> set[str]:
+    """What a link can point at: headings in small letters, without punctuation, spaces as hyphens."""
+    headings = re.findall(r"^#+ (.*)$", prose(document), re.M)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_into_pages(document):
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]*)\)", prose(document)):
+        assert anchor in anchors(document.parent / target if target else document), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_command_lines_use_options_that_exist(document):
     lines = [line for block in blocks(document, "(?:bash|sh|console)") for line in block.splitlines()]
     for line in lines:
