@@ -14,6 +14,7 @@ from nmsolve.errors import NMSolveError
 from nmsolve.integrations.client import importing
 from nmsolve.integrations.weights import sparsegpt_weight, weight_mask
 from nmsolve.pattern import NMPattern
+from nmsolve.prune.layerwise.scores import wanda_scores
 from nmsolve.prune.rule import MaskRule
 
 with importing("llmcompressor"):
@@ -107,7 +108,7 @@ class TransposableWandaModifier(_Transposable, WandaPruningModifier):
     def _pruned(self, module: nn.Module, rule: MaskRule) -> Tensor:
         weight: Tensor = module.weight  # type: ignore[assignment]
         norms = self._row_scalars.pop(module).sqrt().view(1, *weight.shape[1:])
-        return weight * weight_mask(weight.abs() * norms, rule)
+        return weight * weight_mask(wanda_scores(weight, norms), rule)
 
 
 class TransposableSparseGPTModifier(_Transposable, SparseGPTModifier):

@@ -128,7 +128,7 @@ def learn_permutation(
             )
             parts.append(Part(coupling, base.clone(), module.to(base.device)))
         objective = Objective(
-            model, task=strategy == "cost-matrix", distillation=distillation, task_loss=task_loss
+            model, task=STRATEGIES[strategy].soft, distillation=distillation, task_loss=task_loss
         )
         pruned = PrunedModel(model, parts, scores, pattern, transposable)
         least = -math.inf if floor is None else _kept_by(floor, pruned)

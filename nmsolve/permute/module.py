@@ -43,17 +43,21 @@ Strategy = Literal["permllm", "cost-matrix"]
 
 @dataclass(frozen=True)
 class _Constants:
-    """A strategy's constants: Sinkhorn iterations, temperatures, start of the identity, learning rate."""
+    """A strategy's row: Sinkhorn iterations, temperatures, start of the identity, learning rate.
+
+    ``soft`` tells that it trains with the soft plan, in few large blocks, for the task's loss.
+    """
 
     iterations: int
     temperature: tuple[float, float]
     lead: float
     learning_rate: float
+    soft: bool
 
 
 STRATEGIES: Mapping[str, _Constants] = {
-    "permllm": _Constants(iterations=5, temperature=(1.0, 0.1), lead=0.25, learning_rate=0.1),
-    "cost-matrix": _Constants(iterations=20, temperature=(0.1, 0.03), lead=1.0, learning_rate=0.4),
+    "permllm": _Constants(iterations=5, temperature=(1.0, 0.1), lead=0.25, learning_rate=0.1, soft=False),
+    "cost-matrix": _Constants(iterations=20, temperature=(0.1, 0.03), lead=1.0, learning_rate=0.4, soft=True),
 }
 
 _BLOCK = 64
@@ -113,7 +117,7 @@ class LearnableChannelPermutation(nn.Module):
         check_strategy(strategy)
         self.constants = STRATEGIES[strategy]
         if block is None:
-            limit = _BLOCK if strategy == "permllm" else max(1, channels // _GROUPS)
+            limit = max(1, channels // _GROUPS) if self.constants.soft else _BLOCK
             block = next(size for size in range(min(limit, channels), 0, -1) if channels % size == 0)
         if block < 1 or channels % block:
             raise NMSolveError(f"block: expected a divisor of channels={channels}, got {block!r}")
@@ -131,7 +135,7 @@ class LearnableChannelPermutation(nn.Module):
     def forward(self) -> Tensor:
         """The plans to train with: hard with the gradient of the soft ones, or soft ones."""
         plan = self.plan()
-        if self.strategy == "cost-matrix":
+        if self.constants.soft:
             return plan
         return F.one_hot(assignment(plan.detach()), self.block).to(plan.dtype) + plan - plan.detach()
 
@@ -173,7 +177,7 @@ class LearnableChannelPermutation(nn.Module):
 
         ``weight`` and ``scores`` are ``(out, in)``, columns ``(heads, repeats, channels)``.
         """
-        if self.strategy == "cost-matrix":
+        if self.constants.soft:
             mask = _mask(self.reorder(scores, plan.detach()), pattern, transposable)
             return self.reorder(self.reorder(weight, plan) * mask, plan, back=True)
         order = self._order(plan.detach().argmax(-1)).unsqueeze(1)

@@ -101,7 +101,7 @@ class Trainer:
         them, beside which no single one would move. The gradient through a soft plan has the plan's entries
         as factors; they are taken out (mirror descent), as they would silence whatever is not there yet.
         """
-        soft = self.parts[0].module.strategy == "cost-matrix"
+        soft = self.parts[0].module.constants.soft
         for part in self.parts:
             logits, plan = part.module.logits, part.module.plan()
             assert logits.grad is not None

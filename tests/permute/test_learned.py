@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from nmsolve.permute import (
     retained_score,
     ria_permutation,
 )
-from nmsolve.permute.module import STRATEGIES
+from nmsolve.permute.module import STRATEGIES, Strategy
 
 WIDTH = 32
 
@@ -57,11 +59,15 @@ def batches(count: int = 4) -> list[torch.Tensor]:
     return [torch.randint(0, 50, (2, 16), generator=generator) for _ in range(count)]
 
 
+def test_the_type_names_every_strategy():
+    assert get_args(Strategy) == tuple(STRATEGIES)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_module_starts_at_the_identity_and_its_plans_are_doubly_stochastic(strategy):
     module = LearnableChannelPermutation(48, strategy=strategy, heads=2, seed=3)
     assert torch.equal(module.permutation(), torch.arange(48).expand(2, 48))
-    for temperature in module.settings.temperature:
+    for temperature in module.constants.temperature:
         module.temperature = temperature
         plan = module.plan().detach()
         assert (plan.sum(-2) - 1).abs().max() < 1e-4
