@@ -87,8 +87,8 @@ def col_index(COLS_IN: tl.constexpr, COLS_OUT: tl.constexpr):
     return inner + COLS_IN * tl.arange(0, COLS_OUT)[None, None, None, None, :]
 
 
-class Layout(NamedTuple):
-    """How a program holds its blocks: constexprs."""
+class TileLayout(NamedTuple):
+    """How a program holds its blocks, and stores their masks: constexprs."""
 
     ROWS_IN: Any
     COLS_IN: Any
@@ -97,6 +97,7 @@ class Layout(NamedTuple):
     BLOCKS: Any
     PADDED: Any  # whether lanes are left over
     SLACK: Any  # whether blocks may be no squares
+    PACKED: Any  # whether 4 entries of the mask are stored as one 32-bit word
 
 
 class Matrix(NamedTuple):
@@ -117,6 +118,15 @@ class Region(NamedTuple):
     first_block_col: Any
     block_rows: Any
     block_cols: Any
+
+
+class Part(NamedTuple):
+    """What the programs of a launch cover."""
+
+    matrix: Any  # a Matrix
+    region: Any  # a Region
+    grid: Any  # how many block rows and columns a whole matrix has
+    shift: Any  # see :func:`locate`
 
 
 class Blocks(NamedTuple):
@@ -245,16 +255,17 @@ def load_scaled(scores_ptr, matrix, blocks, m, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def store_mask(mask_ptr, kept, matrix, blocks, i, j, m, unit, PACKED: tl.constexpr, SLACK: tl.constexpr):
-    """Store 0 or 1 for each entry (i, j) to the contiguous ``(batch, rows, cols)`` mask.
+def store_mask(mask_ptr, kept, matrix, blocks, entries, m, unit, LAYOUT: tl.constexpr):
+    """Store 0 or 1 for each entry to the contiguous ``(batch, rows, cols)`` mask.
 
-    ``PACKED`` says that 4 divides ``m`` and ``cols`` (and that a lane holds 4 or 8 columns side by side):
-    4 each go in one 32-bit word. ``unit`` is 1, given at run time: knowing that entries are adjacent, the
-    compiler would deal the whole tile out to the lanes as suits this one store, and tear rows and columns
-    apart.
+    ``entries`` are the row and column numbers inside a block. ``PACKED`` says that 4 divides ``m`` and
+    ``cols`` (and that a lane holds 4 or 8 columns side by side): 4 each go in one 32-bit word. ``unit`` is 1,
+    given at run time: knowing that entries are adjacent, the compiler would deal the whole tile out to the
+    lanes as suits this one store, and tear rows and columns apart.
     """
+    i, j = entries
     value = tl.where(kept, 1, 0)
-    if PACKED:
+    if LAYOUT.PACKED:
         col_in = tl.arange(0, kept.shape[1])[None, :, None, None, None]
         word = (kept.shape[1] // 4) * tl.arange(0, kept.shape[4])[None, None, None, None, :]
         pitch = matrix.cols // 4
@@ -269,5 +280,5 @@ def store_mask(mask_ptr, kept, matrix, blocks, i, j, m, unit, PACKED: tl.constex
             tl.store(mask_ptr + out + k * unit, words, mask=real)
     else:
         cols = matrix.cols.to(tl.int64)
-        out = strided(blocks, i, j, m, matrix.rows * cols, matrix.cols, unit, SLACK)
+        out = strided(blocks, i, j, m, matrix.rows * cols, matrix.cols, unit, LAYOUT.SLACK)
         tl.store(mask_ptr + out, value.to(tl.uint8), mask=blocks.inside)

@@ -11,7 +11,7 @@ import triton.language as tl
 from nmsolve.kernels._tile import sum_cols, sum_rows
 
 
-class Schedule(NamedTuple):
+class AscentSchedule(NamedTuple):
     """The constants of the ascent, which nmsolve/backends/ascent_schedule.py explains."""
 
     SWEEPS: int
@@ -44,7 +44,7 @@ def dual_ascent(
     SLACK: tl.constexpr,
     SCHEDULE: tl.constexpr,
 ):
-    """Approximate duals (u, v) of a tile. The targets are float32; SCHEDULE is a :class:`Schedule`."""
+    """Approximate duals (u, v) of a tile. The targets are float32; SCHEDULE is a :class:`AscentSchedule`."""
     rows, cols = blocks.rows.to(tl.float32), blocks.cols.to(tl.float32)
     entries = rows * cols
     if PADDED:

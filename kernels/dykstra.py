@@ -22,9 +22,9 @@ Completion fills short rows one unit at a time by the move of largest gain: keep
 import triton
 import triton.language as tl
 from nmsolve.kernels._tile import (
-    Layout,
     Matrix,
     Region,
+    TileLayout,
     col_index,
     load_scaled,
     max_cols,
@@ -242,7 +242,7 @@ def dykstra_kernel(
     """One program: ``BLOCKS`` blocks from scores to mask. ``grid = (ceil(blocks / BLOCKS),)``."""
     matrix = Matrix(rows, cols, batch, stride_batch, stride_row, stride_col)
     region = Region(first_block_row, first_block_col, block_rows, block_cols)
-    LAYOUT: tl.constexpr = Layout(ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK)
+    LAYOUT: tl.constexpr = TileLayout(ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK, PACKED)
     blocks, scores, _, row_target, col_target = load_blocks(scores_ptr, n, m, matrix, region, 0, LAYOUT)
     order = scores
     if TRANSPORT:
@@ -262,5 +262,5 @@ def dykstra_kernel(
     blocks, scores, unscale, row_target, _ = load_blocks(scores_ptr, n, m, matrix, region, spent, LAYOUT)
     kept = complete(scores, unpacked(bits, tl.where(unscale > 0, 0, 1), COLS_IN), row_target, n)
     # blocks.i and blocks.j would be alive beside these, which complete uses.
-    i, j = row_index(ROWS_IN, ROWS_OUT), col_index(COLS_IN, COLS_OUT)
-    store_mask(mask_ptr, kept, matrix, blocks, i, j, m, unit, PACKED, SLACK)
+    entries = row_index(ROWS_IN, ROWS_OUT), col_index(COLS_IN, COLS_OUT)
+    store_mask(mask_ptr, kept, matrix, blocks, entries, m, unit, LAYOUT)

@@ -9,12 +9,15 @@ Per block, scores A of shape (R, C), R <= C (the launcher's SLACK specialisation
 prove it optimal.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from nmsolve.kernels._tile import (
-    Layout,
     Matrix,
+    Part,
     Region,
+    TileLayout,
     load_scaled,
     max_cols,
     max_rows,
@@ -27,9 +30,38 @@ from nmsolve.kernels._tile import (
     widen,
 )
 from nmsolve.kernels.ascent import dual_ascent
-from nmsolve.kernels.paths import augment, is_free
+from nmsolve.kernels.paths import Targets, augment, is_free
 
 WARM_LIMIT = tl.constexpr(4.0)  # duals to start from are clamped to this, relative to the scaled scores
+
+
+class Duals(NamedTuple):
+    """Where duals lie: ``(batch, grid_rows, grid_cols, m)`` each, contiguous."""
+
+    row_ptr: Any
+    col_ptr: Any
+    unit: Any  # 1, given at run time: see :func:`store_mask`
+
+
+class Found(NamedTuple):
+    """What the search found for the blocks of a program."""
+
+    u: Any  # duals of the scaled scores, a row vector
+    v: Any  # a column vector
+    arcs: Any  # a tile: see :mod:`nmsolve.kernels.paths`
+    unscale: Any  # what undoes the scaling, one number per block
+    spent: Any  # the imbalance left, one number per block: 0, which the compiler does not know
+
+
+class Outputs(NamedTuple):
+    """Where the results go; without SOLUTION the mask alone."""
+
+    mask_ptr: Any
+    row_duals_ptr: Any
+    col_duals_ptr: Any
+    objective_ptr: Any
+    bound_ptr: Any
+    unit: Any  # 1, given at run time: see :func:`store_mask`
 
 
 @triton.jit
@@ -57,29 +89,13 @@ def store_duals(row_ptr, col_ptr, lines, duals, mask, tall, SLACK: tl.constexpr)
 
 @triton.jit
 def solve_blocks(
-    scores_ptr,
-    warm_row_ptr,
-    warm_col_ptr,
-    n,
-    m,
-    matrix,
-    region,
-    grid,
-    shift,
-    unit,
-    LAYOUT: tl.constexpr,
-    WARM: tl.constexpr,
-    SCHEDULE: tl.constexpr,
+    scores_ptr, warm, n, m, part, LAYOUT: tl.constexpr, WARM: tl.constexpr, SCHEDULE: tl.constexpr
 ):
-    """Duals, arcs, what undoes the scaling, and the imbalance left (0), of the blocks of this program.
-
-    ``grid`` is how many block rows and columns a whole matrix has; for ``shift`` see :func:`locate`.
-    """
+    """What is found for the blocks of this program, from the duals ``warm`` on where WARM."""
     PADDED: tl.constexpr = LAYOUT.PADDED
     SLACK: tl.constexpr = LAYOUT.SLACK
-    M: tl.constexpr = LAYOUT.ROWS_IN * LAYOUT.ROWS_OUT
-    blocks = place_blocks(matrix, region, m, shift, 0, LAYOUT)
-    scores, unscale = load_scaled(scores_ptr, matrix, blocks, m, LAYOUT)
+    blocks = place_blocks(part.matrix, part.region, m, part.shift, 0, LAYOUT)
+    scores, unscale = load_scaled(scores_ptr, part.matrix, blocks, m, LAYOUT)
     row_each, col_each = targets(blocks, n)
     row_target = tl.where(blocks.real_row, row_each, 0) if PADDED else row_each
     col_target = tl.where(blocks.real_col, col_each, 0) if PADDED else col_each
@@ -89,12 +105,12 @@ def solve_blocks(
     if WARM:
         # Loaded for the whole tile, all equal along a line: a vector would bring a layout of its own along.
         everywhere = tl.zeros_like(scores).to(tl.int32)
-        first = block_number(blocks, grid) * m
-        row_lines = first + (blocks.i + everywhere) * unit
-        col_lines = first + (blocks.j + everywhere) * unit
+        first = block_number(blocks, part.grid) * m
+        row_lines = first + (blocks.i + everywhere) * warm.unit
+        col_lines = first + (blocks.j + everywhere) * warm.unit
         real_row, real_col, tall = blocks.real_row, blocks.real_col, blocks.tall
-        u = max_rows(load_duals(warm_row_ptr, warm_col_ptr, row_lines, real_row, tall, SLACK)) / unscale
-        v = max_cols(load_duals(warm_col_ptr, warm_row_ptr, col_lines, real_col, tall, SLACK)) / unscale
+        u = max_rows(load_duals(warm.row_ptr, warm.col_ptr, row_lines, real_row, tall, SLACK)) / unscale
+        v = max_cols(load_duals(warm.col_ptr, warm.row_ptr, col_lines, real_col, tall, SLACK)) / unscale
         u = tl.minimum(tl.maximum(u, -WARM_LIMIT), WARM_LIMIT).to(tl.float32)
         v = tl.minimum(tl.maximum(v, -WARM_LIMIT), WARM_LIMIT).to(tl.float32)
         if SLACK:
@@ -103,52 +119,32 @@ def solve_blocks(
         u, v = dual_ascent(
             scores, blocks, row_target.to(tl.float32), col_target.to(tl.float32), PADDED, SLACK, SCHEDULE
         )
-    u, v, arcs, spent = augment(scores, u, v, blocks, row_target, col_target, slack_target, M, PADDED, SLACK)
-    return u, v, arcs, unscale, spent
+    u, v, arcs, spent = augment(scores, u, v, blocks, Targets(row_target, col_target, slack_target), LAYOUT)
+    return Found(u, v, arcs, unscale, spent)
 
 
 @triton.jit
-def store_blocks(
-    scores_ptr,
-    mask_ptr,
-    row_duals_ptr,
-    col_duals_ptr,
-    objective_ptr,
-    bound_ptr,
-    u,
-    v,
-    arcs,
-    unscale,
-    spent,
-    n,
-    m,
-    matrix,
-    region,
-    grid,
-    shift,
-    unit,
-    LAYOUT: tl.constexpr,
-    PACKED: tl.constexpr,
-    SOLUTION: tl.constexpr,
-):
+def store_blocks(scores_ptr, outputs, found, n, m, part, LAYOUT: tl.constexpr, SOLUTION: tl.constexpr):
     """Store the mask that :func:`solve_blocks` found, and where SOLUTION the duals, objective and bound."""
     PADDED: tl.constexpr = LAYOUT.PADDED
     SLACK: tl.constexpr = LAYOUT.SLACK
     ROWS_IN: tl.constexpr = LAYOUT.ROWS_IN
+    matrix, unit, unscale = part.matrix, outputs.unit, found.unscale
     # Where everything lies is worked out anew: spent is 0, which the compiler does not know.
-    blocks = place_blocks(matrix, region, m, shift, spent, LAYOUT)
-    kept = is_free(arcs) == 0
+    blocks = place_blocks(matrix, part.region, m, part.shift, found.spent, LAYOUT)
+    kept = is_free(found.arcs) == 0
     i, j, live, tall = blocks.i, blocks.j, blocks.live, blocks.tall
-    store_mask(mask_ptr, kept, matrix, blocks, i, j, m, unit, PACKED, SLACK)
+    store_mask(outputs.mask_ptr, kept, matrix, blocks, (i, j), m, unit, LAYOUT)
 
     if SOLUTION:
         # Duals as the caller gets them.
-        u = u.to(unscale.dtype) * unscale
-        v = v.to(unscale.dtype) * unscale
+        u = found.u.to(unscale.dtype) * unscale
+        v = found.v.to(unscale.dtype) * unscale
         if PADDED:
             u = tl.where(blocks.real_row, u, 0.0)
             v = tl.where(blocks.real_col, v, 0.0)
-        first = block_number(blocks, grid) * m
+        first = block_number(blocks, part.grid) * m
+        row_duals_ptr, col_duals_ptr = outputs.row_duals_ptr, outputs.col_duals_ptr
         store_duals(row_duals_ptr, col_duals_ptr, first + i * unit, u, live & (i < m), tall, SLACK)
         store_duals(col_duals_ptr, row_duals_ptr, first + j * unit, v, live & (j < m), tall, SLACK)
 
@@ -176,9 +172,9 @@ def store_blocks(
                 surplus = tl.where(here, surplus, 0.0)
             objective += sum_rows(sum_cols(tl.where(((bits >> r) & 1) > 0, original, 0.0)))
             bound += sum_rows(sum_cols(surplus))
-        number = block_number(blocks, grid)
-        tl.store(objective_ptr + number, objective, mask=live)
-        tl.store(bound_ptr + number, bound, mask=live)
+        number = block_number(blocks, part.grid)
+        tl.store(outputs.objective_ptr + number, objective, mask=live)
+        tl.store(outputs.bound_ptr + number, bound, mask=live)
 
 
 @triton.jit(
@@ -226,12 +222,9 @@ def exact_kernel(
     """One program: ``BLOCKS`` blocks from scores to mask. ``grid = (ceil(blocks / BLOCKS),)``."""
     matrix = Matrix(rows, cols, batch, stride_batch, stride_row, stride_col)
     region = Region(first_block_row, first_block_col, block_rows, block_cols)
-    grid = grid_rows, grid_cols
-    LAYOUT: tl.constexpr = Layout(ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK)
-    u, v, arcs, unscale, spent = solve_blocks(
-        scores_ptr, warm_row_ptr, warm_col_ptr, n, m, matrix, region, grid, 0, unit, LAYOUT, WARM, SCHEDULE
-    )
-    store_blocks(
-        scores_ptr, mask_ptr, row_duals_ptr, col_duals_ptr, objective_ptr, bound_ptr, u, v, arcs, unscale,
-        spent, n, m, matrix, region, grid, 0, unit, LAYOUT, PACKED, SOLUTION,
-    )  # fmt: skip
+    part = Part(matrix, region, (grid_rows, grid_cols), 0)
+    LAYOUT: tl.constexpr = TileLayout(ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK, PACKED)
+    warm = Duals(warm_row_ptr, warm_col_ptr, unit)
+    found = solve_blocks(scores_ptr, warm, n, m, part, LAYOUT, WARM, SCHEDULE)
+    outputs = Outputs(mask_ptr, row_duals_ptr, col_duals_ptr, objective_ptr, bound_ptr, unit)
+    store_blocks(scores_ptr, outputs, found, n, m, part, LAYOUT, SOLUTION)

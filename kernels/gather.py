@@ -12,14 +12,12 @@ import triton.language as tl
 
 
 @triton.jit
-def inverse_rms(x_ptr, row, live, cols, stride_row, stride_col, eps, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """``1 / sqrt(mean(x^2) + eps)`` of the rows, ``[ROWS, 1]`` float32."""
+def inverse_rms(row_ptr, live, cols, stride_col, eps, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """``1 / sqrt(mean(x^2) + eps)`` of the rows that start at ``row_ptr``, ``[ROWS, 1]`` float32."""
     total = tl.zeros([ROWS, COLS], tl.float32)
     for start in range(0, cols, COLS):
         k = (start + tl.arange(0, COLS)).to(tl.int64)[None, :]
-        x = tl.load(x_ptr + row * stride_row + k * stride_col, mask=live & (k < cols), other=0.0).to(
-            tl.float32
-        )
+        x = tl.load(row_ptr + k * stride_col, mask=live & (k < cols), other=0.0).to(tl.float32)
         total += x * x
     return 1.0 / tl.sqrt(tl.sum(total, 1, keep_dims=True) / cols + eps)
 
@@ -48,7 +46,7 @@ def permute_columns_kernel(
     first = tl.program_id(1) * COLS
     last = first + COLS
     if NORM:
-        scale = inverse_rms(x_ptr, row, live, cols, stride_row, stride_col, eps, ROWS, COLS)
+        scale = inverse_rms(x_ptr + row * stride_row, live, cols, stride_col, eps, ROWS, COLS)
         last = cols
     for start in range(first, last, COLS):
         j = (start + tl.arange(0, COLS))[None, :]

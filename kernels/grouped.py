@@ -10,8 +10,8 @@ sizes for each block would cost many.
 
 import triton
 import triton.language as tl
-from nmsolve.kernels._tile import Layout, Matrix, Region
-from nmsolve.kernels.exact import solve_blocks, store_blocks
+from nmsolve.kernels._tile import Matrix, Part, Region, TileLayout
+from nmsolve.kernels.exact import Outputs, solve_blocks, store_blocks
 from nmsolve.kernels.exhaustive import exhaust_blocks
 
 FIELDS = tl.constexpr(19)
@@ -41,7 +41,7 @@ def pointer(field_ptr, ELEMENT: tl.constexpr):
 
 @triton.jit
 def described(row_ptr, BLOCKS: tl.constexpr):
-    """(matrix, region, grid, shift) of a row of the table, for :func:`solve_blocks`."""
+    """The :class:`Part` that a row of the table describes."""
     matrix = Matrix(
         tl.load(row_ptr + 7), tl.load(row_ptr + 8), tl.load(row_ptr + 9), tl.load(row_ptr + 10),
         tl.load(row_ptr + 11), tl.load(row_ptr + 12),
@@ -50,7 +50,7 @@ def described(row_ptr, BLOCKS: tl.constexpr):
         tl.load(row_ptr + 13), tl.load(row_ptr + 14), tl.load(row_ptr + 15), tl.load(row_ptr + 16)
     )
     grid = tl.load(row_ptr + 17), tl.load(row_ptr + 18)
-    return matrix, region, grid, 0 - tl.load(row_ptr) * BLOCKS
+    return Part(matrix, region, grid, 0 - tl.load(row_ptr) * BLOCKS)
 
 
 @triton.jit(do_not_specialize=["n", "m", "regions", "unit"])
@@ -74,17 +74,15 @@ def grouped_kernel(
 ):
     """One program: ``BLOCKS`` blocks of one region. ``grid = (sum of ceil(blocks / BLOCKS),)``."""
     row = region_of(table_ptr, regions, tl.program_id(0)) * FIELDS
-    matrix, region, grid, shift = described(table_ptr + row, BLOCKS)
-    LAYOUT: tl.constexpr = Layout(ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK)
-    u, v, arcs, unscale, spent = solve_blocks(
-        pointer(table_ptr + row + 1, ELEMENT), None, None, n, m, matrix, region, grid, shift, unit, LAYOUT,
-        False, SCHEDULE,
-    )  # fmt: skip
+    part = described(table_ptr + row, BLOCKS)
+    LAYOUT: tl.constexpr = TileLayout(ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK, PACKED)
+    scores_ptr = pointer(table_ptr + row + 1, ELEMENT)
+    found = solve_blocks(scores_ptr, None, n, m, part, LAYOUT, False, SCHEDULE)
 
     # The row is read again (adding what is left, which is 0), so that during the search only its number
     # occupies a register.
-    row_ptr = table_ptr + (row + tl.max(spent))
-    matrix, region, grid, shift = described(row_ptr, BLOCKS)
+    row_ptr = table_ptr + (row + tl.max(found.spent))
+    part = described(row_ptr, BLOCKS)
     row_duals_ptr = None
     col_duals_ptr = None
     objective_ptr = None
@@ -95,11 +93,10 @@ def grouped_kernel(
         col_duals_ptr = pointer(row_ptr + 4, DUAL)
         objective_ptr = pointer(row_ptr + 5, tl.float64)
         bound_ptr = pointer(row_ptr + 6, tl.float64)
-    store_blocks(
-        pointer(row_ptr + 1, ELEMENT), pointer(row_ptr + 2, tl.int32 if PACKED else tl.uint8), row_duals_ptr,
-        col_duals_ptr, objective_ptr, bound_ptr, u, v, arcs, unscale, spent, n, m, matrix, region, grid,
-        shift, unit, LAYOUT, PACKED, SOLUTION,
-    )  # fmt: skip
+    scores_ptr = pointer(row_ptr + 1, ELEMENT)
+    mask_ptr = pointer(row_ptr + 2, tl.int32 if PACKED else tl.uint8)
+    outputs = Outputs(mask_ptr, row_duals_ptr, col_duals_ptr, objective_ptr, bound_ptr, unit)
+    store_blocks(scores_ptr, outputs, found, n, m, part, LAYOUT, SOLUTION)
 
 
 @triton.jit(do_not_specialize=["regions"])
@@ -113,8 +110,7 @@ def grouped_exhaustive_kernel(
 ):
     """The exhaustive kernel for many matrices, as :func:`grouped_kernel` is the exact one."""
     row_ptr = table_ptr + region_of(table_ptr, regions, tl.program_id(0)) * FIELDS
-    matrix, region, _, shift = described(row_ptr, BLOCKS)
-    exhaust_blocks(
-        pointer(row_ptr + 1, ELEMENT), pointer(row_ptr + 2, tl.int32 if PACKED else tl.uint8), matrix, region,
-        shift, N, BLOCKS, PACKED,
-    )  # fmt: skip
+    part = described(row_ptr, BLOCKS)
+    scores_ptr = pointer(row_ptr + 1, ELEMENT)
+    mask_ptr = pointer(row_ptr + 2, tl.int32 if PACKED else tl.uint8)
+    exhaust_blocks(scores_ptr, mask_ptr, part.matrix, part.region, part.shift, N, BLOCKS, PACKED)

@@ -10,6 +10,8 @@ length of a step from a column to a row where the entry is kept and "unreachable
 bit toggled, the same holds for the steps from rows to columns.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from nmsolve.kernels._tile import (
@@ -33,6 +35,14 @@ FREE = tl.constexpr(1 << 30)
 UNREACHED = tl.constexpr(2.0)  # the smallest float with bit 30 set
 TIGHT_FREE = tl.constexpr(2.0)  # the arc of a free entry of cost 0
 PADDING = tl.constexpr(2.0**127)  # a free entry of cost 1/2: longer than any path, and never reaches a sink
+
+
+class Targets(NamedTuple):
+    """How many entries each line is to keep: a row vector, a column vector, one number per block."""
+
+    rows: Any
+    cols: Any
+    slack: Any  # of the slack row; 0 in full blocks
 
 
 @triton.jit
@@ -119,23 +129,15 @@ def flip_tight(arcs, row_need, col_need, M: tl.constexpr):
 
 
 @triton.jit
-def augment(
-    scores,
-    u,
-    v,
-    blocks,
-    row_target,
-    col_target,
-    slack_target,
-    M: tl.constexpr,
-    PADDED: tl.constexpr,
-    SLACK: tl.constexpr,
-):
+def augment(scores, u, v, blocks, targets, LAYOUT: tl.constexpr):
     """Optimal duals and a mask from any duals: (u, v, arcs, units), units being the imbalance left: 0.
 
     Node numbers: column j is j, row i is i, and the slack row of a partial block is row M. ``spare`` counts
     the slack row's entries: free without limit (cost u_s + v_j), kept while positive (cost 0).
     """
+    PADDED: tl.constexpr = LAYOUT.PADDED
+    SLACK: tl.constexpr = LAYOUT.SLACK
+    M: tl.constexpr = LAYOUT.ROWS_IN * LAYOUT.ROWS_OUT
     i = row_index(scores.shape[0], scores.shape[3])
     j = col_index(scores.shape[1], scores.shape[4])
 
@@ -145,12 +147,12 @@ def augment(
     if PADDED:
         arcs = tl.where(blocks.inside, arcs, PADDING)
     held = tl.where(kept, 1, 0)
-    row_need = tl.where(blocks.live, row_target - sum_rows(held), 0)  # > 0: too few
-    col_need = tl.where(blocks.live, col_target - sum_cols(held), 0)
+    row_need = tl.where(blocks.live, targets.rows - sum_rows(held), 0)  # > 0: too few
+    col_need = tl.where(blocks.live, targets.cols - sum_cols(held), 0)
     if SLACK:
         spare = tl.where((v == 0) & blocks.slack, tl.maximum(col_need, 0), 0)
         col_need -= spare
-        slack_need = slack_target - sum_rows(spare)
+        slack_need = targets.slack - sum_rows(spare)
         slack_dual = tl.zeros_like(slack_need).to(tl.float32)
     units = sum_cols(tl.maximum(row_need, 0)) + sum_rows(tl.maximum(0 - col_need, 0))
     if SLACK:

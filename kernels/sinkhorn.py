@@ -20,6 +20,7 @@ they are needed, not kept in registers over the loop.
 import triton
 import triton.language as tl
 from nmsolve.kernels._tile import (
+    Matrix,
     col_index,
     max_cols,
     max_rows,
@@ -41,10 +42,11 @@ def load_scattered(pointers, mask, default):
 
 
 @triton.jit
-def load_tile(base_ptr, block, i, j, stride_batch, stride_row, stride_col, batch, rows, cols, default):
+def load_tile(base_ptr, matrix, block, i, j, default):
     """Entries (i, j) of the blocks as float32, ``default`` where there are none."""
-    inside = (block < batch) & (i < rows) & (j < cols)
-    pointers = base_ptr + block * stride_batch + i.to(tl.int64) * stride_row + j.to(tl.int64) * stride_col
+    inside = (block < matrix.batch) & (i < matrix.rows) & (j < matrix.cols)
+    rows = base_ptr + block * matrix.stride_batch + i.to(tl.int64) * matrix.stride_row
+    pointers = rows + j.to(tl.int64) * matrix.stride_col
     return load_scattered(pointers, inside, default).to(tl.float32)
 
 
@@ -103,6 +105,7 @@ def sinkhorn_forward_kernel(
     int32 counts them. With TOLERANCE a block stops once all its row sums are within ``tolerance``. RELOAD
     reads the logits twice in an iteration of the log domain, where registers are short.
     """
+    logits = Matrix(rows, cols, batch, stride_batch, stride_row, stride_col)
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None]
     exists = block < batch
     i = row_index(ROWS_IN, ROWS_OUT)
@@ -138,16 +141,12 @@ def sinkhorn_forward_kernel(
         if tl.max(reset.to(tl.int32)) > 0:
             row = i * one + t * (one - 1)
             col = j * one + t * (one - 1)
-            level = load_tile(
-                logits_ptr, block, row, col, stride_batch, stride_row, stride_col, batch, rows, cols, -INF
-            )
+            level = load_tile(logits_ptr, logits, block, row, col, -INF)
             level *= scale
             new_f = log_rows(level, g + tl.log2(v), a, live_row)
             if RELOAD:
                 row += one - 1
-                level = load_tile(
-                    logits_ptr, block, row, col, stride_batch, stride_row, stride_col, batch, rows, cols, -INF
-                )
+                level = load_tile(logits_ptr, logits, block, row, col, -INF)
                 level *= scale
             new_g, fresh = log_cols(level, new_f, b, live_col)
             kernel = fresh if BLOCKS == 1 else tl.where(reset, fresh, kernel)
@@ -209,6 +208,7 @@ def sinkhorn_backward_kernel(
     and R is E v with its rows scaled so. RELOAD reads K again in every iteration, where
     registers are short.
     """
+    logits = Matrix(rows, cols, batch, stride_batch, stride_row, stride_col)
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None]
     exists = block < batch
     i = row_index(ROWS_IN, ROWS_OUT)
@@ -217,21 +217,10 @@ def sinkhorn_backward_kernel(
     live_col = exists & (j < cols)
     b = load_scattered(col_marginals_ptr + block * col_marginals_stride + j, live_col, 1.0)
     made = tl.load(made_ptr + block, mask=exists, other=0)
-    level = load_tile(logits_ptr, block, i, j, stride_batch, stride_row, stride_col, batch, rows, cols, -INF)
+    level = load_tile(logits_ptr, logits, block, i, j, -INF)
     level *= scale
-    total = load_tile(
-        gradient_ptr,
-        block,
-        i,
-        j,
-        gradient_stride_batch,
-        gradient_stride_row,
-        gradient_stride_col,
-        batch,
-        rows,
-        cols,
-        0.0,
-    )
+    gradient = Matrix(rows, cols, batch, gradient_stride_batch, gradient_stride_row, gradient_stride_col)
+    total = load_tile(gradient_ptr, gradient, block, i, j, 0.0)
 
     place = block * iterations + made - 1
     f = load_scattered(row_scalings_ptr + place * rows + i, live_row, 0.0)
@@ -253,9 +242,7 @@ def sinkhorn_backward_kernel(
         if RELOAD:
             row = i + t * (one - 1)
             col = j + t * (one - 1)
-            level = load_tile(
-                logits_ptr, block, row, col, stride_batch, stride_row, stride_col, batch, rows, cols, -INF
-            )
+            level = load_tile(logits_ptr, logits, block, row, col, -INF)
             level *= scale
         kernel = tl.exp2((level + f) + g)
         v = tl.exp2(before - g)

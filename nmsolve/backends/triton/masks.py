@@ -21,7 +21,7 @@ from nmsolve.backends import ascent_schedule
 from nmsolve.backends.triton import launch_table
 from nmsolve.blocks import BlockGrid, grid_of
 from nmsolve.kernels import _launch
-from nmsolve.kernels.ascent import Schedule
+from nmsolve.kernels.ascent import AscentSchedule
 from nmsolve.kernels.dykstra import dykstra_kernel
 from nmsolve.kernels.exact import exact_kernel
 from nmsolve.kernels.exhaustive import exhaustive_kernel
@@ -32,7 +32,7 @@ from nmsolve.solution import BlockResult
 
 __all__ = ["exact", "exact_group", "greedy", "ordinary", "shipped_tile", "tsenor", "use_tiles", "why_not"]
 
-SCHEDULE = Schedule(*(getattr(ascent_schedule, name) for name in Schedule._fields))
+SCHEDULE = AscentSchedule(*(getattr(ascent_schedule, name) for name in AscentSchedule._fields))
 """The constants of the dual ascent, as the exact kernels take them."""
 
 
