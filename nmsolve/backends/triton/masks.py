@@ -21,6 +21,7 @@ from nmsolve.backends import ascent_schedule
 from nmsolve.backends.triton import launch_table
 from nmsolve.blocks import BlockGrid, grid_of
 from nmsolve.kernels import _launch
+from nmsolve.kernels._tile import Matrix, Region
 from nmsolve.kernels.ascent import AscentSchedule
 from nmsolve.kernels.dykstra import dykstra_kernel
 from nmsolve.kernels.exact import exact_kernel
@@ -86,9 +87,7 @@ def exact(
                 exhaustive_kernel,
                 region,
                 scores,
-                _mask_pointer(result.mask, region),
-                *_matrix_arguments(scores),
-                *region.rectangle,
+                mask_ptr=_mask_pointer(result.mask, region),
                 **exhaustive_arguments(pattern),
                 PACKED=region.packed,
             )
@@ -98,17 +97,18 @@ def exact(
             exact_kernel,
             region,
             scores,
-            _mask_pointer(result.mask, region),
-            *result[1:],
-            warm_u,
-            warm_v,
-            pattern.n,
-            pattern.m,
-            *_matrix_arguments(scores),
-            *region.rectangle,
-            grid.block_rows,
-            grid.block_cols,
-            1,
+            mask_ptr=_mask_pointer(result.mask, region),
+            row_duals_ptr=result.row_duals,
+            col_duals_ptr=result.col_duals,
+            objective_ptr=result.objective,
+            bound_ptr=result.bound,
+            warm_row_ptr=warm_u,
+            warm_col_ptr=warm_v,
+            n=pattern.n,
+            m=pattern.m,
+            grid_rows=grid.block_rows,
+            grid_cols=grid.block_cols,
+            unit=1,
             **tile_arguments(tile),
             PADDED=region.edge or tile.size != pattern.m,
             SLACK=region.edge,
@@ -148,18 +148,22 @@ def exact_group(
             table, programs = _table(members, meta["BLOCKS"], pattern)
             with _device_of(scores[0]):
                 grouped_exhaustive_kernel[(programs,)](
-                    table, len(members), ELEMENT=_ELEMENTS[scores[0].dtype], **meta, PACKED=packed
+                    table_ptr=table,
+                    regions=len(members),
+                    ELEMENT=_ELEMENTS[scores[0].dtype],
+                    **meta,
+                    PACKED=packed,
                 )
             continue
         tile = _exact_tile(edge, pattern.m)
         table, programs = _table(members, tile.blocks, pattern)
         with _device_of(scores[0]):
             grouped_kernel[(programs,)](
-                table,
-                len(members),
-                pattern.n,
-                pattern.m,
-                1,
+                table_ptr=table,
+                regions=len(members),
+                n=pattern.n,
+                m=pattern.m,
+                unit=1,
                 ELEMENT=_ELEMENTS[scores[0].dtype],
                 **tile_arguments(tile),
                 PADDED=edge or tile.size != pattern.m,
@@ -193,14 +197,12 @@ def _approximate(
             dykstra_kernel,
             region,
             scores,
-            _mask_pointer(mask, region),
-            pattern.n,
-            pattern.m,
-            *_matrix_arguments(scores),
-            *region.rectangle,
-            1,
-            iterations,
-            tau,
+            mask_ptr=_mask_pointer(mask, region),
+            n=pattern.n,
+            m=pattern.m,
+            unit=1,
+            iterations=iterations,
+            tau=tau,
             **tile_arguments(tile),
             PADDED=region.edge or tile.size != pattern.m,
             SLACK=region.edge,
@@ -219,11 +221,11 @@ def ordinary(scores: Tensor, pattern: NMPattern) -> Tensor:
         size, together = _launch.group_tile(pattern.m, scores.element_size() * 8)
         with _device_of(scores):
             nm_kernel[(triton.cdiv(groups, together),)](
-                scores,
-                mask.view(torch.uint8),
-                pattern.n,
-                pattern.m,
-                *_matrix_arguments(scores),
+                scores_ptr=scores,
+                mask_ptr=mask.view(torch.uint8),
+                n=pattern.n,
+                m=pattern.m,
+                **_matrix_of(scores)._asdict(),
                 SIZE=size,
                 GROUPS=together,
                 num_warps=1,
@@ -242,7 +244,7 @@ _ELEMENTS = {
 class _Region(NamedTuple):
     """A rectangle of blocks in each matrix that one launch covers."""
 
-    rectangle: tuple[int, int, int, int]  # first block row and column, block rows and columns
+    rectangle: Region
     blocks: int
     edge: bool  # whether its blocks are partial
     packed: bool  # whether 4 mask entries are stored as one word
@@ -258,7 +260,7 @@ def _regions(grid: BlockGrid, m: int, scores: Tensor) -> Iterator[_Region]:
         blocks = len(scores) * rows * cols
         if blocks:
             packed = not edge and m % 4 == 0 and grid.cols % 4 == 0
-            yield _Region((first_row, first_col, rows, cols), blocks, edge, packed)
+            yield _Region(Region(first_row, first_col, rows, cols), blocks, edge, packed)
 
 
 class _Member(NamedTuple):
@@ -281,7 +283,7 @@ def _table(members: Sequence[_Member], per_program: int, pattern: NMPattern) -> 
                 programs,
                 scores.data_ptr(),
                 *addresses,
-                *_matrix_arguments(scores),
+                *_matrix_of(scores),
                 *region.rectangle,
                 grid.block_rows,
                 grid.block_cols,
@@ -351,14 +353,17 @@ def _mask_pointer(mask: Tensor, region: _Region) -> Tensor:
     return mask.view(torch.int32 if region.packed else torch.uint8)
 
 
-def _matrix_arguments(scores: Tensor) -> tuple[int, ...]:
+def _matrix_of(scores: Tensor) -> Matrix:
     batch, rows, cols = scores.shape
-    return rows, cols, batch, *scores.stride()
+    return Matrix(rows, cols, batch, *scores.stride())
 
 
-def _run(kernel: Any, region: _Region, scores: Tensor, *arguments: Any, **meta: Any) -> None:
+def _run(kernel: Any, region: _Region, scores: Tensor, **arguments: Any) -> None:
+    """Launch a kernel on a region. Arguments are named: two that changed places would be hard to notice."""
+    grid = (triton.cdiv(region.blocks, arguments["BLOCKS"]),)
+    where = _matrix_of(scores)._asdict() | region.rectangle._asdict()
     with _device_of(scores):
-        kernel[(triton.cdiv(region.blocks, meta["BLOCKS"]),)](scores, *arguments, **meta)
+        kernel[grid](scores_ptr=scores, **where, **arguments)
 
 
 def _device_of(scores: Tensor) -> contextlib.AbstractContextManager[None]:

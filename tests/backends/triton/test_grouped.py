@@ -92,10 +92,11 @@ def test_launches(
 
     class Counting:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def launch(table: Tensor, regions: int, *args: Any, **meta: Any) -> None:
-                assert (meta["SLACK"], meta["PACKED"]) not in seen
-                seen[meta["SLACK"], meta["PACKED"]] = regions
-                kernel[grid](table, regions, *args, **meta)
+            def launch(**arguments: Any) -> None:
+                kind = arguments["SLACK"], arguments["PACKED"]
+                assert kind not in seen
+                seen[kind] = arguments["regions"]
+                kernel[grid](**arguments)
 
             return launch
 
