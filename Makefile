@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := $(BIN)/python bench
 
 # The stamp carries a hash of what decides the environment's contents. It is written last, so an
 # interrupted installation is started over, and a change of the requirements makes a new environment.
@@ -59,32 +60,32 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 demo: $(MODEL)
-	$(BIN)/python bench/demo.py
+	$(BENCH) demo
 
 bench: $(MODEL)
-	$(BIN)/python bench/ascent.py
-	$(BIN)/python bench/quality.py
-	$(BIN)/python bench/speed_cpu.py
-	$(BIN)/python bench/peers_cpu.py
-	$(BIN)/python bench/scaling.py
-	$(BIN)/python bench/augmentations.py
-	$(BIN)/python bench/kernel_costs.py
-	$(BIN)/python bench/memory_cpu.py
-	$(BIN)/python bench/first_call.py
-	$(BIN)/python bench/assignment.py
-	$(BIN)/python bench/sinkhorn.py
-	$(BIN)/python bench/microbenchmarks.py
-	$(BIN)/python bench/demo.py --results
-	$(BIN)/python bench/permutation.py
-	$(BIN)/python bench/perplexity.py
-	$(BIN)/python bench/perplexity.py --sequential block --matmul float32 --methods wanda sparsegpt alps \
+	$(BENCH) ascent
+	$(BENCH) quality
+	$(BENCH) speed_cpu
+	$(BENCH) peers_cpu
+	$(BENCH) scaling
+	$(BENCH) augmentations
+	$(BENCH) kernel_costs
+	$(BENCH) memory_cpu
+	$(BENCH) first_call
+	$(BENCH) assignment
+	$(BENCH) sinkhorn
+	$(BENCH) microbenchmarks
+	$(BENCH) demo --results
+	$(BENCH) permutation
+	$(BENCH) perplexity
+	$(BENCH) perplexity --sequential block --matmul float32 --methods wanda sparsegpt alps \
 		--patterns 2:4 16:32 --masks ordinary exact
-	$(BIN)/python bench/perplexity.py --picture
-	$(BIN)/python bench/plots.py
-	$(BIN)/python bench/tables.py
+	$(BENCH) perplexity --picture
+	$(BENCH) plots
+	$(BENCH) tables
 
 tables: $(STAMP)
-	$(BIN)/python bench/tables.py
+	$(BENCH) tables
 
 docs: $(STAMP)
 	$(BIN)/python docs/reference.py build/docs

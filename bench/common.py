@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import importlib.metadata
+import io
 import os
 import platform
 import statistics
@@ -17,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from nmsolve.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -148,28 +151,25 @@ def provenance(*packages: str) -> dict[str, str]:
 def write_csv(path: Path, rows: Iterable[Mapping[str, object]], *packages: str) -> None:
     """Write rows with their provenance; the file appears whole or not at all."""
     source = provenance(*packages)
-    lines = [{**row, **source} for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: _text(value) for key, value in line.items()} for line in lines)
-    partial.replace(path)
+    lines: list[Mapping[str, object]] = [{**row, **source} for row in rows]
+    _write_whole(path, lines)
     print(f"wrote {os.path.relpath(path)} ({len(lines)} rows)")
 
 
 def append_csv(path: Path, row: Mapping[str, object], *packages: str) -> None:
     """Add one row with its provenance to a result file that may not be there yet; whole or not at all."""
     rows: list[Mapping[str, object]] = [*read_csv(path)] if path.exists() else []
-    rows.append({key: _text(value) for key, value in {**row, **provenance(*packages)}.items()})
+    rows.append({**row, **provenance(*packages)})
+    _write_whole(path, rows)
+
+
+def _write_whole(path: Path, rows: list[Mapping[str, object]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _text(value) for key, value in row.items()} for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
+    write_text(path, text.getvalue())
 
 
 def _text(value: object) -> object:

@@ -21,13 +21,13 @@ from smollm2 import linears
 from torch import Tensor
 
 import nmsolve
+from nmsolve.backends.dispatch import MASK_METHODS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-METHODS = ("exact", "greedy", "tsenor")
 SAMPLE = 15  # tsenor solves every 15th layer: it is the slow one on a CPU
 PICTURED = "model.layers.14.mlp.gate_proj.weight"
 COLOURS = {"exact": "#1b7837", "tsenor": "#762a83", "greedy": "#e08214"}
@@ -74,7 +74,7 @@ class Tally:
 
 def solve(layers: list[tuple[str, Tensor]], n: int, m: int) -> tuple[list[dict], float]:
     """A row for each method, and the seconds that exact takes when it certifies every block."""
-    tallies = {method: Tally() for method in METHODS}
+    tallies = {method: Tally() for method in MASK_METHODS}
     exact_on_sample, certify = Tally(), 0.0
     for index, (_, scores) in enumerate(layers):
         start = time.perf_counter()
@@ -142,7 +142,7 @@ def draw_error(rows: list[dict], file: Path) -> None:
     figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
     axis.set(xscale="log", xlabel="nanoseconds per weight", ylabel="score lost against the upper bound, %")
     axis.set_yscale("symlog", linthresh=0.01)
-    for method in METHODS:
+    for method in MASK_METHODS:
         points = [
             (1e9 / row["weights_per_second"], 100 * max(0.0, row["below_bound"]), row["pattern"])
             for row in rows
@@ -191,7 +191,7 @@ def main() -> int:
     print("reading the weights of SmolLM2-135M-Instruct ...", flush=True)
     layers = [(name, weight.abs()) for name, weight in linears()][: arguments.layers]
     print(f"{len(layers)} linear layers, {sum(s.numel() for _, s in layers) / 1e6:.1f} million weights")
-    for method in METHODS:  # loads, or compiles once, the CPU backend's code
+    for method in MASK_METHODS:  # loads, or compiles once, the CPU backend's code
         nmsolve.transposable_mask(layers[0][1][:64, :64], 2, 4, method=method)
 
     rows, certified = [], []

@@ -48,8 +48,8 @@ from nmsolve.prune import (
 )
 from nmsolve.prune.layerwise.alps import alps_system
 from nmsolve.prune.layerwise.sparsegpt import sparsegpt_factor
+from nmsolve.prune.methods import PRUNING_METHODS
 
-METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
 PUBLISHED = "wanda, published rule"  # peers/wanda.py, with ordinary masks alone
 MASKS = ("ordinary", "exact", "tsenor")
 KEY = ("method", "pattern", "mask", "sequential", "calibration_tokens", "test_tokens", "matmul")
@@ -67,7 +67,8 @@ GROUPS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--methods", nargs="+", choices=(*METHODS, PUBLISHED), default=(*METHODS, PUBLISHED))
+    every = (*reversed(PRUNING_METHODS), PUBLISHED)  # those that take long last
+    parser.add_argument("--methods", nargs="+", choices=every, default=every)
     patterns = [f"{n}:{m}" for n, m in PATTERNS]
     parser.add_argument("--patterns", nargs="+", metavar="N:M", default=patterns)
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=MASKS)
@@ -311,10 +312,11 @@ class Bench:
 def draw(rows: list[dict[str, str]]) -> None:
     """Perplexity against M, a panel for each method, a line for each kind of mask."""
     from matplotlib.figure import Figure
+    from tables.pruning import NAMES_OF_METHODS
 
     dense = next(float(row["perplexity"]) for row in rows if row["method"] == "dense")
     rows = [row for row in rows if row["sequential"] == "off" and row["method"] != "dense"]
-    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
+    methods = [method for method in NAMES_OF_METHODS if any(row["method"] == method for row in rows)]
     figure = Figure(figsize=(2.6 * len(methods), 3.4), layout="constrained")
     panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
     styles = {"ordinary": "o-", "exact": "s-", "tsenor": "x--"}

@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from nmsolve.files import writing
+
 Row = dict[str, str]
 
 FLOOR = 1e-7  # errors below the resolution of the scores, float32, are drawn here
@@ -168,10 +170,9 @@ def growth(rows: list[Row], file: Path) -> None:
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write the picture under a temporary name first; the same results give the same bytes."""
-    partial = file.with_suffix(".partial")
-    figure.savefig(partial, dpi=90, format="png", metadata={"Software": None})
-    partial.replace(file)
+    """Write the picture; the same results give the same bytes."""
+    with writing(file) as picture:
+        figure.savefig(picture, dpi=90, format="png", metadata={"Software": None})
     print(f"wrote {file.name} ({file.stat().st_size / 1000:.0f} kB)")
 
 

@@ -33,6 +33,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if not on_gpu or os.environ.get("NMSOLVE_GPU_TESTS_ON_INTERPRETER") == "1":
         os.environ["TRITON_INTERPRET"] = "1"
         if importlib.util.find_spec("triton") is not None:
-            import interpreter
+            from kernel_costs import interpreter
 
             interpreter.install()

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 import nmsolve
-from nmsolve.backends.dispatch import backend_reasons
+from nmsolve.backends.dispatch import BACKENDS, MASK_METHODS, backend_reasons
 from nmsolve.checkpoint.mask_files import pack_mask, unpack_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIDE = 1024 if DEVICE == "cpu" else 4096
-BACKENDS = ("triton", "cpu", "torch")
 PATTERNS = ((2, 4), (4, 8), (8, 16), (16, 32))
 CASES = [(backend, n, m) for backend in BACKENDS for n, m in PATTERNS]
 
@@ -64,7 +63,7 @@ def timed(benchmark) -> Callable[..., object]:
 
 
 @pytest.mark.parametrize(("backend", "n", "m"), CASES)
-@pytest.mark.parametrize("method", ["exact", "greedy", "tsenor"])
+@pytest.mark.parametrize("method", MASK_METHODS)
 def test_transposable_mask(timed, method, backend, n, m):
     side = SIDE if backend != "torch" and method != "tsenor" else SIDE // 4
     scores = normal(side, side, device=home(backend)).abs()

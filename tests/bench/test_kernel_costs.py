@@ -13,17 +13,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-import kernel_cases
-import kernel_costs
-import kernel_model
-import kernel_trips
-import offline
-import regions
-import sass
 import torch
 import triton
 import triton.language as tl
 from common import read_csv
+from kernel_costs import cases, costs, model, offline, sass, source_regions
+from kernel_costs.trips import trips_of
 
 GROWTH = 1.1
 QUICK = [
@@ -41,16 +36,16 @@ QUICK = [
 """What a default run compiles for sm_90 in float32."""
 
 
-def check(cases: list[kernel_cases.Case]) -> None:
+def check(chosen: list[cases.Case]) -> None:
     """Nothing spilled, no barrier in loops where a warp holds blocks, no more instructions than tabled."""
     tabled = {
         tuple(row[key] for key in ("kernel", "m", "dtype", "target")): float(row["instructions_per_block"])
-        for row in read_csv(kernel_costs.COSTS)
+        for row in read_csv(costs.COSTS)
         if row["shipped"] == "1" and row["instructions_per_block"]
     }
-    trips = kernel_trips.trips_of(read_csv(kernel_costs.TRIPS))
+    trips = trips_of(read_csv(costs.TRIPS))
     faults = []
-    for case, result in zip(cases, offline.compile_all([case.job() for case in cases]), strict=True):
+    for case, result in zip(chosen, offline.compile_all([case.job() for case in chosen]), strict=True):
         if "error" in result:
             faults.append(f"{case}: {result['error']}")
             continue
@@ -61,7 +56,7 @@ def check(cases: list[kernel_cases.Case]) -> None:
             if barriers:
                 faults.append(f"{case}: barriers in loops {barriers}")
         if case.target.startswith("sm_"):
-            now = kernel_costs.cost(case, result, trips).row["instructions_per_block"]
+            now = costs.cost(case, result, trips).row["instructions_per_block"]
             before = tabled.get((case.kernel, str(case.m or ""), case.dtype, case.target), 0.0)
             if now > GROWTH * before:
                 faults.append(f"{case}: {now:.0f} instructions per block, {before:.0f} in the table")
@@ -69,19 +64,19 @@ def check(cases: list[kernel_cases.Case]) -> None:
 
 
 def test_shipped_configurations_cost_what_the_table_says() -> None:
-    check([kernel_cases.Case(kernel, m, "float32", "sm_90", True, None) for kernel, m in QUICK])
+    check([cases.Case(kernel, m, "float32", "sm_90", True, None) for kernel, m in QUICK])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", offline.TARGETS)
 def test_every_configuration_costs_what_the_table_says(target: str) -> None:
-    check([case for case in kernel_cases.shipped() if case.target == target])
+    check([case for case in cases.shipped() if case.target == target])
 
 
 def test_nothing_in_the_table_spills() -> None:
-    rows = [row for row in read_csv(kernel_costs.COSTS) if row["shipped"] == "1"]
+    rows = [row for row in read_csv(costs.COSTS) if row["shipped"] == "1"]
     assert {(row["kernel"], row["m"]) for row in rows} == {
-        (case.kernel, str(case.m or "")) for case in kernel_cases.shipped()
+        (case.kernel, str(case.m or "")) for case in cases.shipped()
     }
     assert all(row["spills"] == "0" for row in rows)
 
@@ -143,10 +138,10 @@ def other(x):
 
 
 @pytest.fixture
-def sources(tmp_path: Path) -> regions.Sources:
+def sources(tmp_path: Path) -> source_regions.Sources:
     file = tmp_path / "k.py"
     file.write_text(SOURCE.removeprefix("\n"))
-    return regions.Sources([file], "kernel")
+    return source_regions.Sources([file], "kernel")
 
 
 def test_instructions_have_labels_and_lines_resolved() -> None:
@@ -176,13 +171,13 @@ def test_instructions_are_counted_by_kind_and_by_unit() -> None:
     assert counts["pipes"]["fma_heavy"] == counts["pipes"]["minmax"] == counts["pipes"]["memory"] == 1
 
 
-def test_machine_code_is_assigned_to_the_loops_of_the_source(sources: regions.Sources) -> None:
-    found = regions.phases(sass.parse(LISTING), sources)
+def test_machine_code_is_assigned_to_the_loops_of_the_source(sources: source_regions.Sources) -> None:
+    found = source_regions.phases(sass.parse(LISTING), sources)
     sizes = {name: sum(counts["kinds"].values()) for name, counts in found.items()}
     assert sizes == {"kernel": 3, "kernel.while1": 5, "kernel.while1.while1": 3, "kernel.while1.if1": 2}
 
 
-def test_a_call_of_a_label_leaves_a_loop(sources: regions.Sources) -> None:
+def test_a_call_of_a_label_leaves_a_loop(sources: source_regions.Sources) -> None:
     """As compiled for sm_80; calls of subroutines come back."""
     leave = """        /*00a0*/              @!P3 CALL.REL.NOINC `(.L_x_3) ;
         /*00a4*/                   BRA `(.L_x_0) ;
@@ -190,8 +185,8 @@ def test_a_call_of_a_label_leaves_a_loop(sources: regions.Sources) -> None:
 """
     branch = "        /*00a0*/                   BRA P3, `(.L_x_0) ;\n"
     assert branch in LISTING
-    expected = regions.phases(sass.parse(LISTING), sources)
-    found = regions.phases(sass.parse(LISTING.replace(branch, leave)), sources)
+    expected = source_regions.phases(sass.parse(LISTING), sources)
+    found = source_regions.phases(sass.parse(LISTING.replace(branch, leave)), sources)
     assert found.keys() == expected.keys()
     for region, counts in found.items():
         kinds, before = dict(counts["kinds"]), dict(expected[region]["kinds"])
@@ -199,34 +194,34 @@ def test_a_call_of_a_label_leaves_a_loop(sources: regions.Sources) -> None:
         assert kinds == before
 
 
-def test_a_loop_that_the_source_does_not_have_is_an_error(sources: regions.Sources) -> None:
+def test_a_loop_that_the_source_does_not_have_is_an_error(sources: source_regions.Sources) -> None:
     with pytest.raises(ValueError, match="none of the source's"):
-        regions.phases(sass.parse(LISTING.replace("line 7", "line 3")), sources)
+        source_regions.phases(sass.parse(LISTING.replace("line 7", "line 3")), sources)
 
 
-def test_a_loop_that_is_there_twice_is_an_error(sources: regions.Sources) -> None:
+def test_a_loop_that_is_there_twice_is_an_error(sources: source_regions.Sources) -> None:
     loop = (
         '\t//## File "k.py", line 5\n.L_{0}:\n'
         "  /*00{0}0*/  FADD R1, R1, R0 ;\n  /*00{0}8*/  @P0 BRA `(.L_{0}) ;\n"
     )
     once = loop.format(1) + "  /*0090*/  EXIT ;\n"
-    assert sum(regions.phases(sass.parse(once), sources)["kernel.while1"]["kinds"].values()) == 2
+    assert sum(source_regions.phases(sass.parse(once), sources)["kernel.while1"]["kinds"].values()) == 2
     with pytest.raises(ValueError, match="twice"):
-        regions.phases(sass.parse(loop.format(1) + loop.format(2) + "  /*0090*/  EXIT ;\n"), sources)
+        source_regions.phases(sass.parse(loop.format(1) + loop.format(2) + "  /*0090*/  EXIT ;\n"), sources)
 
 
 # --- regions of the source ----------------------------------------------------------------------------------
 
 
 def test_regions_are_loops_and_branches_by_their_path() -> None:
-    found = {region.name: region for region in regions.read(SOURCE)}
+    found = {region.name: region for region in source_regions.read(SOURCE)}
     assert set(found) == {"kernel", "kernel.while1", "kernel.while1.while1", "kernel.while1.if1", "other"}
     assert found["kernel.while1.while1"].calls == ("other",)
     static = SOURCE.replace("while x < n", "for k in tl.static_range(4)")
-    assert "kernel.for1" not in {region.name for region in regions.read(static)}
+    assert "kernel.for1" not in {region.name for region in source_regions.read(static)}
 
 
-def test_a_helper_belongs_to_the_one_place_that_calls_it(sources: regions.Sources) -> None:
+def test_a_helper_belongs_to_the_one_place_that_calls_it(sources: source_regions.Sources) -> None:
     assert sources.chain("other") == ("other", "kernel.while1.while1", "kernel.while1", "kernel")
     assert sources.at("elsewhere/k.py", 7) == "kernel.while1.while1"
     assert sources.at("elsewhere/k.py", 16) == "other"
@@ -253,9 +248,9 @@ def _halving_kernel(x_ptr, y_ptr):
 
 
 def test_entries_of_regions_are_counted_in_the_interpreter() -> None:
-    sources = regions.Sources([Path(__file__)], "_halving_kernel")
+    sources = source_regions.Sources([Path(__file__)], "_halving_kernel")
     x, y = torch.tensor([0, 1, 7, 8]), torch.zeros(4, dtype=torch.long)
-    with regions.counting(sources) as entered:
+    with source_regions.counting(sources) as entered:
         _halving_kernel[(4,)](x, y)
     assert y.tolist() == [0, 1, 2, 3]  # 7 -> 3 // 2, 8 -> 4 // 2 -> 2 // 2
     assert entered == {
@@ -271,7 +266,7 @@ def test_entries_of_regions_are_counted_in_the_interpreter() -> None:
 
 # --- the model ----------------------------------------------------------------------------------------------
 
-H100 = kernel_model.GPUS["sm_90"]
+H100 = model.GPUS["sm_90"]
 
 
 @pytest.mark.parametrize(
@@ -285,13 +280,11 @@ H100 = kernel_model.GPUS["sm_90"]
     ],
 )
 def test_occupancy(registers: int, warps: int, shared: int, share: float) -> None:
-    assert kernel_model.occupancy(H100, registers, warps, shared) == share
+    assert model.occupancy(H100, registers, warps, shared) == share
 
 
 def test_clocks_of_each_unit() -> None:
-    found = kernel_model.clocks(
-        H100, {"fma": 8, "fma_heavy": 4, "alu": 6, "minmax": 2, "shuffle": 5, "special": 1}
-    )
+    found = model.clocks(H100, {"fma": 8, "fma_heavy": 4, "alu": 6, "minmax": 2, "shuffle": 5, "special": 1})
     assert found == {
         "issue": 6.5,
         "float": 3.0,
@@ -300,20 +293,20 @@ def test_clocks_of_each_unit() -> None:
         "exchange": 5.0,
         "double": 0.0,
     }
-    assert kernel_model.clocks(kernel_model.GPUS["sm_80"], {"fma": 8})["float"] == 4.0
-    assert kernel_model.clocks(kernel_model.GPUS["sm_100"], {"minmax": 4})["integer"] == 1.0
-    assert kernel_model.clocks(kernel_model.GPUS["sm_100"], {"fma_packed": 4})["float"] == 2.0
+    assert model.clocks(model.GPUS["sm_80"], {"fma": 8})["float"] == 4.0
+    assert model.clocks(model.GPUS["sm_100"], {"minmax": 4})["integer"] == 1.0
+    assert model.clocks(model.GPUS["sm_100"], {"fma_packed": 4})["float"] == 2.0
 
 
 def test_prediction_is_the_slowest_of_the_units_and_the_memory() -> None:
-    busy = kernel_model.predict(H100, {"alu": 1000}, 132 * 1.98e9, 3.35e12)
+    busy = model.predict(H100, {"alu": 1000}, 132 * 1.98e9, 3.35e12)
     assert busy == (pytest.approx(500.0), pytest.approx(1.0), "integer")
-    idle = kernel_model.predict(H100, {"alu": 1}, 132, 3.35e12)
+    idle = model.predict(H100, {"alu": 1}, 132, 3.35e12)
     assert idle == (pytest.approx(1.0), pytest.approx(1.0), "memory")
 
 
 def test_a_cost_is_instructions_times_entries() -> None:
-    case = kernel_cases.Case("tsenor", 16, "float32", "sm_90", True, None)
+    case = cases.Case("tsenor", 16, "float32", "sm_90", True, None)
     phases = {
         "dykstra_kernel": {"kinds": {"float": 100}, "pipes": {"fma": 100}},
         "store_mask.if1": {"kinds": {"global": 4}, "pipes": {"memory": 4}},
@@ -325,7 +318,7 @@ def test_a_cost_is_instructions_times_entries() -> None:
     }  # fmt: skip
     entered = dict.fromkeys(offline.sources_of("dykstra").regions, 1.0)
     trips = {("tsenor", 16, 4): {**entered, "dykstra.for1.for1": 300.0}}
-    row, lines = kernel_costs.cost(case, result, trips)
+    row, lines = costs.cost(case, result, trips)
     assert row["instructions_per_block"] == (104 + 300 * 32) * 2 / 4
     assert row["float"] == (100 + 300 * 30) * 2 / 4
     assert row["bytes_per_weight"] == 5
@@ -337,12 +330,12 @@ def test_a_cost_is_instructions_times_entries() -> None:
         "dykstra iteration": 300.0, "load, start, store": 1.0,
     }  # fmt: skip
     with pytest.raises(ValueError, match="not counted"):
-        kernel_costs.cost(case, result, {("tsenor", 16, 4): {"dykstra_kernel": 1.0}})
+        costs.cost(case, result, {("tsenor", 16, 4): {"dykstra_kernel": 1.0}})
 
 
-@pytest.mark.parametrize("m", kernel_cases.SIZES)
+@pytest.mark.parametrize("m", cases.SIZES)
 def test_candidates_fill_their_warps(m: int) -> None:
-    tiles = kernel_cases.candidate_tiles(m)
+    tiles = cases.candidate_tiles(m)
     assert tiles
     for rows_in, cols_in, blocks, warps in tiles:
         assert (m // rows_in) * (m // cols_in) * blocks == 32 * warps

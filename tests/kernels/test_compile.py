@@ -12,8 +12,8 @@ import os
 from itertools import product
 from typing import Any
 
-import offline
 import pytest
+from kernel_costs import offline
 
 pytest.importorskip("triton")
 

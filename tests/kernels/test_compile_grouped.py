@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-import offline
 import pytest
+from kernel_costs import offline
 
 pytest.importorskip("triton")
 

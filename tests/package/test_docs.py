@@ -112,6 +112,6 @@ def test_command_lines_use_options_that_exist(document):
 
 def test_tables_show_what_the_results_say():
     done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "tables.py"), "--check"], capture_output=True, text=True
+        [sys.executable, str(ROOT / "bench"), "tables", "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr

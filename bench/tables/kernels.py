@@ -1,11 +1,12 @@
-"""The tables of docs/internals/kernel-costs.md, from what bench/kernel_costs.py wrote."""
+"""The tables of docs/internals/kernel-costs.md, from what bench/kernel_costs wrote."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kernel_model import GPUS
-from table_columns import (
+from kernel_costs.model import GPUS
+
+from tables.columns import (
     Column,
     Row,
     fixed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from table_columns import Row, grid, left, listing, number, results, right, share
+from tables.columns import Row, grid, left, listing, number, results, right, share
 
 SPEED, CLAIMS, MICRO = "speed_cpu.csv", "speed_cpu_claims.csv", "micro.csv"
 

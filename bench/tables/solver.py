@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from table_columns import fixed, in_order, left, listing, markdown, results, right, share, source
+from tables.columns import fixed, in_order, left, listing, markdown, results, right, share, source
 
 PATHS = "augmentations.csv"
 PATTERNS = ("8:16", "16:32")

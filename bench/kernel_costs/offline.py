@@ -20,8 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import regions
-import sass
+from common import ROOT
+
+from kernel_costs import sass, source_regions
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -44,7 +45,8 @@ def _compile_chunk(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment |= {"TRITON_CACHE_DIR": cache, "TRITON_ALWAYS_COMPILE": "1"}
         child = subprocess.run(
-            [sys.executable, __file__],
+            [sys.executable, "-m", "kernel_costs.offline"],
+            cwd=ROOT / "bench",
             input=json.dumps(jobs),
             capture_output=True,
             text=True,
@@ -86,11 +88,11 @@ KERNELS = {
 """Files and function of each kernel."""
 
 
-def sources_of(kernel: str) -> regions.Sources:
+def sources_of(kernel: str) -> source_regions.Sources:
     """The regions of the sources that a kernel is made from."""
-    folder = Path(__file__).resolve().parents[2] / "kernels"
+    folder = ROOT / "kernels"
     files, entry = KERNELS[kernel]
-    return regions.Sources([folder / file for file in (*files, "_tile.py")], entry)
+    return source_regions.Sources([folder / file for file in (*files, "_tile.py")], entry)
 
 
 # --- inside the child ---------------------------------------------------------------------------------------
@@ -217,12 +219,12 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
     return resources(compiled, sources_of(job["kernel"])) | {"meta": numbers}
 
 
-def resources(compiled: Any, sources: regions.Sources) -> dict[str, Any]:
+def resources(compiled: Any, sources: source_regions.Sources) -> dict[str, Any]:
     """Registers, bytes of stack and shared memory, loads and stores of spilled registers, loops, phases.
 
     ``spills`` counts local-memory instructions (NVIDIA) or spilled registers (AMD). A stack without them is
     what calls of the 64-bit division subroutine ask for. ``loops`` are the opcodes of every loop, ``phases``
-    the instructions by region of the source (or why there are none), see :func:`regions.phases`.
+    the instructions by region of the source (or why there are none), see :func:`source_regions.phases`.
     """
     if "hsaco" in compiled.asm:
         text = compiled.asm["amdgcn"]
@@ -251,7 +253,7 @@ def resources(compiled: Any, sources: regions.Sources) -> dict[str, Any]:
         for loop in sass.natural_loops(blocks)
     ]
     try:
-        phases: dict[str, Any] | str = regions.phases(code, sources)
+        phases: dict[str, Any] | str = source_regions.phases(code, sources)
     except ValueError as error:
         phases = str(error)
     opcodes = Counter(line.name for line in code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from table_columns import Cell, Row, grid, in_order, left, markdown, number, pattern, results, source
+from tables.columns import Cell, Row, grid, in_order, left, markdown, number, pattern, results, source
 
 FILE = "scaling.csv"
 

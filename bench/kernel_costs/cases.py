@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import offline
+from kernel_costs import offline
 
 SIDE = 8192
 SIZES = (4, 8, 16, 32, 64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from table_columns import Row, fixed, left, listing, markdown, results, right, share, source, whole
+from tables.columns import Row, fixed, left, listing, markdown, results, right, share, source, whole
 
 FILE = "permutation.csv"
 LEARNING = "permutation_learning.csv"

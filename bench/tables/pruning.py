@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from common import PATTERNS
-from table_columns import Cell, Row, markdown, percent, results, share, source
 
-METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "ria": "RIA", "sparsegpt": "SparseGPT", "alps": "ALPS"}
+from tables.columns import Cell, Row, markdown, percent, results, share, source
+
+NAMES_OF_METHODS = {
+    "magnitude": "magnitude",
+    "wanda": "Wanda",
+    "ria": "RIA",
+    "sparsegpt": "SparseGPT",
+    "alps": "ALPS",
+}
 MASKS = {"ordinary": "ordinary", "exact": "transposable, exact", "tsenor": "transposable, tsenor"}
 SIZES = [f"{n}:{m}" for n, m in PATTERNS]
 FILE = "perplexity.csv"
@@ -24,7 +31,7 @@ def by_pattern(cell: Cell) -> str:
     """A line for each method and mask, a column for each pattern."""
     rows = runs()
     lines = []
-    for method, name in METHODS.items():
+    for method, name in NAMES_OF_METHODS.items():
         for mask, kind in MASKS.items():
             found = [rows.get((method, size, mask)) for size in SIZES]
             if any(found):
@@ -70,7 +77,7 @@ def gaps() -> str:
     """How many times the ordinary mask's perplexity a transposable mask has."""
     rows = runs()
     lines = []
-    for method, name in METHODS.items():
+    for method, name in NAMES_OF_METHODS.items():
         pairs = [(rows.get((method, size, "exact")), rows.get((method, size, "ordinary"))) for size in SIZES]
         cells = [
             f"{float(a['perplexity']) / float(b['perplexity']):.2f}" if a and b else MISSING for a, b in pairs
@@ -91,7 +98,7 @@ def sequential() -> str:
     sizes = [size for size in SIZES if any(size == found for _, found, _ in in_turn)]
     lines = [
         [
-            METHODS[method],
+            NAMES_OF_METHODS[method],
             MASKS[mask],
             *(
                 perplexity(found[method, size, mask]) if (method, size, mask) in found else MISSING
@@ -100,7 +107,7 @@ def sequential() -> str:
             ),
         ]
         for method, mask in sorted(
-            keys, key=lambda key: (list(METHODS).index(key[0]), list(MASKS).index(key[1]))
+            keys, key=lambda key: (list(NAMES_OF_METHODS).index(key[0]), list(MASKS).index(key[1]))
         )
     ]
     heads = [f"{size}, {kind}" for size in sizes for kind in ("one-shot", "in turn")]

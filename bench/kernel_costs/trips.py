@@ -9,9 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-import offline
-import regions
-from kernel_cases import KERNELS, SIDE, SINKHORN_ITERATIONS, TSENOR, n_of
+from kernel_costs import offline, source_regions
+from kernel_costs.cases import KERNELS, SIDE, SINKHORN_ITERATIONS, TSENOR, n_of
 
 Trips = dict[tuple[str, int, int], dict[str, float]]
 """(name of the counts, m, blocks per program) -> region -> mean entries per program."""
@@ -23,13 +22,13 @@ def count(task: tuple[str, int, int | None, str, int]) -> list[dict[str, Any]]:
     import torch
 
     torch.set_num_threads(1)
-    import interpreter
+    from kernel_costs import interpreter
 
     interpreter.install()
     name, m, blocks, distribution, programs = task
     (compiled,) = {row.compiled for row in KERNELS.values() if row.trips == name}
     sources = offline.sources_of(compiled)
-    with regions.counting(sources) as entered:
+    with source_regions.counting(sources) as entered:
         blocks, ran = _run_programs(name, m, blocks, distribution, programs)
     return [
         {

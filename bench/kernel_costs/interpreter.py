@@ -108,7 +108,7 @@ def _guard_memory() -> None:
         ranges.clear()
         written.clear()
         add_range([*prepared[0], *prepared[1].values()])
-        for argument in args:
+        for argument in (*args, *kwargs.values()):
             if group and argument is group[-1][0]:
                 add_range(group[-1][1])
         return prepared

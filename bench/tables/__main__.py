@@ -1,20 +1,26 @@
 """Writes the tables of README.md and docs/ from the result files.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``; nothing else is touched. With --check
-nothing is written, and the exit code is 1 if a document does not say what the results say. The modules
-``tables_AREA.py`` beside this one make the tables: each has a dictionary ``TABLES`` of names and functions.
+nothing is written, and the exit code is 1 if a document does not say what the results say. The modules beside
+this one make the tables: each has a dictionary ``TABLES`` of names and functions.
+
+    python bench tables
+    python bench tables --check
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import pkgutil
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from common import ROOT
+
+import tables
+from nmsolve.files import write_text
 
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.S)
@@ -22,8 +28,9 @@ MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.S)
 
 def all_tables() -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {}
-    for file in sorted(Path(__file__).parent.glob("tables_*.py")):
-        found |= importlib.import_module(file.stem).TABLES
+    for module in pkgutil.iter_modules(tables.__path__):
+        if module.name not in ("__main__", "columns"):
+            found |= importlib.import_module(f"tables.{module.name}").TABLES
     return found
 
 
@@ -31,15 +38,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="only say whether the documents are up to date")
     arguments = parser.parse_args()
-    tables = all_tables()
+    made = all_tables()
     stale = []
     for document in DOCUMENTS:
         before = document.read_text(encoding="utf-8")
-        after = MARKED.sub(lambda found: f"{found[1]}{tables[found[2]]()}\n{found[3]}", before)
+        after = MARKED.sub(lambda found: f"{found[1]}{made[found[2]]()}\n{found[3]}", before)
         if after != before:
             stale.append(document.relative_to(ROOT))
             if not arguments.check:
-                document.write_text(after, encoding="utf-8")
+                write_text(document, after)
     for document in stale:
         print(
             f"{document}: {'differs from bench/results; run make tables' if arguments.check else 'updated'}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from table_columns import Cell, Row, grid, in_order, left, loss, markdown, number, pattern, results, source
+from tables.columns import Cell, Row, grid, in_order, left, loss, markdown, number, pattern, results, source
 
 FILE = "peers.csv"
 LARGEST = "8192"  # side of the matrix whose times and losses the tables show

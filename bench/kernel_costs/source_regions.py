@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import sass
+from kernel_costs import sass
 
 LOOPS = (ast.For, ast.While)
 _ENTER = "__enter_region"
 
 
-class Region(NamedTuple):
+class SourceRegion(NamedTuple):
     """Lines ``first`` to ``last`` of a file; ``calls`` are the functions called there, not further inside."""
 
     name: str
@@ -80,7 +80,7 @@ def _calls(body: list[ast.stmt]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read(source: str) -> list[Region]:
+def read(source: str) -> list[SourceRegion]:
     """All regions of a file."""
     found = []
     for node in ast.parse(source).body:
@@ -88,7 +88,7 @@ def read(source: str) -> list[Region]:
             for name, parent, body, loop in _walk(node.name, node.body):
                 last = max(getattr(line, "end_lineno", 0) or 0 for line in body)
                 first = (loop or body[0]).lineno
-                found.append(Region(name, parent, first, last, loop is not None, _calls(body)))
+                found.append(SourceRegion(name, parent, first, last, loop is not None, _calls(body)))
     return found
 
 
@@ -97,8 +97,8 @@ class Sources:
 
     def __init__(self, files: Iterable[Path], entry: str) -> None:
         self.entry = entry
-        self.regions: dict[str, Region] = {}
-        self._of_file: dict[str, list[Region]] = {}
+        self.regions: dict[str, SourceRegion] = {}
+        self._of_file: dict[str, list[SourceRegion]] = {}
         for file in files:
             regions = read(file.read_text(encoding="utf-8"))
             self._of_file[file.name] = regions
@@ -209,7 +209,7 @@ def phases(code: list[sass.Instruction], sources: Sources) -> dict[str, dict[str
     return {name: sass.count(found) for name, found in lines.items()}
 
 
-def _branch(region: Region) -> bool:
+def _branch(region: SourceRegion) -> bool:
     return region.parent is not None and not region.loop
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from table_columns import (
+from tables.columns import (
     Column,
     Row,
     in_order,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from table_columns import Row, left, listing, number, results, right, rounding
+from tables.columns import Row, left, listing, number, results, right, rounding
 
 
 def _batch(row: Row) -> str:
