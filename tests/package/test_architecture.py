@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 import runpy
+import sys
 from pathlib import Path
 
+import common
 import pytest
+import tables.__main__ as tables
 import torch
+from tables import columns
 
 import nmsolve
 from nmsolve import cli
@@ -147,3 +151,31 @@ def test_a_command_is_a_file_and_a_row(monkeypatch, capsys):
     assert cli.main(["greet", "--out", "wrong"]) == USAGE
     assert capsys.readouterr().err == "nmsolve: error: --out: expected another path, got 'wrong'\n"
     assert cli.main(["greet", "--out", "late"]) == FAILED
+
+
+def test_a_benchmark_is_a_result_and_a_table(monkeypatch, tmp_path):
+    common.write_csv(tmp_path / "greetings.csv", [{"who": "me", "seconds": 0.5}])
+    monkeypatch.setattr(columns, "RESULTS", tmp_path)
+
+    def greetings() -> str:
+        cells = [columns.left("who"), columns.right("seconds", columns.number("seconds"))]
+        return columns.listing("greetings.csv", columns.results("greetings.csv"), cells)
+
+    page = tmp_path / "page.md"
+    text = "before\n\n<!-- table: greetings -->\n<!-- /table -->\n\nafter\n"
+    page.write_text(text)
+    monkeypatch.setattr(tables, "all_tables", lambda: {"greetings": greetings})
+    monkeypatch.setattr(tables, "DOCUMENTS", (page,))
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tables", "--check"])
+    assert tables.main() == 1
+    assert page.read_text() == text
+    monkeypatch.setattr(sys, "argv", ["tables"])
+    assert tables.main() == 0
+    monkeypatch.setattr(sys, "argv", ["tables", "--check"])
+    assert tables.main() == 0
+    shown = page.read_text()
+    assert shown.startswith("before\n\n<!-- table: greetings -->\n| who | seconds |\n")
+    assert "| me | 0.5 |" in shown
+    assert f"torch {torch.__version__}" in shown
+    assert shown.endswith("<!-- /table -->\n\nafter\n")
