@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,7 +21,6 @@ from nmsolve.backends import ascent_schedule
 from nmsolve.backends.triton import launch_table
 from nmsolve.blocks import BlockGrid, grid_of
 from nmsolve.kernels import _launch
-from nmsolve.kernels._tile import Matrix, Region
 from nmsolve.kernels.ascent import AscentSchedule
 from nmsolve.kernels.dykstra import dykstra_kernel
 from nmsolve.kernels.exact import exact_kernel
@@ -83,40 +82,42 @@ def exact(
         warm_u, warm_v = (duals.to(_dual_dtype(scores)).contiguous() for duals in warm)
     for region in _regions(grid, pattern.m, scores):
         if _is_exhaustive(pattern, region.edge, want_solution):
-            _run(
-                exhaustive_kernel,
-                region,
-                scores,
-                mask_ptr=_mask_pointer(result.mask, region),
-                **exhaustive_arguments(pattern),
-                PACKED=region.packed,
-            )
+            with _device_of(scores):
+                exhaustive_kernel[_programs(region, _launch.EXHAUSTIVE_BLOCKS)](
+                    scores_ptr=scores,
+                    mask_ptr=_mask_pointer(result.mask, region),
+                    **_matrix_arguments(scores),
+                    **region.rectangle,
+                    **exhaustive_arguments(pattern),
+                    PACKED=region.packed,
+                )
             continue
         tile = _exact_tile(region.edge, pattern.m)
-        _run(
-            exact_kernel,
-            region,
-            scores,
-            mask_ptr=_mask_pointer(result.mask, region),
-            row_duals_ptr=result.row_duals,
-            col_duals_ptr=result.col_duals,
-            objective_ptr=result.objective,
-            bound_ptr=result.bound,
-            warm_row_ptr=warm_u,
-            warm_col_ptr=warm_v,
-            n=pattern.n,
-            m=pattern.m,
-            grid_rows=grid.block_rows,
-            grid_cols=grid.block_cols,
-            unit=1,
-            **tile_arguments(tile),
-            PADDED=region.edge or tile.size != pattern.m,
-            SLACK=region.edge,
-            PACKED=region.packed,
-            WARM=warm is not None,
-            SOLUTION=want_solution,
-            SCHEDULE=SCHEDULE,
-        )
+        with _device_of(scores):
+            exact_kernel[_programs(region, tile.blocks)](
+                scores_ptr=scores,
+                mask_ptr=_mask_pointer(result.mask, region),
+                row_duals_ptr=result.row_duals,
+                col_duals_ptr=result.col_duals,
+                objective_ptr=result.objective,
+                bound_ptr=result.bound,
+                warm_row_ptr=warm_u,
+                warm_col_ptr=warm_v,
+                n=pattern.n,
+                m=pattern.m,
+                **_matrix_arguments(scores),
+                **region.rectangle,
+                grid_rows=grid.block_rows,
+                grid_cols=grid.block_cols,
+                unit=1,
+                **tile_arguments(tile),
+                PADDED=region.edge or tile.size != pattern.m,
+                SLACK=region.edge,
+                PACKED=region.packed,
+                WARM=warm is not None,
+                SOLUTION=want_solution,
+                SCHEDULE=SCHEDULE,
+            )
     return result
 
 
@@ -193,22 +194,23 @@ def _approximate(
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     for region in _regions(grid_of(scores, pattern), pattern.m, scores):
         tile = dykstra_tile(pattern.m, scores.dtype, transport=transport, packed=region.packed)
-        _run(
-            dykstra_kernel,
-            region,
-            scores,
-            mask_ptr=_mask_pointer(mask, region),
-            n=pattern.n,
-            m=pattern.m,
-            unit=1,
-            iterations=iterations,
-            tau=tau,
-            **tile_arguments(tile),
-            PADDED=region.edge or tile.size != pattern.m,
-            SLACK=region.edge,
-            PACKED=region.packed,
-            TRANSPORT=transport,
-        )
+        with _device_of(scores):
+            dykstra_kernel[_programs(region, tile.blocks)](
+                scores_ptr=scores,
+                mask_ptr=_mask_pointer(mask, region),
+                n=pattern.n,
+                m=pattern.m,
+                **_matrix_arguments(scores),
+                **region.rectangle,
+                unit=1,
+                iterations=iterations,
+                tau=tau,
+                **tile_arguments(tile),
+                PADDED=region.edge or tile.size != pattern.m,
+                SLACK=region.edge,
+                PACKED=region.packed,
+                TRANSPORT=transport,
+            )
     return mask
 
 
@@ -225,7 +227,7 @@ def ordinary(scores: Tensor, pattern: NMPattern) -> Tensor:
                 mask_ptr=mask.view(torch.uint8),
                 n=pattern.n,
                 m=pattern.m,
-                **_matrix_of(scores)._asdict(),
+                **_matrix_arguments(scores),
                 SIZE=size,
                 GROUPS=together,
                 num_warps=1,
@@ -244,7 +246,7 @@ _ELEMENTS = {
 class _Region(NamedTuple):
     """A rectangle of blocks in each matrix that one launch covers."""
 
-    rectangle: Region
+    rectangle: dict[str, int]  # in blocks, as the kernels' arguments name it
     blocks: int
     edge: bool  # whether its blocks are partial
     packed: bool  # whether 4 mask entries are stored as one word
@@ -260,7 +262,13 @@ def _regions(grid: BlockGrid, m: int, scores: Tensor) -> Iterator[_Region]:
         blocks = len(scores) * rows * cols
         if blocks:
             packed = not edge and m % 4 == 0 and grid.cols % 4 == 0
-            yield _Region(Region(first_row, first_col, rows, cols), blocks, edge, packed)
+            rectangle = {
+                "first_block_row": first_row,
+                "first_block_col": first_col,
+                "block_rows": rows,
+                "block_cols": cols,
+            }
+            yield _Region(rectangle, blocks, edge, packed)
 
 
 class _Member(NamedTuple):
@@ -283,8 +291,8 @@ def _table(members: Sequence[_Member], per_program: int, pattern: NMPattern) -> 
                 programs,
                 scores.data_ptr(),
                 *addresses,
-                *_matrix_of(scores),
-                *region.rectangle,
+                *_matrix_arguments(scores).values(),
+                *region.rectangle.values(),
                 grid.block_rows,
                 grid.block_cols,
             ]
@@ -353,17 +361,23 @@ def _mask_pointer(mask: Tensor, region: _Region) -> Tensor:
     return mask.view(torch.int32 if region.packed else torch.uint8)
 
 
-def _matrix_of(scores: Tensor) -> Matrix:
+def _matrix_arguments(scores: Tensor) -> dict[str, int]:
+    """Sizes and strides, as the kernels' arguments name them."""
     batch, rows, cols = scores.shape
-    return Matrix(rows, cols, batch, *scores.stride())
+    stride_batch, stride_row, stride_col = scores.stride()
+    return {
+        "rows": rows,
+        "cols": cols,
+        "batch": batch,
+        "stride_batch": stride_batch,
+        "stride_row": stride_row,
+        "stride_col": stride_col,
+    }
 
 
-def _run(kernel: Any, region: _Region, scores: Tensor, **arguments: Any) -> None:
-    """Launch a kernel on a region. Arguments are named: two that changed places would be hard to notice."""
-    grid = (triton.cdiv(region.blocks, arguments["BLOCKS"]),)
-    where = _matrix_of(scores)._asdict() | region.rectangle._asdict()
-    with _device_of(scores):
-        kernel[grid](scores_ptr=scores, **where, **arguments)
+def _programs(region: _Region, per_program: int) -> tuple[int]:
+    """The grid of a launch on a region."""
+    return (triton.cdiv(region.blocks, per_program),)
 
 
 def _device_of(scores: Tensor) -> contextlib.AbstractContextManager[None]:
