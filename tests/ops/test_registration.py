@@ -1,0 +1,54 @@
+"""Every operator is registered the same way, and the compiler stays out where nobody asked for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import nmsolve.ops  # noqa: F401  registers the operators
+
+CALLS = """
+import sys
+import torch
+import nmsolve
+
+x, order = torch.rand(4, 8, 8), torch.arange(8).flip(0)
+wanted = x.clone().requires_grad_()
+nmsolve.transposable_mask(x, 2, 4, return_solution=True)
+nmsolve.transposable_masks([x, x], 2, 4)
+nmsolve.nm_mask(x, 2, 4)
+nmsolve.assignment(x, return_solution=True)
+nmsolve.sinkhorn(wanted).sum().backward()
+nmsolve.permute_columns(wanted, order).sum().backward()
+nmsolve.rms_norm_permute(wanted, torch.ones(8), order).sum().backward()
+print(*[name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules])
+"""
+
+
+def test_first_calls_do_not_import_the_compiler():
+    """It takes a second or two."""
+    done = subprocess.run([sys.executable, "-c", CALLS], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+
+
+OPERATORS = [name for name in dir(torch.ops.nmsolve) if name[0] != "_" and name != "name"]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_have_a_fake_implementation_and_tags(name):
+    operator = getattr(torch.ops.nmsolve, name).default
+    assert torch.Tag.pt2_compliant_tag in operator.tags
+    assert torch.Tag.flexible_layout in operator.tags
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeExplicitAutograd")
+    assert torch._library.simple_registry.singleton.find(operator.name()).fake_impl.kernel is not None
+
+
+def test_a_bare_operator_is_not_silently_constant():
+    """The functions of nmsolve have gradients; differentiating the operator inside them raises."""
+    x = torch.rand(2, 4, 4, requires_grad=True)
+    moved = torch.ops.nmsolve.permute_columns(x, torch.arange(4).flip(0), False, "torch")
+    with pytest.raises(NotImplementedError, match="are not differentiable"):
+        moved.sum().backward()
