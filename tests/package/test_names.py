@@ -21,6 +21,8 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join(TOPS)}|\.ci)/[\w./*-]*[\w*]")
 SHORT = re.compile(r"`((?:[\w-]+/)*[\w-]+\.(?:py|csv))`")
+BENCHMARK = re.compile(r"(?:python bench|\$\(BENCH\)) ([a-z]\w*)")
+TARGET = re.compile(r"(?:`|^\$ )make ([a-z][\w-]*)", re.M)
 DOTTED = re.compile(r"(?<![\w./])nmsolve(?:\.[A-Za-z]\w*)+")
 
 
@@ -61,6 +63,14 @@ def resolves(name: str) -> bool:
     return False
 
 
+def dead_commands(text: str) -> set[str]:
+    """Benchmarks that ``python bench`` does not know, and targets that the Makefile does not have."""
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    known = {file.stem for file in (ROOT / "bench").glob("*.py")}
+    known |= {file.parent.name for file in (ROOT / "bench").glob("*/__main__.py")}
+    return (set(BENCHMARK.findall(text)) - known) | (set(TARGET.findall(text)) - set(targets))
+
+
 def prose(file: Path) -> str:
     """A source; of tests only comments and long strings, for their code makes up names."""
     text = file.read_text(encoding="utf-8")
@@ -89,12 +99,19 @@ def test_dead_names_are_found():
         "nmsolve.ops.masks.none",
         "nmsolve.reference",
     }
+    assert dead_commands(
+        "`make test` or `make tea`, python bench tables, python bench tales, $(BENCH) none"
+    ) == {
+        "none",
+        "tales",
+        "tea",
+    }
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_documents(document):
     text = document.read_text(encoding="utf-8")
-    assert not dead_paths(text) | dead_short_names(text) | dead_dotted_names(text)
+    assert not dead_paths(text) | dead_short_names(text) | dead_dotted_names(text) | dead_commands(text)
 
 
 @pytest.mark.parametrize("top", TOPS)
@@ -102,13 +119,15 @@ def test_sources(top):
     dead = {}
     for file in sorted((ROOT / top).rglob("*.py")):
         if file != Path(__file__):
-            dead[file] = dead_paths(prose(file)) | dead_dotted_names(prose(file))
+            text = prose(file)
+            dead[file] = dead_paths(text) | dead_dotted_names(text) | dead_commands(text)
     assert not {str(file.relative_to(ROOT)): names for file, names in dead.items() if names}
 
 
 @pytest.mark.parametrize("name", ["Makefile", "pyproject.toml", ".ci/run", ".ci/constraints.txt"])
 def test_files_of_the_build(name):
-    assert not dead_paths((ROOT / name).read_text(encoding="utf-8"))
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert not dead_paths(text) | dead_commands(text)
 
 
 def test_every_page_is_in_an_index():
