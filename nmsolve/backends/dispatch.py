@@ -209,7 +209,7 @@ _ROWS = (
         "nmsolve.backends.cpu",
         preferred_on=("cpu",),
         needs="numba",
-        remedy="pip install 'nmsolve[cpu]'",
+        remedy="pip install numba",
         assignment_finds_infinite=True,
     ),
     REFERENCE,

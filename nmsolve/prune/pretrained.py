@@ -1,17 +1,16 @@
-"""transformers models in checkpoint folders: loading them to be pruned, and what a pruned one takes along."""
+"""transformers models and tokenizers in checkpoint folders: loading them without network and without code."""
 
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
-from nmsolve.checkpoint.format import INDEX_NAME, PICTURE_NAME, REPORT_NAME, open_checkpoint
-from nmsolve.errors import NMSolveError, NMSolveWarning, one_line
+from nmsolve.checkpoint.format import open_checkpoint
+from nmsolve.errors import NMSolveError, NMSolveWarning, counted, one_line
 
-__all__ = ["copy_other_files", "load_model", "load_tokenizer"]
+__all__ = ["load_model", "load_tokenizer"]
 
 # Neither the network nor code that comes with a checkpoint.
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -33,10 +32,12 @@ def load_model(folder: Path, dtype: str | None = None) -> Any:
         If transformers is not installed, or the folder holds no model that it can load whole.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise NMSolveError("transformers is not installed: pip install 'nmsolve[hf]'")
-    if not (folder / "config.json").is_file():
+        raise NMSolveError("transformers is not installed: pip install transformers")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        _told_to_be_an_adapter(folder)
         raise NMSolveError(f"{folder}: expected a checkpoint folder with a config.json")
-    open_checkpoint(folder)
+    if not open_checkpoint(folder).is_folder:
+        raise NMSolveError(f"{folder}: expected a checkpoint folder with a config.json, got a file")
     import torch
     import transformers
 
@@ -67,6 +68,14 @@ def load_model(folder: Path, dtype: str | None = None) -> Any:
     return model
 
 
+def _told_to_be_an_adapter(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
+        raise NMSolveError(
+            f"{folder}: expected a model, got an adapter; merge it first: in peft, "
+            "model.merge_and_unload().save_pretrained(...)"
+        )
+
+
 def _check_loaded(folder: Path, kind: str, found: dict[str, Any]) -> None:
     """Weights that the folder lacks would be random numbers; those that the model lacks are left behind."""
     mismatched = sorted(found["mismatched_keys"])
@@ -85,12 +94,18 @@ def _check_loaded(folder: Path, kind: str, found: dict[str, Any]) -> None:
     unused = sorted(found["unexpected_keys"])
     if unused:
         warnings.warn(
-            f"{len(unused)} {'tensor' if len(unused) == 1 else 'tensors'} in {folder} "
+            f"{counted(len(unused), 'tensor')} in {folder} "
             f"{'is' if len(unused) == 1 else 'are'} no part of {kind}: {unused[0]}"
             + (", ..." if len(unused) > 1 else ""),
             NMSolveWarning,
             stacklevel=3,
         )
+
+
+# One of these, or of these suffixes, is there where a checkpoint has a tokenizer; without, transformers makes up
+# one that knows no words.
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+_TOKENIZER_SUFFIXES = (".model", ".tiktoken", ".bpe", ".vocab", ".spm")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -101,19 +116,23 @@ def load_tokenizer(folder: Path) -> Any:
     NMSolveError
         If there is none, or it cannot be loaded.
     """
+    instead = "or give tokens, one tensor in a .safetensors file, in place of text"
+    files = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.name in _TOKENIZER_FILES or path.suffix in _TOKENIZER_SUFFIXES
+    ]
+    if not files:
+        raise NMSolveError(
+            f"{folder}: no tokenizer to read text with: there is no tokenizer.json; copy it there, {instead}"
+        )
     import transformers
 
+    # Whatever goes wrong in there, a missing package or a file that does not parse, the text cannot be read.
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
-    except (OSError, ValueError, KeyError) as error:
-        raise NMSolveError(f"{folder}: no tokenizer to read text with: {one_line(error)}") from None
-
-
-def copy_other_files(source: Path, out: Path) -> None:
-    """Copies what else a checkpoint folder holds, such as licence, image processor and model card."""
-    for path in open_checkpoint(source).extras:
-        target = out / path
-        ours = path.name in (INDEX_NAME, REPORT_NAME, PICTURE_NAME)
-        if not ours and not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / path, target)
+    except Exception as error:
+        raise NMSolveError(
+            f"{files[0]}: the tokenizer cannot be loaded: {type(error).__name__}: {one_line(error)}; repair "
+            f"it, {instead}"
+        ) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from typing import Any
 from nmsolve.about import __version__, versions
 from nmsolve.checkpoint.report import finite
 from nmsolve.errors import NMSolveError
-from nmsolve.files import write_text
+from nmsolve.files import replacing, write_text
 from nmsolve.solution import relative_gap, retained_share
 
-__all__ = ["LayerReport", "PruneReport", "need_matplotlib"]
+__all__ = ["LayerReport", "PruneReport", "layer_kinds", "need_matplotlib"]
 
 
 @dataclass
@@ -56,14 +56,18 @@ class PruneReport:
     ``memory`` is in bytes: ``model`` (its parameters), ``activations`` (the inputs of one block, for all
     batches), ``statistics`` (the largest Hessians held at a time) and ``peak``, the process's peak of
     resident memory, plus ``peak_gpu`` where there is a GPU. ``parameters`` counts those of the whole model,
-    ``skipped`` says what stays dense and why, ``resumed`` counts the layers that an earlier run had finished.
+    ``zeros`` the zeros that were in the pruned weights before, ``skipped`` says what stays dense and why,
+    ``resumed`` counts the layers that an earlier run had finished. ``settings`` has the options that the method
+    used, ``files`` what was read and written.
     """
 
     settings: Mapping[str, object]
     layers: list[LayerReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    files: Mapping[str, object] = field(default_factory=dict)
     parameters: int = 0
+    zeros: int = 0
     resumed: int = 0
     seconds: float = 0.0
 
@@ -79,6 +83,7 @@ class PruneReport:
             "parameters": self.parameters,
             "weights": sum(layer.weights for layer in self.layers),
             "kept": sum(layer.kept for layer in self.layers),
+            "zeros_before": self.zeros,
             "mean_relative_error": math.fsum(errors) / len(errors) if errors else None,
             "mean_retained": math.fsum(layer.retained for layer in self.layers) / max(1, len(self.layers)),
             "retained": retained_share(objective, score),
@@ -94,6 +99,7 @@ class PruneReport:
         data = {
             "nmsolve": __version__,
             "versions": versions(),
+            "files": dict(self.files),
             "settings": dict(self.settings),
             "totals": self.totals(),
             "memory": self.memory,
@@ -123,13 +129,13 @@ class PruneReport:
             panels.insert(0, ("relative reconstruction error", "relative_error", True))
         figure = Figure(figsize=(10, 3.6 * len(panels)), layout="constrained")
         axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-        kinds = list(dict.fromkeys(layer.name.rpartition(".")[2] for layer in self.layers))
+        kinds = layer_kinds([layer.name for layer in self.layers])
         for axis, (title, field_name, logarithmic) in zip(axes, panels, strict=True):
-            for kind in kinds:
+            for kind in dict.fromkeys(kinds):
                 points = [
                     (place, getattr(layer, field_name))
                     for place, layer in enumerate(self.layers)
-                    if layer.name.rpartition(".")[2] == kind
+                    if kinds[place] == kind
                 ]
                 xs, ys = zip(*points, strict=True)
                 axis.plot(xs, ys, ".-", label=kind, linewidth=0.8)
@@ -137,10 +143,44 @@ class PruneReport:
                 axis.set_yscale("log")
             axis.set_ylabel(title)
             axis.grid(alpha=0.3)
-        axes[0].legend(ncols=min(8, max(1, len(kinds))), fontsize="small", frameon=False)
-        axes[0].set_title(f"{self.settings.get('method')}, {self.settings.get('pattern')}", loc="left")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", fontsize="small", frameon=False)
+        axes[0].set_title(self.title(), loc="left")
         axes[-1].set_xlabel("layer, in the order of the model")
-        figure.savefig(path, dpi=120)
+        with replacing(Path(path)) as partial:
+            figure.savefig(partial, dpi=120, format="png")
+
+    def title(self) -> str:
+        """Method, pattern and kind of mask in a line."""
+        settings = self.settings
+        pattern = settings.get("pattern")
+        if isinstance(pattern, Mapping):
+            pattern = ", ".join(f"{glob}={value or 'dense'}" for glob, value in pattern.items())
+        kind = f"transposable by {settings['mask_method']}" if settings.get("transposable") else "ordinary"
+        return f"{settings.get('method')}, {pattern} {kind}"
+
+
+def layer_kinds(names: Sequence[str]) -> list[str]:
+    """The kind of each layer: its name without numbers, cut to the end that no other kind has.
+
+    Examples
+    --------
+    >>> layer_kinds(["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.attn.c_proj", "h.1.mlp.c_fc"])
+    ['attn.c_proj', 'mlp.c_proj', 'attn.c_proj', 'c_fc']
+    """
+    paths = []
+    for name in names:
+        *above, last = name.split(".")
+        above = [part.rstrip("0123456789") for part in above]
+        paths.append(tuple(part for part in (*above, "" if last.isdigit() else last) if part))
+    short = {}
+    for path in dict.fromkeys(paths):
+        others = [other for other in dict.fromkeys(paths) if other != path]
+        size = 1
+        while size < len(path) and any(other[-size:] == path[-size:] for other in others):
+            size += 1
+        short[path] = ".".join(path[-size:]) or "layer"
+    return [short[path] for path in paths]
 
 
 def need_matplotlib() -> None:
@@ -148,4 +188,4 @@ def need_matplotlib() -> None:
     import importlib.util
 
     if importlib.util.find_spec("matplotlib") is None:
-        raise NMSolveError("picture: matplotlib is not installed: pip install 'nmsolve[hf]'")
+        raise NMSolveError("picture: matplotlib is not installed: pip install matplotlib")
