@@ -26,9 +26,16 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 def pytest_configure(config: pytest.Config) -> None:
     """Without ``-m gpu`` kernels are interpreted, on CPU tensors: decided before triton is imported.
 
-    NMSOLVE_GPU_TESTS_ON_INTERPRETER=1 has them interpreted with ``-m gpu``, too (tests/kernels/test_gpu.py).
+    NMSOLVE_GPU_TESTS_ON_INTERPRETER=1 has them interpreted with ``-m gpu``, too (tests/kernels/test_gpu.py);
+    NMSOLVE_PTX_SM=90 has them compiled for that target, and what the compiler writes emulated.
     """
     torch.set_num_threads(1)
+    if capability := os.environ.get("NMSOLVE_PTX_SM"):
+        os.environ.pop("TRITON_INTERPRET", None)
+        import emulator
+
+        emulator.install(int(capability))
+        return
     on_gpu = re.search(r"(?<!not )\bgpu\b", config.option.markexpr) is not None
     if not on_gpu or os.environ.get("NMSOLVE_GPU_TESTS_ON_INTERPRETER") == "1":
         os.environ["TRITON_INTERPRET"] = "1"

@@ -7,7 +7,8 @@ matrix alone bit for bit.
 Without a GPU, ``NMSOLVE_GPU_TESTS_ON_INTERPRETER=1 pytest -m gpu tests/kernels/test_gpu.py`` runs all that
 does not ask CUDA for something, on smaller CPU tensors in the interpreter, so that few lines of this file
 are run for the first time on a machine that has a GPU. The default suite runs a few of these tests in this
-way.
+way. ``NMSOLVE_PTX_SM=90`` (or 80, 100) in its place runs the same on what is compiled for that target, in an
+emulator of PTX (docs/internals/emulator.md).
 """
 
 from __future__ import annotations
@@ -28,22 +29,24 @@ from nmsolve.pattern import NMPattern
 
 gpu = pytest.importorskip("nmsolve.backends.triton.masks")
 
+EMULATED = bool(os.environ.get("NMSOLVE_PTX_SM"))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_CPU = INTERPRETED or EMULATED
 DEFAULT = INTERPRETED and os.environ.get("NMSOLVE_GPU_TESTS_ON_INTERPRETER") != "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+DEVICE = torch.device("cpu" if ON_CPU else "cuda")
 
 pytestmark = (
     []
     if DEFAULT
     else [
         pytest.mark.gpu,
-        pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="there is no GPU"),
+        pytest.mark.skipif(not ON_CPU and not torch.cuda.is_available(), reason="there is no GPU"),
     ]
 )
 
 
 def cuda_only(test: Any) -> Any:
-    return pytest.mark.gpu(pytest.mark.skipif(INTERPRETED, reason="asks CUDA, not a kernel")(test))
+    return pytest.mark.gpu(pytest.mark.skipif(ON_CPU, reason="asks CUDA, not a kernel")(test))
 
 
 def cases(every: Sequence[Any], default: Sequence[Any] = (), *, names: int = 1) -> list[Any]:
@@ -57,7 +60,7 @@ def cases(every: Sequence[Any], default: Sequence[Any] = (), *, names: int = 1) 
 
 
 def sized(on_gpu: int, interpreted: int) -> int:
-    return interpreted if INTERPRETED else on_gpu
+    return interpreted if ON_CPU else on_gpu
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -197,7 +200,7 @@ def test_a_group_is_each_matrix_alone(dtype: torch.dtype, n: int, m: int) -> Non
 def test_a_list_of_tensors_on_several_devices() -> None:
     scores = [matrix.cpu() if k % 3 == 0 else matrix for k, matrix in enumerate(experts(7, 4, torch.float32))]
     scores += experts(2, 4, torch.float16)
-    backend = "triton" if INTERPRETED else "auto"
+    backend = "triton" if ON_CPU else "auto"
     for matrix, mask in zip(scores, nmsolve.transposable_masks(scores, 2, 4, backend=backend), strict=True):
         assert mask.device == matrix.device
         assert torch.equal(mask, nmsolve.transposable_mask(matrix, 2, 4, backend=backend))
@@ -367,7 +370,7 @@ def test_compiled(mode: str) -> None:
     def pruned(weight: Tensor) -> Tensor:
         return 2 * weight * nmsolve.transposable_mask(weight.abs() + 1, 2, 4, backend="triton")
 
-    options: dict[str, Any] = {"backend": "aot_eager"} if INTERPRETED else {"mode": mode}
+    options: dict[str, Any] = {"backend": "aot_eager"} if ON_CPU else {"mode": mode}
     compiled = torch.compile(pruned, fullgraph=True, **options)
     for seed in range(3):
         weight = oracles.sample("signed", (16, 24), seed=seed).to(DEVICE)

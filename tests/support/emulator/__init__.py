@@ -6,8 +6,8 @@ all threads that stand there.
 
 All fatal: a load or store outside of the launch's tensors, or misaligned; two threads that touch a byte of
 global memory of which one changes the value; the same in shared memory without a barrier between; shared or
-local memory read before it is written; a shuffle, vote or reduction of a warp that is not all there; a barrier
-that not all threads of a CTA reach; an instruction, or a modifier of one, that is not known.
+local memory read before it is written; a shuffle or reduction of a warp that is not all there; a barrier that
+not all threads of a CTA reach; an instruction, or a modifier of one, that is not known.
 
 ==================  ==========================================================
 ``parse``           text of a kernel: instructions in basic blocks

@@ -189,7 +189,7 @@ def div_full_ftz(a: Array, b: Array) -> Array:
 
 
 def div_approx(a: Array, b: Array) -> Array:
-    """A reciprocal and a product: where the reciprocal of ``b`` would underflow, 0 (NaN for infinite ``a``)."""
+    """A reciprocal and a product: where the reciprocal of ``b`` underflows 0, or NaN for infinite ``a``."""
     result = _approximate(a.astype(f64) / b.astype(f64), 2)
     large = (np.abs(b) > f32(2.0**126)) & np.isfinite(b)
     return np.where(large, np.where(np.isinf(a), f32(np.nan), np.copysign(f32(0), result)), result)
@@ -208,7 +208,7 @@ def to_int(x: Array, kind: type) -> Array:
     whole = np.trunc(x.astype(f64))
     whole = np.where(np.isnan(whole), 0, whole)
     top = whole >= float(limits.max)
-    inside = np.clip(np.where(top, 0, whole), float(limits.min), float(limits.max)).astype(kind)
+    inside: Array = np.clip(np.where(top, 0, whole), float(limits.min), float(limits.max)).astype(kind)
     return np.where(top, kind(limits.max), inside)
 
 
@@ -268,7 +268,7 @@ def bfi(a: Array, b: Array, position: Array, length: Array) -> Array:
 
 
 def prmt(a: Array, b: Array, selector: Array) -> Array:
-    """``prmt.b32``: four bytes of the eight of ``a`` and ``b``; bit 3 of a selector repeats the byte's sign."""
+    """``prmt.b32``: four bytes of the eight of ``a`` and ``b``; bit 3 of a selector repeats a byte's sign."""
     both = a.astype(u64) | (b.astype(u64) << u64(32))
     result = np.zeros_like(a)
     for k in range(4):

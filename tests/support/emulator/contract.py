@@ -20,9 +20,9 @@ def contract(program: Program) -> int:
                 made += 1
             written = instruction.operands[0] if instruction.operands else ""
             products = {to: by for to, by in products.items() if written not in by.operands}
-            if instruction.opcode in ("mul.f32", "mul.f64") and not instruction.predicate:
-                if written not in instruction.operands[1:]:
-                    products[written] = instruction
+            is_product = instruction.opcode in ("mul.f32", "mul.f64") and not instruction.predicate
+            if is_product and written not in instruction.operands[1:]:
+                products[written] = instruction
     return made
 
 
@@ -49,5 +49,4 @@ def _fused(instruction: Instruction, products: dict[str, Instruction]) -> Instru
 def _negative(operand: str) -> str:
     if operand.startswith("%"):
         return f"-{operand}"
-    sign = {"0f": "8", "0d": "8"}[operand[:2]]
-    return f"{operand[:2]}{int(operand[2], 16) ^ int(sign):X}{operand[3:]}"
+    return f"{operand[:2]}{int(operand[2], 16) ^ 8:X}{operand[3:]}"  # the sign of 0f… or 0d…

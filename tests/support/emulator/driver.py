@@ -133,9 +133,7 @@ def _launch(
     if min(across, down, deep) < 1 or across >= 1 << 31 or max(down, deep) > 65535:
         raise PtxError(f"{kernel.program.name}: CUDA refuses the grid {across, down, deep}")
     grid = across, down, deep
-    launch = Launch(kernel, grid, values, ranges, compiled.metadata.shared, SETTINGS)
-    launch.compiled = compiled
-    LAUNCHES.append(launch)
+    LAUNCHES.append(Launch(kernel, grid, values, ranges, compiled.metadata.shared, SETTINGS))
 
 
 def _leaves(kinds: Any, argument: Any) -> Iterator[tuple[str, Any]]:

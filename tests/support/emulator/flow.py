@@ -31,9 +31,7 @@ def execution_order(successors: list[list[int]]) -> list[int]:
     return order
 
 
-def _components(
-    members: Iterable[int], entry: int, after: Callable[[int], list[int]]
-) -> list[list[int]]:
+def _components(members: Iterable[int], entry: int, after: Callable[[int], list[int]]) -> list[list[int]]:
     """Strongly connected components, those that follow first (Tarjan's algorithm, without recursion)."""
     number: dict[int, int] = {}
     low: dict[int, int] = {}

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Mask = Any
 """The threads that execute a block: True for all, or one bool each."""
 
+Place = tuple[int, int]
+"""Block, and instruction in it."""
+
 _WAITING = 1 << 20  # added to a position: the thread waits at the barrier before it
 _ENDED = 1 << 24  # the position of a thread that has ended
 _ALL_LANES = u32(0xFFFFFFFF)
@@ -54,7 +57,7 @@ _MACHINES: OrderedDict[tuple[Kernel, int], Machine] = OrderedDict()
 class Machine:
     """Registers of all threads of ``ctas`` CTAs, and the functions that a kernel's blocks call.
 
-    Threads are numbered through; a block's functions get its number and the instruction's with every check.
+    Threads are numbered through; functions that check something get the place that they are called from.
     """
 
     def __init__(self, kernel: Kernel, ctas: int) -> None:
@@ -141,9 +144,11 @@ class Machine:
         across, down, _ = launch.grid
         number = first + self._cta
         places = number % across, number // across % down, number // (across * down)
-        self._names |= dict(zip(("ctaid_x", "ctaid_y", "ctaid_z"), (p.astype(u32) for p in places), strict=True))
-        self._names |= {"nctaid_x": np.full(self.threads, across, u32)}
-        self._names |= {"nctaid_y": np.full(self.threads, down, u32)}
+        self._names |= {f"ctaid_{axis}": place.astype(u32) for axis, place in zip("xyz", places, strict=True)}
+        self._names |= {
+            f"nctaid_{axis}": np.full(self.threads, n, u32)
+            for axis, n in zip("xyz", launch.grid, strict=True)
+        }
 
     def _next(self, at: Array, rng: np.random.Generator | None) -> tuple[int, Mask] | None:
         """The position that is executed next, and by whom; None at the end."""
@@ -217,14 +222,16 @@ class Machine:
             if fewer.any():
                 raise Fault("the member mask is not all lanes", threads[fewer])
 
-    def _shuffle(self, clamp: Array, wanted: int, members: Array, mask: Mask, b: int, k: int) -> None:
-        self._here = b, k
+    def _shuffle(self, clamp: Array, wanted: int, members: Array, mask: Mask, place: Place) -> None:
+        self._here = place
         self._whole_warps(mask, members)
         if (clamp != wanted).any():
             raise Fault("a shuffle within parts of a warp is not known")
 
-    def shuffle_bfly(self, x: Array, lane: Array, clamp: Array, members: Array, mask: Mask, b: int, k: int) -> Array:
-        self._shuffle(clamp, 31, members, mask, b, k)
+    def shuffle_bfly(
+        self, x: Array, lane: Array, clamp: Array, members: Array, mask: Mask, place: Place
+    ) -> Array:
+        self._shuffle(clamp, 31, members, mask, place)
         distance = int(lane[0])
         if (lane != distance).any():
             raise Fault("a butterfly with distances that differ is not known")
@@ -232,36 +239,42 @@ class Machine:
             self._butterflies[distance] = self._everyone ^ (distance & 31)
         return x.take(self._butterflies[distance])
 
-    def shuffle_idx(self, x: Array, lane: Array, clamp: Array, members: Array, mask: Mask, b: int, k: int) -> Array:
-        self._shuffle(clamp, 31, members, mask, b, k)
+    def shuffle_idx(
+        self, x: Array, lane: Array, clamp: Array, members: Array, mask: Mask, place: Place
+    ) -> Array:
+        self._shuffle(clamp, 31, members, mask, place)
         return x.take(self._warp * 32 + (lane.astype(s64) & 31))
 
-    def shuffle_up(self, x: Array, lane: Array, clamp: Array, members: Array, mask: Mask, b: int, k: int) -> Array:
-        self._shuffle(clamp, 0, members, mask, b, k)
+    def shuffle_up(
+        self, x: Array, lane: Array, clamp: Array, members: Array, mask: Mask, place: Place
+    ) -> Array:
+        self._shuffle(clamp, 0, members, mask, place)
         source = self._lane - (lane.astype(s64) & 31)
         return x.take(self._warp * 32 + np.where(source >= 0, source, self._lane))
 
-    def shuffle_down(self, x: Array, lane: Array, clamp: Array, members: Array, mask: Mask, b: int, k: int) -> Array:
-        self._shuffle(clamp, 31, members, mask, b, k)
+    def shuffle_down(
+        self, x: Array, lane: Array, clamp: Array, members: Array, mask: Mask, place: Place
+    ) -> Array:
+        self._shuffle(clamp, 31, members, mask, place)
         source = self._lane + (lane.astype(s64) & 31)
         return x.take(self._warp * 32 + np.where(source <= 31, source, self._lane))
 
-    def reduce(self, function: np.ufunc, x: Array, members: Array, mask: Mask, b: int, k: int) -> Array:
-        self._here = b, k
+    def reduce(self, function: np.ufunc, x: Array, members: Array, mask: Mask, place: Place) -> Array:
+        self._here = place
         self._whole_warps(mask, members)
         return np.repeat(function.reduce(x.reshape(-1, 32), axis=1, dtype=x.dtype), 32)
 
-    def warp_barrier(self, members: Array, mask: Mask, b: int, k: int) -> None:
-        self._here = b, k
+    def warp_barrier(self, members: Array, mask: Mask, place: Place) -> None:
+        self._here = place
         self._whole_warps(mask, members)
         self.shared.warp_epoch[self._warp[self._active(mask)[::32]]] += 1
 
-    def arrive(self, mask: Mask, b: int, k: int) -> None:
+    def arrive(self, mask: Mask, place: Place) -> None:
         """At a barrier of the CTA, which warps reach as a whole."""
-        self._here = b, k
+        self._here = place
         self._whole_warps(mask)
 
-    def divide(self, x: Array, y: Array, mask: Mask, b: int, k: int) -> Array:
+    def divide(self, x: Array, y: Array, mask: Mask, place: Place) -> Array:
         """Of integers; by zero the result is whatever it is, and counted."""
         zero = y == 0
         if zero.any():
@@ -276,68 +289,74 @@ class Machine:
         value = self._launch.values[name] & ((1 << bits) - 1)
         return np.full(self.threads, np.array([value], UNSIGNED[bits // 8]).view(kind)[0])
 
-    def ld_global(self, at: Array, size: int, registers: list[Array | None], mask: Mask, b: int, k: int) -> None:
-        threads, self._here = self._active(mask), (b, k)
+    def ld_global(
+        self, at: Array, size: int, registers: list[Array | None], mask: Mask, place: Place
+    ) -> None:
+        threads, self._here = self._active(mask), place
         if len(threads):
             numbers = self._global.load(at[threads], size, len(registers), threads)
             _fill(registers, numbers, threads)
 
-    def st_global(self, at: Array, size: int, registers: list[Array], mask: Mask, b: int, k: int) -> None:
-        threads, self._here = self._active(mask), (b, k)
+    def st_global(self, at: Array, size: int, registers: list[Array], mask: Mask, place: Place) -> None:
+        threads, self._here = self._active(mask), place
         if len(threads):
             self._global.store(at[threads], size, _numbers(registers, size, threads), threads)
 
-    def ld_shared(self, at: Array, size: int, registers: list[Array | None], mask: Mask, b: int, k: int) -> None:
-        threads, self._here = self._active(mask), (b, k)
+    def ld_shared(
+        self, at: Array, size: int, registers: list[Array | None], mask: Mask, place: Place
+    ) -> None:
+        threads, self._here = self._active(mask), place
         if len(threads):
             numbers = self.shared.load(at[threads], size, len(registers), threads)
             _fill(registers, numbers.T, threads)
 
-    def st_shared(self, at: Array, size: int, registers: list[Array], mask: Mask, b: int, k: int) -> None:
-        threads, self._here = self._active(mask), (b, k)
+    def st_shared(self, at: Array, size: int, registers: list[Array], mask: Mask, place: Place) -> None:
+        threads, self._here = self._active(mask), place
         if len(threads):
             same = self.shared.store(at[threads], size, _numbers(registers, size, threads), threads)
             self._launch.same_shared_stores += same
 
-    def ld_local(self, at: Array, size: int, registers: list[Array | None], mask: Mask, b: int, k: int) -> None:
-        threads, self._here = self._active(mask), (b, k)
+    def ld_local(self, at: Array, size: int, registers: list[Array | None], mask: Mask, place: Place) -> None:
+        threads, self._here = self._active(mask), place
         if len(threads):
-            place = self._local(at, size * len(registers), threads)
-            _fill(registers, self.local.load(place, size, len(registers), threads).T, threads)
+            at = self._local(at, size * len(registers), threads)
+            _fill(registers, self.local.load(at, size, len(registers), threads).T, threads)
 
-    def st_local(self, at: Array, size: int, registers: list[Array], mask: Mask, b: int, k: int) -> None:
-        threads, self._here = self._active(mask), (b, k)
+    def st_local(self, at: Array, size: int, registers: list[Array], mask: Mask, place: Place) -> None:
+        threads, self._here = self._active(mask), place
         if len(threads):
-            place = self._local(at, size * len(registers), threads)
-            self.local.store(place, size, _numbers(registers, size, threads), threads)
+            at = self._local(at, size * len(registers), threads)
+            self.local.store(at, size, _numbers(registers, size, threads), threads)
 
     def _local(self, at: Array, total: int, threads: Array) -> Array:
         """Places in local memory of addresses in it, or of generic ones."""
-        place = at[threads]
-        place = np.where(place >= LOCAL, place - LOCAL, place)
-        if not self.local.holds(place, total):
+        at = at[threads]
+        at = np.where(at >= LOCAL, at - LOCAL, at)
+        if not self.local.holds(at, total):
             raise Fault(f"local memory out of bounds ({self.local.size} bytes)", threads)
-        return place
+        return at
 
-    def ld_generic(self, at: Array, size: int, registers: list[Array | None], mask: Mask, b: int, k: int) -> None:
-        (self.ld_local if self._is_local(at, mask) else self.ld_global)(at, size, registers, mask, b, k)
+    def ld_generic(
+        self, at: Array, size: int, registers: list[Array | None], mask: Mask, place: Place
+    ) -> None:
+        (self.ld_local if self._is_local(at, mask) else self.ld_global)(at, size, registers, mask, place)
 
-    def st_generic(self, at: Array, size: int, registers: list[Array], mask: Mask, b: int, k: int) -> None:
-        (self.st_local if self._is_local(at, mask) else self.st_global)(at, size, registers, mask, b, k)
+    def st_generic(self, at: Array, size: int, registers: list[Array], mask: Mask, place: Place) -> None:
+        (self.st_local if self._is_local(at, mask) else self.st_global)(at, size, registers, mask, place)
 
     def _is_local(self, at: Array, mask: Mask) -> bool:
         return bool((at[self._active(mask)] >= LOCAL).all())
 
-    def ldmatrix(self, at: Array, registers: list[Array], mask: Mask, b: int, k: int) -> None:
+    def ldmatrix(self, at: Array, registers: list[Array], mask: Mask, place: Place) -> None:
         """Matrices of 8 rows of 16 bytes, row r of matrix q where lane 8 q + r says; a lane gets 4 bytes."""
-        self._here = b, k
+        self._here = place
         warps, lanes = self._row_lanes(len(registers), mask)
         data = self.shared.load(at[lanes], 4, 4, lanes).reshape(len(warps), len(registers), 32)
         for q, register in enumerate(registers):
             register.reshape(-1, 32)[warps] = data[:, q]
 
-    def stmatrix(self, at: Array, registers: list[Array], mask: Mask, b: int, k: int) -> None:
-        self._here = b, k
+    def stmatrix(self, at: Array, registers: list[Array], mask: Mask, place: Place) -> None:
+        self._here = place
         warps, lanes = self._row_lanes(len(registers), mask)
         data = np.stack([register.reshape(-1, 32)[warps] for register in registers], 1).reshape(len(lanes), 4)
         columns = [np.ascontiguousarray(data[:, c]) for c in range(4)]

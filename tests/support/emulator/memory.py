@@ -1,9 +1,9 @@
 """Memory as a kernel sees it, and who touched what.
 
-Every check raises :class:`Fault`. Global memory is that of this process, of which a launch may touch the bytes
-of its tensors. Two threads of a launch may not touch a byte of which one of them changes the value: neither
-barriers nor the end of a CTA order them here. In shared memory they may if a barrier stands between, of the
-CTA or, for threads of one warp, of the warp.
+Every check raises :class:`Fault`. Global memory is that of this process, of which a launch may touch the
+bytes of its tensors. Two threads of a launch may not touch a byte of which one of them changes the value:
+neither barriers nor the end of a CTA order them here. In shared memory they may if a barrier stands between,
+of the CTA or, for threads of one warp, of the warp.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from emulator.arithmetic import UNSIGNED, Array, s32, s64, u8, u64
+from emulator.arithmetic import UNSIGNED, Array, s32, s64, u8
 
 _FIRST = 1 << 20
 _PROCESS = {

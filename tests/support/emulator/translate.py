@@ -12,6 +12,7 @@ modifiers included: none is passed over.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from types import CodeType
@@ -26,7 +27,7 @@ LOCAL = 1 << 60
 
 SPECIAL = (
     "%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y",
-    "%laneid",
+    "%nctaid.z", "%laneid",
 )  # fmt: skip
 
 Rule = Callable[["_Writer", "re.Match[str]", Instruction], None]
@@ -34,7 +35,7 @@ _RULES: list[tuple[re.Pattern[str], Rule]] = []
 
 
 def rule(pattern: str) -> Callable[[Rule], Rule]:
-    """Translate the opcodes that ``pattern`` matches whole; ``<F>`` and ``<I>`` are the float and integer types."""
+    """Translate the opcodes that ``pattern`` matches whole; ``<F>``, ``<I>``: float and integer types."""
     pattern = pattern.replace("<F>", "(?P<type>f32|f64)").replace("<I>", "(?P<type>[us](?:16|32|64))")
 
     def register(function: Rule) -> Rule:
@@ -65,7 +66,7 @@ class Translation:
         for b, block in enumerate(program.blocks):
             writer = _Writer(self)
             for k, instruction in enumerate(block):
-                writer.translate(instruction, f"{b}, {k}")
+                writer.translate(instruction, f"({b}, {k})")
             source += [f"def block{b}(M):", *(f"    {line}" for line in writer.lines)]
         self.source = "\n".join(source)
         self.code = compile(self.source, f"<PTX of {program.name}>", "exec")
@@ -81,15 +82,11 @@ class _Writer:
         self.place = ""
 
     def translate(self, instruction: Instruction, place: str) -> None:
-        found = [(m, function) for pattern, function in _RULES if (m := pattern.fullmatch(instruction.opcode))]
-        if len(found) != 1:
-            what = "unknown" if not found else "ambiguous"
-            raise PtxError(f"{what} instruction: {instruction.text}")
+        function, match = _rule_of(instruction.opcode)
         self.place, self.mask = place, "M"
         if instruction.predicate:
             self.lines.append(f"m = both(M, {self.condition(instruction)})")
             self.mask = "m"
-        (match, function), = found
         try:
             function(self, match, instruction)
         except (KeyError, ValueError, IndexError, TypeError) as error:
@@ -147,6 +144,14 @@ class _Writer:
         arguments = ", ".join(self.value(operand, kind) for operand in operands)
         out = self.value(destination, to)
         self.lines.append(f"np.{function}({arguments}, out={out}, where={self.mask})")
+
+
+@functools.cache
+def _rule_of(opcode: str) -> tuple[Rule, re.Match[str]]:
+    found = [(function, match) for pattern, function in _RULES if (match := pattern.fullmatch(opcode))]
+    if len(found) != 1:
+        raise PtxError(f"{len(found)} ways to translate the instruction {opcode}")
+    return found[0]
 
 
 def _constant(operand: str, kind: type) -> np.generic:
@@ -336,7 +341,8 @@ def _selp(w: _Writer, match: re.Match[str], i: Instruction) -> None:
 
 
 _COMPARISONS = {
-    "eq": "equal", "ne": "not_equal", "lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal",
+    "eq": "equal", "ne": "not_equal", "lt": "less", "le": "less_equal", "gt": "greater",
+    "ge": "greater_equal",
 }  # fmt: skip
 _UNORDERED = {"ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<"}
 
@@ -444,7 +450,10 @@ def _parameter(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     _put_extended(w, i.operands[0], kind, f"parameter({name!r}, {kind})")
 
 
-@rule(r"(ld|st)(?:\.(global|shared|local))?(?:\.nc)?(?:\.L1::evict_\w+)?(?:\.(v2|v4|v8))?\.[busf](8|16|32|64)")
+_SPACE, _HINTS = r"(?:\.(global|shared|local))?", r"(?:\.nc)?(?:\.L1::evict_\w+)?"
+
+
+@rule(rf"(ld|st){_SPACE}{_HINTS}(?:\.(v2|v4|v8))?\.[busf](8|16|32|64)")
 def _memory(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     size = int(match[4]) // 8
     load = match[1] == "ld"
@@ -457,9 +466,7 @@ def _memory(w: _Writer, match: re.Match[str], i: Instruction) -> None:
         bits = 8 * (w.width(name) if name.startswith("%") else size)
         values.append("None" if name == "_" else w.value(name, f"u{bits}"))
     function = f"{match[1]}_{match[2] or 'generic'}"
-    w.lines.append(
-        f"{function}({_address(w, address)}, {size}, [{', '.join(values)}], {w.mask}, {w.place})"
-    )
+    w.lines.append(f"{function}({_address(w, address)}, {size}, [{', '.join(values)}], {w.mask}, {w.place})")
 
 
 @rule(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(?:\.shared)?\.b16")
