@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["BackendError", "NMSolveError", "NMSolveWarning", "WorkFailed", "begun", "one_line", "printable"]
+__all__ = [
+    "BackendError",
+    "NMSolveError",
+    "NMSolveWarning",
+    "WorkFailed",
+    "begun",
+    "counted",
+    "one_line",
+    "printable",
+]
 
 
 def printable(text: object) -> str:
@@ -33,6 +42,17 @@ def one_line(text: object) -> str:
     'expected one of: a b'
     """
     return " ".join(str(text).split())
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things, in words.
+
+    Examples
+    --------
+    >>> counted(1, "tensor"), counted(1234, "layer")
+    ('1 tensor', '1,234 layers')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 class NMSolveError(ValueError):

@@ -14,13 +14,13 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from nmsolve.errors import NMSolveError
+from nmsolve.errors import NMSolveError, WorkFailed
 
 __all__ = [
     "Checkpoint",
@@ -34,8 +34,9 @@ __all__ = [
     "read_shard",
 ]
 
-INDEX_NAME = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
+INDEX_SUFFIX = f"{SUFFIX}.index.json"
+INDEX_NAME = f"model{INDEX_SUFFIX}"
 
 # What ``nmsolve mask`` and ``nmsolve prune`` write beside the weights.
 REPORT_NAME = "nmsolve_report.json"
@@ -43,10 +44,13 @@ PICTURE_NAME = "nmsolve_report.png"
 MASKS_SUFFIX = ".masks.safetensors"
 MASKS_FOLDER = "masks"
 
-# Formats that hold weights in another form. Pickles can run code when read and are never opened; beside a
-# masked checkpoint a dense copy in any of them would be a trap, so they are not copied either.
+# Formats that hold weights in another form. Pickles can run code when read and are never opened; a dense copy
+# of the model in any of them would be a trap beside masked weights, so it is not copied either.
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-OTHER_WEIGHTS = PICKLES | {".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".tflite"}
+OTHER_FORMATS = frozenset({".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".tflite"})
+
+# What pickles of a whole model are called; others (voices, speakers, states of training) are none of it.
+_WHOLE_MODELS = ("pytorch_model", "model", "consolidated", "diffusion_pytorch_model", "adapter_model")
 
 _HEADER_LENGTH = struct.Struct("<Q")
 _COPY_BYTES = 4 << 20
@@ -99,9 +103,10 @@ class Checkpoint:
     shards : tuple of Shard
         The weights. A file has one shard.
     extras : tuple of Path
-        Files of a folder to be copied as they are (configuration, tokenizer, index), relative to ``root``.
+        Files of a folder to be copied as they are, relative to ``root``: configuration, tokenizer, index, the
+        modules that sentence-transformers keeps beside the model. No report and no masks of nmsolve.
     left_out : tuple of Path
-        Files of a folder that hold weights but are no part of this checkpoint, relative to ``root``.
+        Files of a folder that hold the weights in another form, relative to ``root``: they would stay dense.
     """
 
     root: Path
@@ -119,6 +124,23 @@ class Checkpoint:
             for entry in shard.entries:
                 yield shard, entry
 
+    def copy_extras(self, folder: Path, step: Callable[[str], None] | None = None) -> None:
+        """Copies the extras into ``folder``, but those that are there; ``step`` gets the name of each.
+
+        Modes follow the umask; what can be run stays so.
+        """
+        for path in self.extras:
+            source, target = self.root / path, folder / path
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                stat = source.stat()
+                mode = 0o666 | (stat.st_mode & 0o111)
+                with source.open("rb") as reader, StreamWriter(target, b"", stat.st_size, mode) as writer:
+                    while piece := reader.read(_COPY_BYTES):
+                        writer.write(piece)
+            if step is not None:
+                step(path.as_posix())
+
 
 def read_shard(path: Path) -> Shard:
     """The header of a safetensors file, checked by the safetensors library before it is believed.
@@ -128,10 +150,16 @@ def read_shard(path: Path) -> Shard:
     NMSolveError
         If the file cannot be read or is not safetensors.
     """
-    if path.suffix.lower() in PICKLES:
+    suffix = path.suffix.lower()
+    if suffix in PICKLES:
         raise NMSolveError(
             f"{path}: expected a {SUFFIX} file, got a pickle, which can run code when it is opened; "
             "save the weights as safetensors first"
+        )
+    if suffix in OTHER_FORMATS:
+        raise NMSolveError(
+            f"{path}: expected a {SUFFIX} file, got {suffix}; start from the safetensors weights that it was "
+            "made from"
         )
     from safetensors import SafetensorError, safe_open
 
@@ -164,35 +192,75 @@ def open_checkpoint(root: Path) -> Checkpoint:
     Raises
     ------
     NMSolveError
-        If there is no such file, a shard is missing or damaged, or the folder has no safetensors weights.
+        If there is no such file, a shard is missing or damaged, or the folder has no safetensors weights, or
+        such as cannot be masked: quantised ones, those of an adapter, or of several models.
     """
     if not root.exists():
-        raise NMSolveError(f"{root}: no such file or folder")
+        raise NMSolveError(
+            f"{root}: no such file or folder; models are read from this machine only, so one of the Hugging "
+            "Face Hub has to be downloaded first: hf download NAME --local-dir FOLDER"
+        )
     if not root.is_dir():
-        return Checkpoint(root, (read_shard(root),))
-    names, index = _shard_names(root)
+        checkpoint = Checkpoint(root, (read_shard(root),))
+        _check_kind(checkpoint)
+        return checkpoint
+    names, index_path, index = _shard_names(root)
     shards = tuple(read_shard(root / name) for name in names)
     if index is not None:
-        _check_index(root / INDEX_NAME, index, shards)
+        _check_index(index_path, index, shards)
     _check_unique(shards)
     extras: list[Path] = []
     left_out: list[Path] = []
+    parts = _parts(root)
     for path in _files_below(root):
-        suffix = path.suffix.lower()
-        if path.as_posix() in names:
+        if path.as_posix() in names or _is_ours(path):
             continue
-        (left_out if suffix == SUFFIX or suffix in OTHER_WEIGHTS else extras).append(path)
-    return Checkpoint(root, shards, tuple(extras), tuple(left_out))
+        if path == Path(MASKS_FOLDER):
+            raise NMSolveError(f"{root}: the file {path} is in the way: masks get a folder of this name")
+        (left_out if _is_other_copy(path, parts) else extras).append(path)
+    checkpoint = Checkpoint(root, shards, tuple(extras), tuple(left_out))
+    _check_kind(checkpoint)
+    return checkpoint
 
 
-def _shard_names(root: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The weight files of a folder, and the index's map from tensor to file if there is one."""
+def _is_ours(path: Path) -> bool:
+    """Whether an earlier run of nmsolve left it, about the weights as they were then."""
+    if path.parent == Path():
+        return path.name in (REPORT_NAME, PICTURE_NAME)
+    return path.parent == Path(MASKS_FOLDER) and path.name.endswith(MASKS_SUFFIX)
+
+
+def _parts(root: Path) -> set[Path]:
+    """Folders of modules that follow the model: sentence-transformers' modules.json lists them."""
+    try:
+        listed = json.loads((root / "modules.json").read_bytes())
+        return {Path(module["path"]) for module in listed if module["path"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _is_other_copy(path: Path, parts: set[Path]) -> bool:
+    """Whether a file holds the weights of the model in another form."""
+    if not parts.isdisjoint(path.parents):
+        return False
+    suffix = path.suffix.lower()
+    if suffix in PICKLES:
+        return path.name.startswith(_WHOLE_MODELS)
+    return suffix == SUFFIX or suffix in OTHER_FORMATS
+
+
+def _shard_names(root: Path) -> tuple[list[str], Path, dict[str, str] | None]:
+    """The weight files of a folder, and the index with its map from tensor to file if there is one."""
+    present = sorted(path.name for path in root.glob(f"*{SUFFIX}"))
+    indexes = sorted(root.glob(f"*{INDEX_SUFFIX}"))
     index_path = root / INDEX_NAME
-    if index_path.is_file():
+    if index_path not in indexes and len(indexes) == 1 and "model.safetensors" not in present:
+        index_path = indexes[0]
+    if index_path in indexes:
         try:
             weight_map = json.loads(index_path.read_bytes())["weight_map"]
             names = sorted(set(weight_map.values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             problem = f"{type(error).__name__}: {error}"
             raise NMSolveError(f"{index_path}: expected JSON with a 'weight_map': {problem}") from None
         for name in names:
@@ -202,24 +270,85 @@ def _shard_names(root: Path) -> tuple[list[str], dict[str, str] | None]:
                 )
         if not names:
             raise NMSolveError(f"{index_path}: expected at least one tensor, got an empty 'weight_map'")
-        return names, weight_map
-    names = sorted(path.name for path in root.glob(f"*{SUFFIX}"))
-    if "model.safetensors" in names:
-        return ["model.safetensors"], None
-    if len(names) == 1:
-        return names, None
-    if names:
+        if "model.safetensors" in present and "model.safetensors" not in names:
+            raise NMSolveError(
+                f"{root}: expected one model, got model.safetensors and another in the files of "
+                f"{index_path.name}; give a folder with one of them"
+            )
+        return names, index_path, weight_map
+    if "model.safetensors" in present:
+        return ["model.safetensors"], index_path, None
+    if len(present) == 1:
+        return present, index_path, None
+    if present:
         raise NMSolveError(
             f"{root}: expected {INDEX_NAME}, model.safetensors or a single {SUFFIX} file, "
-            f"got {len(names)} files without an index ({', '.join(names[:3])}, ...)"
+            f"got {len(present)} files without an index ({', '.join(present[:3])}, ...)"
         )
-    pickles = sorted(path.name for path in root.iterdir() if path.suffix.lower() in PICKLES)
-    if pickles:
+    if (root / "model_index.json").is_file():
+        inside = sorted(path.parent.name for path in root.glob(f"*/*{SUFFIX}"))
         raise NMSolveError(
-            f"{root}: expected {SUFFIX} weights, got only pickles ({pickles[0]}), which can run code "
-            "when they are opened; save the model as safetensors first"
+            f"{root}: expected one model, got a pipeline of several; give the folder of one of them"
+            + (f": {', '.join(dict.fromkeys(inside))}" if inside else "")
         )
+    for path in sorted(root.iterdir()):
+        if path.suffix.lower() in PICKLES:
+            raise NMSolveError(
+                f"{root}: expected {SUFFIX} weights, got only pickles ({path.name}), which can run code "
+                "when they are opened; save the model as safetensors first"
+            )
+        if path.suffix.lower() in OTHER_FORMATS:
+            raise NMSolveError(
+                f"{root}: expected {SUFFIX} weights, got only {path.name}; start from the safetensors "
+                "weights that it was made from"
+            )
     raise NMSolveError(f"{root}: expected {SUFFIX} weights, found none in this folder")
+
+
+# --- weights that cannot be masked --------------------------------------------------------------------------
+
+# Ends of the names of tensors that only quantised checkpoints have: GPTQ, AWQ, bitsandbytes, fp8, torchao.
+_QUANTISED = (
+    ".qweight",
+    ".qzeros",
+    ".SCB",
+    ".quant_map",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_packed",
+)
+_ADAPTERS = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector")
+
+
+def _check_kind(checkpoint: Checkpoint) -> None:
+    """Raises if the weights are quantised, or an adapter's: a mask of either prunes nothing."""
+    method = _quantisation(checkpoint.root)
+    for _, entry in checkpoint.entries():
+        if any(part in entry.name for part in _ADAPTERS):
+            raise NMSolveError(
+                f"{checkpoint.root}: expected the weights of a model, got those of an adapter "
+                f"({entry.name}); merge it first: in peft, model.merge_and_unload().save_pretrained(...)"
+            )
+        if method is None and (
+            entry.name.endswith(_QUANTISED)
+            or (entry.name.endswith(".weight") and entry.dtype.startswith("F8_") and len(entry.shape) > 1)
+        ):
+            method = entry.name
+    if method is not None:
+        raise NMSolveError(
+            f"{checkpoint.root}: the weights are quantised ({method}); start from the checkpoint before "
+            "quantisation, and quantise what comes out"
+        )
+
+
+def _quantisation(root: Path) -> str | None:
+    """The method that a folder's config.json names, if it is quantised."""
+    try:
+        config = json.loads((root / "config.json").read_bytes())
+        found = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
+        return str(found.get("quant_method", "quantization_config")) if found else None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
 
 
 def _check_index(path: Path, weight_map: Mapping[str, str], shards: Iterable[Shard]) -> None:
@@ -291,11 +420,12 @@ class StreamWriter:
     has written exactly ``data_bytes`` bytes after the header, and the file is synced; anything else raises.
     """
 
-    def __init__(self, path: Path, header: bytes, data_bytes: int) -> None:
+    def __init__(self, path: Path, header: bytes, data_bytes: int, mode: int = 0o666) -> None:
         self.path = path
         self._expected = len(header) + data_bytes
         self._written = 0
-        self._file: BinaryIO = path.open("xb", buffering=0)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
+        self._file: BinaryIO = os.fdopen(descriptor, "wb", buffering=0)
         self.write(header)
 
     def __enter__(self) -> StreamWriter:
@@ -327,7 +457,10 @@ class StreamWriter:
         with self._file:
             if kind is None:
                 if self._written != self._expected:
-                    raise RuntimeError(f"{self.path.name}: wrote {self._written} of {self._expected} bytes")
+                    raise WorkFailed(
+                        f"{self.path.name}: {self._written} bytes came where {self._expected} were expected: "
+                        "the input is no regular file, or changed while it was read"
+                    )
                 os.fsync(self._file.fileno())
 
 

@@ -7,11 +7,11 @@ does not depend on what is solved with it, so the slabs do not show in the resul
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,7 +61,7 @@ class MaskSettings:
 def bytes_needed(checkpoint: Checkpoint, selection: Selection) -> int:
     """Disk space that the output takes, without the report."""
     weights = sum(shard.nbytes for shard in checkpoint.shards)
-    extras = sum((checkpoint.root / name).stat().st_size for name in _copied(checkpoint))
+    extras = sum((checkpoint.root / name).stat().st_size for name in checkpoint.extras)
     return weights + extras + sum(packed_size(item.entry.size) for item in selection.masked)
 
 
@@ -89,10 +89,7 @@ def write_masked(
             _write_shard(
                 shard, selection, settings, backend, report, folder / shard.path.name, masks, progress
             )
-        for name in _copied(checkpoint):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            _copy_file(checkpoint.root / name, folder / name)
-            progress(0, name.as_posix())
+        checkpoint.copy_extras(folder, partial(progress, 0))
         report_path = folder / REPORT_NAME
     else:
         report_name, masks_name, weights_name = output_names(out)
@@ -101,18 +98,6 @@ def write_masked(
         report_path = folder / report_name
     report.seconds = time.perf_counter() - start
     report.write(report_path)
-
-
-def _copied(checkpoint: Checkpoint) -> list[Path]:
-    """The extras of a folder without what an earlier run of nmsolve left in it."""
-    return [name for name in checkpoint.extras if name != Path(REPORT_NAME)]
-
-
-def _copy_file(source: Path, target: Path) -> None:
-    with source.open("rb") as reader, StreamWriter(target, b"", source.stat().st_size) as writer:
-        while piece := reader.read(1 << 20):
-            writer.write(piece)
-    shutil.copymode(source, target)
 
 
 def _write_shard(

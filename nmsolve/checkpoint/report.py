@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nmsolve.about import __version__, versions
+from nmsolve.files import write_text
 from nmsolve.solution import relative_gap, retained_share
 
 __all__ = ["MaskedTensor", "Report", "SkippedTensor", "finite"]
@@ -109,12 +109,8 @@ class Report:
         return finite(data)
 
     def write(self, path: Path) -> None:
-        """Writes a new file and makes sure that it is on disk."""
-        with path.open("x", encoding="utf-8") as file:
-            json.dump(self.to_json(), file, indent=2, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Writes the JSON file, whole or not at all."""
+        write_text(path, json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
 
 
 def finite(value: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nmsolve.cli import options
 from nmsolve.cli.command import Command, exit_codes, warnings_told
+from nmsolve.errors import counted
 from nmsolve.prune.on_disk import DTYPES, evaluate_checkpoint
 
 __all__ = ["COMMAND"]
@@ -38,10 +39,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--windows", type=int, help="use only the first so many windows")
     parser.add_argument("--batch-size", type=int, default=1, help="windows in a forward pass (default 1)")
+    options.add_bos(parser, "window of a text")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     options.add_quiet(parser, "no progress bar")
     options.add_device(parser)
-    options.add_dtype(parser, DTYPES)
+    options.add_dtype(parser, DTYPES, "of the model while it runs (default: the checkpoint's)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -52,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
             window=args.window,
             windows=args.windows,
             batch_size=args.batch_size,
+            bos=args.bos,
             device=args.device,
             dtype=args.dtype,
             progress=options.progress_of(args),
@@ -59,7 +62,9 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(found._asdict()))
     else:
-        print(f"perplexity {found.perplexity:.4f} ({found.windows} windows of {found.window} tokens)")
+        windows = f"{counted(found.windows, 'window')} of {counted(found.window, 'token')}"
+        bos = ", begun with BOS" if found.bos else ""
+        print(f"perplexity {found.perplexity:.4f} ({windows}{bos})")
 
 
 COMMAND = Command("eval-ppl", "perplexity of a language model", DESCRIPTION, EPILOG, add_options, run)

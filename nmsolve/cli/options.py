@@ -12,6 +12,7 @@ from nmsolve.pattern import NMPattern
 
 __all__ = [
     "add_backend",
+    "add_bos",
     "add_device",
     "add_dtype",
     "add_globs",
@@ -25,6 +26,7 @@ __all__ = [
     "progress_of",
 ]
 
+_DTYPE = "of the model while it runs, and of what is saved (default: the checkpoint's)"
 _FILE_OR_FOLDER = "file (for a file) or folder (for a folder) to write"
 
 
@@ -66,11 +68,15 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_dtype(parser: argparse.ArgumentParser, choices: Sequence[str]) -> None:
+def add_dtype(parser: argparse.ArgumentParser, choices: Sequence[str], help_text: str = _DTYPE) -> None:
+    parser.add_argument("--dtype", choices=tuple(choices), help=help_text)
+
+
+def add_bos(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
-        "--dtype",
-        choices=tuple(choices),
-        help="of the model while it runs, and of what is saved (default: the checkpoint's)",
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help=f"begin each {what} with the tokenizer's BOS token (default: as the tokenizer does)",
     )
 
 
@@ -88,9 +94,14 @@ def add_quiet(parser: argparse.ArgumentParser, help_text: str = "no progress bar
 def pattern_of(text: str) -> NMPattern:
     """The pattern that ``--pattern`` gives."""
     try:
-        return NMPattern.parse(text)
+        pattern = NMPattern.parse(text)
     except NMSolveError as error:
         raise NMSolveError(f"pattern: {str(error).removeprefix('pattern: ')}") from None
+    if pattern.n == 0:
+        raise NMSolveError(f"pattern: {text} keeps no weight at all; expected N:M with 0 < N < M")
+    if pattern.n == pattern.m:
+        raise NMSolveError(f"pattern: {text} prunes nothing; expected N:M with 0 < N < M")
+    return pattern
 
 
 def need_out(out: Path | None) -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nmsolve.cli import options
 from nmsolve.cli.command import Command, exit_codes, warnings_told
-from nmsolve.errors import printable
+from nmsolve.errors import counted, printable
 from nmsolve.files import Interrupts
 from nmsolve.pattern import NMPattern
 from nmsolve.prune.methods import PRUNING_METHODS, SEQUENTIAL
@@ -76,6 +76,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--sequence-length", type=int, help="tokens in each (default: what the model takes, 2048 at most)"
     )
     parser.add_argument("--batch-size", type=int, default=1, help="sequences in a forward pass (default 1)")
+    options.add_bos(parser, "sequence of a calibration text")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw of sequences (default 0)")
     parser.add_argument(
         "--sequential",
@@ -121,6 +122,7 @@ def run(args: argparse.Namespace) -> None:
             sequence_length=args.sequence_length,
             batch_size=args.batch_size,
             seed=args.seed,
+            bos=args.bos,
             iterations=args.iterations,
             damping=args.damping,
             picture=not args.no_picture,
@@ -143,20 +145,26 @@ def _patterns(given: list[str]) -> dict[str, NMPattern | None]:
 
 
 def _print_summary(result: PruneResult, out: Path) -> None:
-    totals, settings = result.report.totals(), result.report.settings
-    kind = f"transposable by {settings['mask_method']}" if settings["transposable"] else "ordinary"
-    print(printable(f"{settings['method']}, {settings['pattern']} {kind}: {totals['layers']} layers"))
+    report = result.report
+    totals, settings = report.totals(), report.settings
+    print(printable(f"{report.title()}: {counted(totals['layers'], 'layer')}"))
     share, retained = totals["kept"] / totals["weights"], totals["mean_retained"]
     print(f"{share:.2%} of {totals['weights']:,} weights kept, {retained:.2%} of the score (mean)")
+    if totals["zeros_before"] > _SOME * totals["weights"]:
+        print(f"{totals['zeros_before'] / totals['weights']:.2%} of these weights were zero before")
     dense = totals["parameters"] - totals["weights"]
     print(f"{dense:,} of the model's {totals['parameters']:,} parameters are in no pruned layer")
     if totals["mean_relative_error"] is not None:
-        tokens = max(layer.tokens for layer in result.report.layers)
-        print(f"calibrated on {tokens:,} tokens")
+        tokens = max(layer.tokens for layer in report.layers)
+        bos = ", each sequence begun with BOS" if settings.get("bos") else ""
+        print(f"calibrated on {counted(tokens, 'token')}{bos}")
         print(f"mean relative reconstruction error {totals['mean_relative_error']:.4f}")
     print(f"certificate: no mask keeps more than {totals['gap']:.1e} (relative) above these")
-    peak = result.report.memory["peak"] / 2**30
+    peak = report.memory["peak"] / 2**30
     print(printable(f"wrote {out} in {totals['seconds']:.1f} s, peak memory {peak:.2f} GiB"))
+
+
+_SOME = 0.01  # zeros in dense weights that are worth a line: a model that was pruned before
 
 
 COMMAND = Command(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -316,10 +315,7 @@ def _write(
                     fold_site(tensor, coupling, orders[coupling.name], site)
                 writer.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     if checkpoint.is_folder:
-        for name in checkpoint.extras:
-            if name != Path(REPORT_NAME):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(checkpoint.root / name, folder / name)
+        checkpoint.copy_extras(folder, lambda name: interrupts.check())
         (folder / ORDERS_FOLDER).mkdir(exist_ok=True)
         save_permutations(folder / ORDERS_FOLDER / f"orders{SUFFIX}", orders)
     else:

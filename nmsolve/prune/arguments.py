@@ -5,23 +5,25 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from nmsolve.checkpoint.mask_files import load_masks
+from nmsolve.checkpoint.roles import told
 from nmsolve.errors import NMSolveError, WorkFailed
 from nmsolve.pattern import NMPattern
 from nmsolve.prune.calibration import Batch, fingerprint
-from nmsolve.prune.layers import Layer, Selected, told
-from nmsolve.prune.methods import check_pruning_method, check_sequential
+from nmsolve.prune.layers import Layer, Selected
+from nmsolve.prune.methods import PRUNING_METHODS, check_pruning_method, check_sequential
 from nmsolve.prune.rule import MaskRule
 
 __all__ = [
     "Patterns",
     "PruneSettings",
+    "check_in_memory",
     "check_initial_masks",
     "check_settings",
     "check_tokens",
@@ -29,6 +31,7 @@ __all__ = [
     "fingerprints",
     "parse_patterns",
     "sequence_length_of",
+    "used_settings",
 ]
 
 Patterns = str | NMPattern | Mapping[str, str | NMPattern | None]
@@ -84,8 +87,47 @@ def parse_patterns(pattern: Patterns) -> dict[str, NMPattern | None]:
     return found
 
 
-def check_weights(selected: Selected) -> None:
-    """Raises WorkFailed if a weight to prune is not finite: a model may be right and hold such weights."""
+def used_settings(settings: PruneSettings, calibrated: bool) -> dict[str, object]:
+    """Those that the run uses, for its report."""
+    found = asdict(settings)
+    for option in ("damping", "iterations"):
+        if option not in PRUNING_METHODS[settings.method].options:
+            del found[option]
+    if not settings.transposable:
+        del found["mask_method"]
+    if not calibrated:
+        del found["sequential"]
+    return found
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """Raises if accelerate holds a part of the model elsewhere: what is pruned here would not get there."""
+    away = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
+    if away and getattr(model, "hf_device_map", None) is not None:
+        raise NMSolveError(
+            f"model: {len(away)} of its parameters are offloaded ({away[0]}, ...); load it without "
+            "device_map, or with memory for all of it"
+        )
+
+
+def check_weights(selected: Selected) -> int:
+    """The number of zeros in the weights to prune.
+
+    Raises
+    ------
+    NMSolveError
+        If a weight is stored in another form, as quantisation libraries do.
+    WorkFailed
+        If one is not finite: a model may be right and hold such weights.
+    """
+    for layer in selected.layers:
+        kind = type(layer.weight.data)
+        if kind is not Tensor:
+            raise NMSolveError(
+                f"model: {layer.weight_name} is a {kind.__module__}.{kind.__name__}, not a plain tensor: "
+                "prune first, then quantise or wrap"
+            )
+    zeros = 0
     for layer in selected.layers:
         weight = layer.weight.detach()
         wrong = weight.numel() - int(torch.isfinite(weight).sum())
@@ -94,6 +136,8 @@ def check_weights(selected: Selected) -> None:
                 f"model: {layer.weight_name}: expected finite values, got {wrong} NaN or infinite of "
                 f"{weight.numel()}"
             )
+        zeros += weight.numel() - int(weight.count_nonzero())
+    return zeros
 
 
 def check_initial_masks(

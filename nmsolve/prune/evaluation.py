@@ -9,17 +9,19 @@ from torch import Tensor, nn
 
 from nmsolve.errors import NMSolveError
 from nmsolve.prune.arguments import sequence_length_of
+from nmsolve.prune.calibration import Tokens, windows_of
 from nmsolve.prune.walk import quiet_model
 
 __all__ = ["Perplexity", "perplexity"]
 
 
 class Perplexity(NamedTuple):
-    """``perplexity`` over ``windows`` windows of ``window`` tokens each."""
+    """``perplexity`` over ``windows`` windows of ``window`` tokens each, the first of them BOS or not."""
 
     perplexity: float
     windows: int
     window: int
+    bos: bool = False
 
 
 def perplexity(
@@ -30,6 +32,7 @@ def perplexity(
     windows: int | None = None,
     batch_size: int = 1,
     progress: bool | None = None,
+    bos: int | None = None,
 ) -> Perplexity:
     r"""``exp`` of the mean negative log-likelihood that a causal model gives to tokens.
 
@@ -51,6 +54,8 @@ def perplexity(
         Windows in one forward pass.
     progress : bool, optional
         Whether to show a progress bar; by default on a terminal.
+    bos : int, optional
+        The token that each window begins with, before those of the text; by default there is none.
 
     Raises
     ------
@@ -74,7 +79,10 @@ def perplexity(
     for name, value, least in (("window", window, 2), ("windows", windows, 1), ("batch_size", batch_size, 1)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise NMSolveError(f"{name}: expected an integer of at least {least}, got {value!r}")
-    count = len(tokens) // window
+    if bos is not None and (isinstance(bos, bool) or not isinstance(bos, int)):
+        raise NMSolveError(f"bos: expected the id of a token, got {bos!r}")
+    cut = windows_of(Tokens(tokens, bos), window).long()
+    count = len(cut)
     if count == 0:
         raise NMSolveError(f"tokens: {len(tokens)} tokens do not fill one window of {window}")
     if windows is not None:
@@ -82,7 +90,6 @@ def perplexity(
             raise NMSolveError(f"windows: {windows} asked for, but {len(tokens)} tokens fill only {count}")
         count = windows
     device = next((parameter.device for parameter in model.parameters()), tokens.device)
-    cut = tokens[: count * window].view(count, window).long()
     total = 0.0
     disable = None if progress is None else not progress
     with quiet_model(model):
@@ -95,7 +102,7 @@ def perplexity(
     mean = total / (count * (window - 1))
     if math.isnan(mean):
         raise NMSolveError("model: expected finite logits, got NaN")
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, count, window)
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, count, window, bos is not None)
 
 
 def _call(model: nn.Module, tokens: Tensor) -> Any:

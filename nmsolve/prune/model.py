@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from nmsolve.backends.dispatch import select
-from nmsolve.checkpoint.format import MASKS_FOLDER, MASKS_SUFFIX, PICTURE_NAME, REPORT_NAME
+from nmsolve.checkpoint.format import (
+    MASKS_FOLDER,
+    MASKS_SUFFIX,
+    PICTURE_NAME,
+    REPORT_NAME,
+    SUFFIX,
+    open_checkpoint,
+)
 from nmsolve.checkpoint.mask_files import save_masks
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
 from nmsolve.prune.arguments import (
     Patterns,
+    check_in_memory,
     check_initial_masks,
     check_settings,
     check_tokens,
@@ -28,8 +36,9 @@ from nmsolve.prune.arguments import (
     fingerprints,
     parse_patterns,
     sequence_length_of,
+    used_settings,
 )
-from nmsolve.prune.calibration import Batch, make_batches
+from nmsolve.prune.calibration import Batch, make_batches, measures, read_tokens
 from nmsolve.prune.layers import select_layers, uncompiled
 from nmsolve.prune.layerwise.alps import ITERATIONS
 from nmsolve.prune.layerwise.problem import DAMPING
@@ -37,6 +46,7 @@ from nmsolve.prune.methods import PRUNING_METHODS
 from nmsolve.prune.report import PruneReport, need_matplotlib
 from nmsolve.prune.run import Run
 from nmsolve.prune.store import LayerStore
+from nmsolve.prune.stored import Place, StoredMasks, find_places, names_of
 from nmsolve.prune.walk import quiet_model
 
 __all__ = ["PruneResult", "prune_model"]
@@ -82,8 +92,29 @@ class PruneResult:
             need_matplotlib()
         folder = Path(folder)
         model.save_pretrained(folder)  # type: ignore[operator]
+        for path in folder.glob(f"*{SUFFIX}"):
+            _by_umask(path)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        self._as_saved(uncompiled(model), folder).write_masks(folder, picture=picture)
+
+    def _as_saved(self, model: nn.Module, folder: Path) -> PruneResult:
+        """With the names that the tensors have in the files: save_pretrained may give them others."""
+        weights = {name: parameter for name, parameter in model.named_parameters() if name in self.masks}
+        try:
+            places = find_places(open_checkpoint(folder), weights, names_of(model, weights))
+        except NMSolveError:  # other models lie there as well
+            return self
+        return self.renamed(places)
+
+    def renamed(self, places: Mapping[str, list[Place]]) -> PruneResult:
+        """With the names of a checkpoint's tensors in place of those of the model's weights."""
+        masks = StoredMasks(self.masks, places)
+        patterns = {entry: self.patterns[parts[0][0]] for entry, parts in masks.weights.items()}
+        return PruneResult(masks, patterns, self.report)
+
+    def write_masks(self, folder: Path, *, picture: bool = True) -> None:
+        """Writes masks, report and picture into a folder; masks of an earlier run there are removed."""
         (folder / MASKS_FOLDER).mkdir(exist_ok=True)
         for earlier in (folder / MASKS_FOLDER).glob(f"*{MASKS_SUFFIX}"):
             earlier.unlink()
@@ -94,6 +125,16 @@ class PruneResult:
         self.report.write(folder / REPORT_NAME)
         if picture:
             self.report.draw(folder / PICTURE_NAME)
+
+
+def _by_umask(path: Path) -> None:
+    """Gives a file the mode of any new one: safetensors makes files that only their owner reads."""
+    probe = path.with_name(f".{path.name}.mode")
+    try:
+        probe.touch(exist_ok=False)
+        path.chmod(probe.stat().st_mode & 0o777)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _uncompiled_calls() -> AbstractContextManager[object]:
@@ -120,6 +161,7 @@ def prune_model(
     sequence_length: int | None = None,
     batch_size: int = 1,
     seed: int = 0,
+    bos: bool | None = None,
     damping: float = DAMPING,
     iterations: int = ITERATIONS,
     resume: str | os.PathLike[str] | None = None,
@@ -155,7 +197,7 @@ def prune_model(
         Earlier masks to keep: what is False there stays zero, so that a line may keep fewer than N.
     dense : str or sequence of str
         Globs of layers to leave dense.
-    tokenizer, samples, sequence_length, batch_size, seed
+    tokenizer, samples, sequence_length, batch_size, seed, bos
         For calibration text and tokens; see :func:`nmsolve.prune.make_batches`. By default sequences are as
         long as the model takes, 2048 tokens at most.
     damping : float
@@ -198,34 +240,44 @@ def prune_model(
         method, transposable, mask_method, backend, sequential, damping, iterations, model
     )
     patterns = parse_patterns(pattern)
+    check_in_memory(model)
     selected = select_layers(model, patterns, [dense] if isinstance(dense, str) else dense)
     for layer, layer_pattern in selected.layers.items():
         select(backend, layer.weight.device, layer_pattern.m)
-    check_weights(selected)
+    zeros = check_weights(selected)
     allowed = check_initial_masks(initial_masks, selected)
     batches: list[Batch] = []
+    begins: dict[str, object] = {}
     if calibration is None:
         if PRUNING_METHODS[method].needs_calibration:
             raise NMSolveError(f"calibration: needed for method {method!r}")
     else:
+        data = calibration
+        if isinstance(calibration, str | os.PathLike):
+            data = read_tokens(calibration, tokenizer, bos)
+            begins, bos = {"bos": data.bos is not None}, None
         batches = make_batches(
-            calibration,
+            data,
             tokenizer=tokenizer,
             samples=samples,
             sequence_length=sequence_length_of(model, sequence_length),
             batch_size=batch_size,
             seed=seed,
+            bos=bos,
         )
         check_tokens(model, batches)
 
     shown = {glob: None if value is None else str(value) for glob, value in patterns.items()}
     report = PruneReport(
         settings={
-            **asdict(settings),
+            **used_settings(settings, bool(batches)),
             "pattern": next(iter(shown.values())) if list(shown) == ["*"] else shown,
             "calibration_batches": len(batches),
-            "seed": seed,
+            **measures(batches),
+            **({"seed": seed} if batches else {}),
+            **begins,
         },
+        zeros=zeros,
         skipped=dict(selected.skipped),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )

@@ -4,24 +4,29 @@ arguments. torch and transformers are imported once it is certain that there is 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nmsolve.backends.devices import check_device, chosen_device
 from nmsolve.backends.dispatch import AUTO, check_backend, check_mask_method
-from nmsolve.checkpoint.format import REPORT_NAME, SUFFIX
-from nmsolve.errors import NMSolveError, WorkFailed
-from nmsolve.files import Interrupts, Staging, check_out
+from nmsolve.checkpoint.format import REPORT_NAME, SUFFIX, open_checkpoint
+from nmsolve.errors import NMSolveError, NMSolveWarning, WorkFailed, counted
+from nmsolve.files import Interrupts, Staging, check_out, check_space
 from nmsolve.prune.methods import PRUNING_METHODS, check_pruning_method
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from nmsolve.checkpoint.format import Checkpoint
     from nmsolve.prune.arguments import Patterns
     from nmsolve.prune.evaluation import Perplexity
     from nmsolve.prune.model import PruneResult
+    from nmsolve.prune.stored import Place
 
 __all__ = ["evaluate_checkpoint", "prune_checkpoint"]
 
@@ -48,6 +53,7 @@ def prune_checkpoint(
     sequence_length: int | None = None,
     batch_size: int = 1,
     seed: int = 0,
+    bos: bool | None = None,
     iterations: int | None = None,
     damping: float | None = None,
     picture: bool = True,
@@ -56,6 +62,9 @@ def prune_checkpoint(
     interrupts: Interrupts | None = None,
 ) -> PruneResult:
     """Prunes the model in a checkpoint folder with :func:`nmsolve.prune.prune_model`, and saves it elsewhere.
+
+    Only pruned weights change: other tensors, the names of all, and the files of configuration and tokenizer
+    are those of the input.
 
     Finished layers are kept in a hidden folder beside ``out`` until the end: the same call goes on where one
     that was interrupted or killed had stopped.
@@ -81,14 +90,14 @@ def prune_checkpoint(
     progress, interrupts
         As in :func:`nmsolve.checkpoint.mask_checkpoint`.
     pattern, transposable, method, mask_method, backend, sequential, initial_masks, dense, samples, \
-sequence_length, batch_size, seed, iterations, damping
+sequence_length, batch_size, seed, bos, iterations, damping
         As in :func:`nmsolve.prune.prune_model`; ``iterations`` and ``damping`` are refused where the method
         has none.
 
     Returns
     -------
     PruneResult
-        Masks and report.
+        Masks, by the names that their tensors have in ``out``, and report.
 
     Raises
     ------
@@ -117,18 +126,18 @@ sequence_length, batch_size, seed, iterations, damping
     device = chosen_device(device)
 
     from nmsolve.prune.model import prune_model
-    from nmsolve.prune.pretrained import copy_other_files, load_model, load_tokenizer
+    from nmsolve.prune.pretrained import load_model, load_tokenizer
     from nmsolve.prune.report import need_matplotlib
+    from nmsolve.prune.stored import write_checkpoint
 
     if picture:
         need_matplotlib()
     loaded = load_model(folder, dtype)
-    tokenizer = None
-    if text is not None and text.suffix != SUFFIX:
-        tokenizer = load_tokenizer(folder)
-    else:
-        with suppress(NMSolveError):  # not needed, only taken along
-            tokenizer = load_tokenizer(folder)
+    checkpoint = open_checkpoint(folder)
+    check_space(target.parent, sum(shard.nbytes for shard in checkpoint.shards))
+    tokenizer = load_tokenizer(folder) if text is not None and text.suffix != SUFFIX else None
+    places = _places(checkpoint, loaded, pattern, dense)
+    _tell_left_out(checkpoint)
 
     interrupts = interrupts or Interrupts()
     resume = target.with_name(f".{target.name}.unfinished")
@@ -143,20 +152,28 @@ sequence_length, batch_size, seed, iterations, damping
                 mask_method=mask_method or "exact",
                 backend=backend,
                 sequential=sequential,
-                initial_masks=initial_masks,
+                initial_masks=None if initial_masks is None else _by_weight(initial_masks, places),
                 dense=dense,
                 tokenizer=tokenizer,
                 samples=samples,
                 sequence_length=sequence_length,
                 batch_size=batch_size,
                 seed=seed,
+                bos=bos,
                 resume=resume,
                 progress=progress,
                 check=interrupts.check,
                 **options,
             )
-            result.save(loaded, staging.path, tokenizer=tokenizer, picture=picture)
-            copy_other_files(folder, staging.path)
+            result.report.files = _files(folder, out, text, checkpoint) | {"device": device, "dtype": dtype}
+            parameters = dict(loaded.named_parameters(remove_duplicate=False))
+            changed: dict[str, list[tuple[Place, Tensor]]] = {}
+            for name in result.masks:
+                for place in places[name]:
+                    changed.setdefault(place.entry, []).append((place, parameters[name].detach()))
+            write_checkpoint(checkpoint, staging.path, loaded, changed, dtype, interrupts.check)
+            result = result.renamed(places)
+            result.write_masks(staging.path, picture=picture)
             interrupts.hold()
             staging.publish_folder(replace=overwrite)
     except KeyboardInterrupt:
@@ -171,6 +188,61 @@ sequence_length, batch_size, seed, iterations, damping
     return result
 
 
+def _places(
+    checkpoint: Checkpoint, model: nn.Module, pattern: Patterns, dense: Sequence[str]
+) -> dict[str, list[Place]]:
+    """Where each weight to prune lies in the checkpoint."""
+    from nmsolve.prune.arguments import parse_patterns
+    from nmsolve.prune.layers import select_layers
+    from nmsolve.prune.stored import find_places, names_of, unplaced
+
+    selected = select_layers(model, parse_patterns(pattern), [dense] if isinstance(dense, str) else dense)
+    weights = {layer.weight_name: layer.weight for layer in selected.layers}
+    places = find_places(checkpoint, weights, names_of(model, weights))
+    for name, found in places.items():
+        if not found:
+            raise unplaced(name)
+    return places
+
+
+def _by_weight(masks: str | os.PathLike[str], places: Mapping[str, list[Place]]) -> dict[str, Tensor]:
+    """Earlier masks, which have the names of the checkpoint's tensors, by the weights of the model."""
+    from nmsolve.checkpoint.mask_files import load_masks
+
+    found = load_masks(masks)
+    by_weight = {}
+    for name, (place, *_) in places.items():
+        if place.entry in found and found[place.entry].shape[:1] == (place.rows,):
+            by_weight[name] = found[place.entry][place.first : place.last]
+    used = {place.entry for name in by_weight for place in places[name]}
+    return by_weight | {name: mask for name, mask in found.items() if name not in used}
+
+
+def _tell_left_out(checkpoint: Checkpoint) -> None:
+    if checkpoint.left_out:
+        names = ", ".join(path.as_posix() for path in checkpoint.left_out[:3])
+        warnings.warn(
+            f"{counted(len(checkpoint.left_out), 'file')} with the dense weights in another form will not be "
+            f"in the output: {names}{', ...' if len(checkpoint.left_out) > 3 else ''}",
+            NMSolveWarning,
+            stacklevel=3,
+        )
+
+
+def _files(
+    folder: Path, out: str | os.PathLike[str], text: Path | None, checkpoint: Checkpoint
+) -> dict[str, object]:
+    """What was read and written, for the report."""
+    found: dict[str, object] = {"model": os.fspath(folder), "output": os.fspath(out)}
+    if text is not None:
+        digest = hashlib.sha256()
+        with text.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        found |= {"calibration": os.fspath(text), "calibration_sha256": digest.hexdigest()}
+    return found | {"left_out": [path.as_posix() for path in checkpoint.left_out]}
+
+
 def evaluate_checkpoint(
     model: str | os.PathLike[str],
     text: str | os.PathLike[str],
@@ -178,6 +250,7 @@ def evaluate_checkpoint(
     window: int | None = None,
     windows: int | None = None,
     batch_size: int = 1,
+    bos: bool | None = None,
     device: str | None = None,
     dtype: str | None = None,
     progress: bool | None = None,
@@ -192,6 +265,9 @@ def evaluate_checkpoint(
         Text in UTF-8, or tokens in a .safetensors file with one tensor.
     window, windows, batch_size, progress
         As in :func:`nmsolve.prune.perplexity`.
+    bos : bool, optional
+        Whether each window of a text begins with the tokenizer's BOS token; by default as the tokenizer does
+        it. Models that are trained so are far worse without.
     device, dtype
         As in :func:`prune_checkpoint`.
 
@@ -225,13 +301,15 @@ def evaluate_checkpoint(
     if not loaded.can_generate() or loaded.config.is_encoder_decoder:
         raise NMSolveError(f"{folder}: {type(loaded).__name__} is no causal language model")
     tokenizer = None if file.suffix == SUFFIX else load_tokenizer(folder)
+    tokens = read_tokens(file, tokenizer, bos)
     return perplexity(
         loaded.to(device),
-        read_tokens(file, tokenizer),
+        tokens.ids,
         window=window,
         windows=windows,
         batch_size=batch_size,
         progress=progress,
+        bos=tokens.bos,
     )
 
 

@@ -102,8 +102,8 @@ def _check_loaded(folder: Path, kind: str, found: dict[str, Any]) -> None:
         )
 
 
-# One of these, or of these suffixes, is there where a checkpoint has a tokenizer; without, transformers makes up
-# one that knows no words.
+# One of these, or of these suffixes, is there where a checkpoint has a tokenizer; without, transformers makes
+# up one that knows no words.
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
 _TOKENIZER_SUFFIXES = (".model", ".tiktoken", ".bpe", ".vocab", ".spm")
 

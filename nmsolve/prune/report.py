@@ -57,7 +57,7 @@ class PruneReport:
     batches), ``statistics`` (the largest Hessians held at a time) and ``peak``, the process's peak of
     resident memory, plus ``peak_gpu`` where there is a GPU. ``parameters`` counts those of the whole model,
     ``zeros`` the zeros that were in the pruned weights before, ``skipped`` says what stays dense and why,
-    ``resumed`` counts the layers that an earlier run had finished. ``settings`` has the options that the method
+    ``resumed`` counts the layers that an earlier run had finished. ``settings`` has the options that were
     used, ``files`` what was read and written.
     """
 

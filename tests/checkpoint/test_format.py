@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from nmsolve import NMSolveError
 from nmsolve.checkpoint.format import StreamWriter, encode_header, open_checkpoint, read_into, read_shard
+from nmsolve.errors import WorkFailed
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_a_name_cannot_come_twice():
 @pytest.mark.parametrize("count", [9, 11])
 def test_a_stream_that_is_not_complete_is_an_error(tmp_path, count):
     with (
-        pytest.raises(RuntimeError, match=f"wrote {8 + count} of 18 bytes"),
+        pytest.raises(WorkFailed, match=f"x: {8 + count} bytes came where 18 were expected: the input"),
         StreamWriter(tmp_path / "x", b"12345678", 10) as out,
     ):
         out.write(b"x" * count)

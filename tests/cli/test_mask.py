@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import nmsolve
 import nmsolve.checkpoint.masking
 from nmsolve import check_mask, load_masks
+from nmsolve.checkpoint import mask_checkpoint
 from nmsolve.cli import main
 
 pytest_plugins = ("mask_command",)
@@ -252,12 +253,18 @@ def test_a_sum_beyond_the_range_is_null_in_the_report(tmp_path, out):
     assert report["tensors"][0]["kept"] == 256
 
 
-@pytest.mark.parametrize("pattern", ["0:4", "4:4"])
-def test_nothing_or_everything_kept(tmp_path, out, pattern):
+@pytest.mark.parametrize(("pattern", "kept"), [("0:4", 0), ("4:4", 64)])
+def test_nothing_or_everything_kept(tmp_path, out, pattern, kept, capsys):
+    """Python does as it is told; on the command line it is a mistake."""
     save_file({"fc.weight": torch.randn(8, 8)}, tmp_path / "m.safetensors")
-    assert mask(tmp_path / "m.safetensors", out, "--transposable", pattern=pattern) == 0
-    kept = load_masks(out.with_name("sparse.masks.safetensors"))["fc.weight"]
-    assert int(kept.sum()) == (64 if pattern == "4:4" else 0)
+    assert mask(tmp_path / "m.safetensors", out, "--transposable", pattern=pattern) == 2
+    assert (
+        f"--pattern: {pattern} {'prunes nothing' if kept else 'keeps no weight'}" in capsys.readouterr().err
+    )
+    mask_checkpoint(
+        tmp_path / "m.safetensors", out, pattern, transposable=True, backend="torch", progress=False
+    )
+    assert int(load_masks(out.with_name("sparse.masks.safetensors"))["fc.weight"].sum()) == kept
 
 
 def test_dry_run_lists_and_writes_nothing(file, out, capsys):

@@ -74,8 +74,12 @@ def test_patterns_by_layer(checkpoint, tmp_path):
 def test_the_summary(checkpoint, tmp_path, capsys):
     text = checkpoint / "text.txt"
     arguments = ("--pattern", "2:4", "--transposable", "--method", "wanda", "--calibration", text)
+    assert run("prune", checkpoint, "--out", tmp_path / "out", *arguments, "--backend", "torch") == 2
+    assert "480 tokens do not fill one sequence of 2,048" in capsys.readouterr().err
+    arguments += ("--sequence-length", 60)
     assert run("prune", checkpoint, "--out", tmp_path / "out", *arguments, "--backend", "torch") == 0
-    shown = capsys.readouterr().out
+    shown, told = capsys.readouterr()
+    assert "480 tokens give 8 sequences of 60, 128 were asked for" in told
     assert "wanda, 2:4 transposable by exact: 14 layers" in shown
     assert "50.00% of" in shown
     assert "6,304 of the model's 24,736 parameters are in no pruned layer" in shown
