@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -120,11 +121,59 @@ def test_the_command_is_installed(installed, tmp_path):
     assert "usage" in run(installed.parent / "nmsolve", "--help", cwd=tmp_path).lower()
 
 
-def test_kernels_refuse_another_name(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import kernels"
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "nmsolve.kernels" in done.stderr
+FROM_THE_ROOT = """
+import sys
+assert "" in sys.path or ROOT in sys.path
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
+from transformers.utils import import_utils
+
+import nmsolve.kernels.exact
+
+sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+config = LlamaConfig(**sizes)
+assert AutoModelForCausalLM.from_config(config)(torch.arange(4)[None]).logits.shape == (1, 4, 8)
+assert not import_utils.is_kernels_available() or hasattr(sys.modules["kernels"], "get_kernel")
+print(nmsolve.kernels.exact.__file__)
+"""
+
+
+@pytest.mark.parametrize("how", ["-c", "-m"])
+def test_transformers_works_in_the_root(how, tmp_path):
+    """It looks for PyPI's package ``kernels``, and finds the folder of that name."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("triton")
+    code = f"ROOT = {str(ROOT)!r}\n{FROM_THE_ROOT}"
+    (tmp_path / "from_the_root.py").write_text(code)
+    command = [sys.executable, how, code if how == "-c" else "from_the_root"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.splitlines()[-1]).parts[-2:] == ("kernels", "exact.py")
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_who_asks_for_kernels_in_the_root(installed, tmp_path):
+    """Gets PyPI's package where it is installed, else something without any use."""
+    if installed:
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "__init__.py").write_text("from kernels.layer import get_kernel")
+        (tmp_path / "kernels" / "layer.py").write_text("get_kernel = print")
+    code = f"""
+import json, sys
+sys.path[:] = [{str(ROOT)!r}, {str(tmp_path)!r}, *(p for p in sys.path if "site-packages" not in p)]
+import kernels
+print(json.dumps([kernels.__file__, getattr(kernels, "__version__", None), hasattr(kernels, "get_kernel")]))
+"""
+    file, version, usable = python(code, tmp_path)
+    assert Path(file) == (tmp_path if installed else ROOT) / "kernels" / "__init__.py"
+    assert (version, usable) == ((None, True) if installed else ("0", False))
 
 
 WITHOUT = """
