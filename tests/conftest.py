@@ -1,10 +1,7 @@
-"""Tests see the installed package, not the folder they are started in; Triton runs in its interpreter.
+"""Triton runs in its interpreter, PyTorch with one thread.
 
 PyTorch gets one thread in each test process: the suite runs in several, and on small tensors threads that
 wait for each other take longer than the work. Tests of threading set their own number.
-
-``python -m pytest`` puts the current folder on the path, where ``kernels/`` would be found under that bare
-name: transformers looks for a package of this name and would import it.
 """
 
 from __future__ import annotations
@@ -12,15 +9,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 
 def pytest_configure(config: pytest.Config) -> None:
