@@ -12,6 +12,9 @@ import re
 
 import pytest
 import torch
+from folder_times import pytest_terminal_summary
+
+__all__ = ["pytest_terminal_summary"]  # a hook
 
 
 def pytest_configure(config: pytest.Config) -> None:
