@@ -120,7 +120,7 @@ class Machine:
         seed, a random half of the warps that stand where a random warp stands.
         """
         self._start(launch, first)
-        at = np.zeros(self.threads, s32)  # positions in the kernel's order
+        at = np.full(self.threads, self.kernel.position[0], s32)  # in the kernel's order
         rng = None if launch.settings.seed is None else np.random.default_rng(launch.settings.seed + first)
         steps = 0
         while (chosen := self._next(at, rng)) is not None:

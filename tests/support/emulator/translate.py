@@ -126,13 +126,17 @@ class _Writer:
         self.of.views[name] = (register, kind)
         return name
 
-    def put(self, destination: str, kind: str, expression: str) -> None:
-        """Store an expression of ``kind`` in a register of the same size."""
-        if destination == "_":
-            return
+    def register(self, destination: str, kind: str) -> str:
+        """The array of a register that is as large as ``kind``, seen as that."""
         if self.width(destination) != (0 if kind == "pred" else np.dtype(TYPES[kind]).itemsize):
             raise PtxError(f"{destination} does not hold {kind}")
-        self.lines.append(f"copyto({self.value(destination, kind)}, {expression}, where={self.mask})")
+        return self.view(destination, TYPES[kind])
+
+    def put(self, destination: str, kind: str, expression: str) -> None:
+        """Store an expression of ``kind`` in a register of the same size."""
+        if destination != "_":
+            to = self.register(destination, kind)
+            self.lines.append(f"copyto({to}, {expression}, where={self.mask})")
 
     def call(self, destination: str, kind: str, function: str, *operands: str) -> None:
         """A function of operands of ``kind``."""
@@ -142,7 +146,7 @@ class _Writer:
     def ufunc(self, destination: str, to: str, kind: str, function: str, *operands: str) -> None:
         """A function of NumPy that writes into the register."""
         arguments = ", ".join(self.value(operand, kind) for operand in operands)
-        out = self.value(destination, to)
+        out = self.register(destination, to)
         self.lines.append(f"np.{function}({arguments}, out={out}, where={self.mask})")
 
 

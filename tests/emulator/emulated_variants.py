@@ -1,0 +1,298 @@
+"""Every kernel and variant, executed from its PTX and compared with the float64 oracle.
+
+Run with NMSOLVE_PTX_SM: tests/emulator/test_variants.py does so in children, as the kernels of its own
+process are interpreted. What the launches did is recorded as properties of each test: bench/emulated.py makes
+a table of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import emulator
+import oracles
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm
+
+import nmsolve
+from nmsolve.backends.torch import masks as reference
+from nmsolve.backends.triton import masks as gpu
+from nmsolve.pattern import NMPattern
+
+if not os.environ.get("NMSOLVE_PTX_SM"):
+    raise RuntimeError("these tests are for compiled kernels: set NMSOLVE_PTX_SM=90 (or 80, 100)")
+
+SIZES = (4, 8, 16, 32, 64)
+EXACT = 1e-12  # sums of the same float64 numbers in another order
+SAME = 0.0  # bit for bit
+
+
+class Variant(NamedTuple):
+    """A way to launch a kernel.
+
+    ``differ(m, dtype)`` gives the number of blocks and the worst difference from the oracle, ``allowed`` at
+    most; ``noisy`` is allowed where the approximate instructions err.
+    """
+
+    kernel: str
+    differ: Callable[[int, torch.dtype], tuple[int, float]]
+    allowed: float
+    sizes: tuple[int, ...] = SIZES
+    noisy: float | None = None
+
+
+def blocks_of_a_program(kernel: str, m: int) -> int:
+    return gpu.shipped_tile(kernel, m)[3]
+
+
+def scores_of(m: int, dtype: torch.dtype, blocks: int, rows: int | None = None) -> Tensor:
+    return oracles.sample("student_t", (1, rows or m, m * blocks), seed=m, dtype=dtype)
+
+
+def objective_difference(scores: Tensor, mask: Tensor, pattern: NMPattern) -> float:
+    """Relative to the sum of a block's scores; the counts of the mask are checked."""
+    oracles.check_mask_counts(mask, pattern.n, pattern.m)
+    host = scores.double()
+    best = reference.exact(host, pattern, want_solution=True).objective
+    kept, size = reference.kept_score(host, mask, pattern)
+    return relative(best - kept, size)
+
+
+def relative(difference: Tensor, size: Tensor) -> float:
+    return float((difference.abs() / size.clamp(min=torch.finfo(torch.float64).tiny)).max())
+
+
+def exact_mask(m: int, dtype: torch.dtype) -> tuple[int, float]:
+    pattern, blocks = NMPattern(m // 2, m), 128 if m == 4 else blocks_of_a_program("exact", m)
+    scores = scores_of(m, dtype, blocks)
+    return blocks, objective_difference(scores, gpu.exact(scores, pattern).mask, pattern)
+
+
+def certified(scores: Tensor, result: Any, pattern: NMPattern) -> float:
+    """The worst of the objective, its report, and the bound's report; the bound has to be tight."""
+    host = scores.double()
+    kept, size = reference.kept_score(host, result.mask, pattern)
+    bound = reference.dual_bound(host, result.row_duals, result.col_duals, pattern)
+    assert relative(bound - kept, size) < 4e-6
+    reports = relative(result.objective - kept, size), relative(result.bound - bound, size)
+    return max(objective_difference(scores, result.mask, pattern), *reports)
+
+
+def exact_solution(m: int, dtype: torch.dtype) -> tuple[int, float]:
+    pattern, blocks = NMPattern(m // 2, m), blocks_of_a_program("exact", m)
+    scores = scores_of(m, dtype, blocks)
+    return blocks, certified(scores, gpu.exact(scores, pattern, want_solution=True), pattern)
+
+
+def exact_warm(m: int, dtype: torch.dtype) -> tuple[int, float]:
+    """From the oracle's duals, and from some that say nothing."""
+    pattern, blocks = NMPattern(m // 2, m), blocks_of_a_program("exact", m)
+    scores = scores_of(m, dtype, blocks)
+    best = reference.exact(scores, pattern, want_solution=True)
+    worst = 0.0
+    for duals in ((best.row_duals, best.col_duals), (best.row_duals * 0, best.col_duals + 1e30)):
+        result = gpu.exact(scores, pattern, warm=duals, want_solution=True)
+        worst = max(worst, certified(scores, result, pattern))
+    return 2 * blocks, worst
+
+
+def exact_edge(m: int, dtype: torch.dtype) -> tuple[int, float]:
+    pattern, blocks = NMPattern(m // 2, m), blocks_of_a_program("exact_edge", m)
+    scores = scores_of(m, dtype, blocks, rows=m - 1)
+    return blocks, objective_difference(scores, gpu.exact(scores, pattern).mask, pattern)
+
+
+def exact_edge_solution(m: int, dtype: torch.dtype) -> tuple[int, float]:
+    """Of blocks that are taller than wide, which the kernel turns."""
+    pattern, blocks = NMPattern(m // 2, m), blocks_of_a_program("exact_edge", m)
+    scores = scores_of(m, dtype, blocks, rows=m - 1).mT
+    return blocks, certified(scores, gpu.exact(scores, pattern, want_solution=True), pattern)
+
+
+def grouped(m: int, dtype: torch.dtype, *, want_solution: bool) -> tuple[int, float]:
+    """Against the oracle; that a group equals each matrix alone is in tests/kernels/test_gpu.py."""
+    pattern = NMPattern(m // 2, m)
+    blocks = 128 if m == 4 and not want_solution else blocks_of_a_program("exact", m)
+    scores = scores_of(m, dtype, blocks)
+    matrices = (
+        [scores[..., : m * (blocks // 2)], scores[..., m * (blocks // 2) :]] if blocks > 1 else [scores]
+    )
+    results = gpu.exact_group([*matrices, scores], pattern, want_solution=want_solution)
+    worst = 0.0
+    for matrix, result in zip([*matrices, scores], results, strict=True):
+        worst = max(worst, objective_difference(matrix, result.mask, pattern))
+        if want_solution:
+            worst = max(worst, certified(matrix, result, pattern))
+    return 2 * blocks, worst
+
+
+def greedy(m: int, dtype: torch.dtype) -> tuple[int, float]:
+    pattern, blocks = NMPattern(m // 2, m), blocks_of_a_program("dykstra", m)
+    scores = scores_of(m, dtype, blocks)
+    return blocks, float((gpu.greedy(scores, pattern) != reference.greedy(scores, pattern)).sum())
+
+
+def greedy_edge(m: int, dtype: torch.dtype) -> tuple[int, float]:
+    pattern, blocks = NMPattern(m // 2, m), blocks_of_a_program("dykstra", m)
+    scores = scores_of(m, dtype, blocks, rows=m - 1)
+    return blocks, float((gpu.greedy(scores, pattern) != reference.greedy(scores, pattern)).sum())
+
+
+def tsenor(m: int, dtype: torch.dtype) -> tuple[int, float]:
+    """The kept score beside the reference's, relative; a plan's rounding may change a block's mask."""
+    pattern, blocks = NMPattern(m // 2, m), blocks_of_a_program("tsenor", m)
+    scores = scores_of(m, dtype, blocks)
+    settings = {"iterations": 45, "tau": 50.0}
+    mask = gpu.tsenor(scores, pattern, **settings)
+    oracles.check_mask_counts(mask, pattern.n, m)
+    theirs = reference.tsenor(scores, pattern, **settings)
+    return blocks, abs(float(scores[mask].double().sum() / scores[theirs].double().sum()) - 1)
+
+
+def ordinary(m: int, dtype: torch.dtype) -> tuple[int, float]:
+    pattern, groups = NMPattern(m // 2, m), 64
+    scores = oracles.sample("ties", (1, 8, 8 * m), seed=m, dtype=dtype)
+    return groups, float((gpu.ordinary(scores, pattern) != reference.ordinary(scores, pattern)).sum())
+
+
+def assignment(m: int, dtype: torch.dtype) -> tuple[int, float]:
+    scores = oracles.sample("signed", (2, m, m), seed=m, dtype=dtype)
+    found = nmsolve.assignment(scores, return_solution=True, backend="triton").permutation
+    assert torch.equal(found.sort(-1).values, torch.arange(m).expand_as(found))
+    best = nmsolve.assignment(scores.double(), return_solution=True, backend="torch").objective
+    kept = scores.double().gather(2, found.unsqueeze(2)).sum((1, 2))
+    return 2, relative(best - kept, scores.double().abs().sum((1, 2)))
+
+
+def logits_of(m: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(3, m, m, generator=torch.Generator().manual_seed(m)).to(dtype)
+
+
+def sinkhorn_forward(m: int, dtype: torch.dtype) -> tuple[int, float]:
+    worst = 0.0
+    for tolerance in (None, 1e-3):
+        plan = nmsolve.sinkhorn(logits_of(m, dtype), 0.4, 6, tolerance=tolerance, backend="triton")
+        theirs = nmsolve.sinkhorn(logits_of(m, dtype).double(), 0.4, 6, tolerance=tolerance, backend="torch")
+        worst = max(worst, float((plan - theirs).abs().max()))
+    return 6, worst
+
+
+def sinkhorn_backward(m: int, dtype: torch.dtype) -> tuple[int, float]:
+    """The gradient, relative to its largest entry."""
+    ours = logits_of(m, dtype).requires_grad_(True)
+    wide = logits_of(m, dtype).double().requires_grad_(True)
+    nmsolve.sinkhorn(ours, 0.4, 6, backend="triton").square().sum().backward()
+    nmsolve.sinkhorn(wide, 0.4, 6, backend="torch").square().sum().backward()
+    return 3, float((ours.grad - wide.grad).abs().max() / wide.grad.abs().max())
+
+
+def permute_columns(m: int, dtype: torch.dtype) -> tuple[int, float]:
+    x = torch.randn(3, 9 * m, generator=torch.Generator().manual_seed(m)).to(dtype)
+    order = torch.randperm(9 * m, generator=torch.Generator().manual_seed(m))
+    found = nmsolve.permute_columns(x, order, backend="triton")
+    return 1, float((found != x[:, order]).sum())
+
+
+def norm_permute(m: int, dtype: torch.dtype) -> tuple[int, float]:
+    x = torch.randn(3, 9 * m, generator=torch.Generator().manual_seed(m)).to(dtype)
+    order = torch.randperm(9 * m, generator=torch.Generator().manual_seed(m))
+    found = nmsolve.rms_norm_permute(x, torch.ones(9 * m, dtype=dtype), order, backend="triton")
+    wide = rms_norm(x.double(), (9 * m,), eps=1e-6)[:, order]
+    return 1, float((found - wide).abs().max())
+
+
+LARGER = SIZES[1:]
+VARIANTS = {
+    "exhaustive": Variant("exhaustive_kernel", exact_mask, EXACT, (4,)),
+    "exact": Variant("exact_kernel", exact_mask, EXACT, LARGER),
+    "exact, solution": Variant("exact_kernel", exact_solution, EXACT),
+    "exact, warm": Variant("exact_kernel", exact_warm, EXACT),
+    "exact, edge": Variant("exact_kernel", exact_edge, EXACT),
+    "exact, edge, solution": Variant("exact_kernel", exact_edge_solution, EXACT),
+    "exhaustive, many matrices": Variant(
+        "grouped_exhaustive_kernel", lambda m, dtype: grouped(m, dtype, want_solution=False), EXACT, (4,)
+    ),
+    "exact, many matrices": Variant(
+        "grouped_kernel", lambda m, dtype: grouped(m, dtype, want_solution=False), EXACT, LARGER
+    ),
+    "exact, many matrices, solution": Variant(
+        "grouped_kernel", lambda m, dtype: grouped(m, dtype, want_solution=True), EXACT
+    ),
+    "assignment": Variant("exact_kernel", assignment, EXACT, LARGER),
+    "greedy": Variant("dykstra_kernel", greedy, SAME),
+    "greedy, edge": Variant("dykstra_kernel", greedy_edge, SAME),
+    "tsenor": Variant("dykstra_kernel", tsenor, 2e-3, noisy=2e-3),
+    "nm": Variant("nm_kernel", ordinary, SAME),
+    "sinkhorn, forward": Variant("sinkhorn_forward_kernel", sinkhorn_forward, 5e-6, noisy=2e-5),
+    "sinkhorn, backward": Variant("sinkhorn_backward_kernel", sinkhorn_backward, 2e-5, noisy=1e-4),
+    "permute_columns": Variant("permute_columns_kernel", permute_columns, SAME, (64,)),
+    "rms_norm_permute": Variant("permute_columns_kernel", norm_permute, 2e-6, (64,), noisy=2e-5),
+}
+
+
+def cases() -> Iterator[Any]:
+    """A variant's smallest size in float32; all others are slow."""
+    for name, variant in VARIANTS.items():
+        for m in variant.sizes:
+            marks = () if m == variant.sizes[0] else (pytest.mark.slow,)
+            yield pytest.param(name, m, torch.float32, id=f"{name}-{m}-float32", marks=marks)
+    for name in ("exact", "exact, solution"):
+        for m in (32, 64):
+            for dtype in (torch.float16, torch.bfloat16, torch.float64):
+                kind = str(dtype).removeprefix("torch.")
+                yield pytest.param(name, m, dtype, id=f"{name}-{m}-{kind}", marks=pytest.mark.slow)
+
+
+def check(name: str, m: int, dtype: torch.dtype, allowed: float, record_property: Any) -> None:
+    """What is executed is recorded, what differs is not more than ``allowed``."""
+    variant = VARIANTS[name]
+    emulator.LAUNCHES.clear()
+    blocks, worst = variant.differ(m, dtype)
+    launches = [run for run in emulator.LAUNCHES if run.kernel.program.name == variant.kernel]
+    instructions = sum(run.instructions for run in launches)
+    found = {
+        "variant": name, "kernel": variant.kernel, "m": m, "dtype": str(dtype).removeprefix("torch."),
+        "target": f"sm_{os.environ['NMSOLVE_PTX_SM']}", "blocks": blocks,
+        "ctas": sum(run.ctas for run in launches), "warp_instructions_per_block": instructions / blocks,
+        "worst_difference": worst, "allowed_difference": allowed, "races": 0,
+        "same_value_stores": sum(run.memory.same_stores + run.same_shared_stores for run in launches),
+        "diverged": sum(sum(run.diverged.values()) for run in launches),
+        "divisions_by_zero": sum(run.divisions_by_zero for run in launches),
+    }  # fmt: skip
+    for key, value in found.items():
+        record_property(key, value)
+    assert instructions > 0
+    assert worst <= allowed
+
+
+@pytest.mark.parametrize(("name", "m", "dtype"), list(cases()))
+def test_variant(name: str, m: int, dtype: torch.dtype, record_property: Any) -> None:
+    check(name, m, dtype, VARIANTS[name].allowed, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_warps_in_random_order(name: str, seed: int, monkeypatch, record_property: Any) -> None:
+    """Also where a block lies in several warps: tiles of 64."""
+    monkeypatch.setattr(emulator.SETTINGS, "seed", seed)
+    sizes = VARIANTS[name].sizes
+    for m in (sizes[0], sizes[-1]) if seed == 1 else (sizes[0],):
+        check(name, m, torch.float32, VARIANTS[name].allowed, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("m", [4, 8, 16])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_approximate_instructions_that_err(name: str, m: int, monkeypatch, record_property: Any) -> None:
+    """By what NVIDIA allows them to, and products and sums rounded once: exact stays exact."""
+    variant = VARIANTS[name]
+    if m not in variant.sizes:
+        pytest.skip("not a size of this variant")
+    monkeypatch.setattr(emulator.Noise, "on", True)
+    monkeypatch.setattr(emulator.SETTINGS, "contracted", True)
+    check(name, m, torch.float32, variant.noisy or variant.allowed, record_property)
