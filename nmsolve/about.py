@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 PACKAGES = ("torch", "triton", "numba", "numpy", "safetensors")
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that solve, None for what is not installed.
+def versions(*more: str) -> dict[str, str | None]:
+    """Versions of Python, of the packages that solve and of ``more``, None for what is not installed.
 
     Examples
     --------
@@ -21,7 +21,7 @@ def versions() -> dict[str, str | None]:
     import platform
 
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *more):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -98,7 +98,7 @@ class PruneReport:
         """The report as JSON data; a sum that overflowed becomes null."""
         data = {
             "nmsolve": __version__,
-            "versions": versions(),
+            "versions": versions("transformers"),
             "files": dict(self.files),
             "settings": dict(self.settings),
             "totals": self.totals(),
