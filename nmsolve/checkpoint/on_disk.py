@@ -1,6 +1,6 @@
 """Masks a checkpoint on disk: what ``nmsolve mask`` does, with the same arguments.
 
-torch is imported once it is certain that there is work for it.
+torch is imported once it is certain that there is work for it, or to ask the model that config.json names.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def prepare(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     input_first: Sequence[str] = (),
+    input_last: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Prepared:
     """Checks the arguments of :func:`mask_checkpoint` and reads the headers; writes nothing.
@@ -68,7 +69,15 @@ def prepare(
     elif out is not None:
         suffixes = (SUFFIX,)
         target = check_out(Path(out), overwrite, source=found.root, suffixes=suffixes, beside=output_names)
-    choice = select_tensors(found, pattern, include=include, exclude=exclude, input_first=input_first)
+    choice = select_tensors(
+        found,
+        pattern,
+        transposable=transposable,
+        include=include,
+        exclude=exclude,
+        input_first=input_first,
+        input_last=input_last,
+    )
     return Prepared(found, target, choice)
 
 
@@ -84,6 +93,7 @@ def mask_checkpoint(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     input_first: Sequence[str] = (),
+    input_last: Sequence[str] = (),
     overwrite: bool = False,
     progress: bool | None = None,
     interrupts: Interrupts | None = None,
@@ -108,7 +118,7 @@ def mask_checkpoint(
         See :func:`nmsolve.backends.dispatch.select`.
     device : str, optional
         ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; by default a GPU if there is one.
-    include, exclude, input_first : sequence of str
+    include, exclude, input_first, input_last : sequence of str
         Globs of tensors, see :func:`nmsolve.checkpoint.selection.select_tensors`.
     overwrite : bool
         Whether ``out`` may be replaced: a file, or a folder that nmsolve wrote.
@@ -149,6 +159,7 @@ def mask_checkpoint(
         include=include,
         exclude=exclude,
         input_first=input_first,
+        input_last=input_last,
         overwrite=overwrite,
     )
     found, target, selection = prepared.checkpoint, prepared.out, prepared.selection
@@ -175,6 +186,8 @@ def mask_checkpoint(
             "include": list(include),
             "exclude": list(exclude),
             "input_first": list(input_first),
+            "input_last": list(input_last),
+            "chosen_by": selection.chosen_by,
         },
         skipped=[
             SkippedTensor(entry.name, shard.path.name, entry.shape, entry.dtype, reason)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nmsolve.checkpoint.on_disk import mask_checkpoint, prepare
-from nmsolve.checkpoint.selection import DENSE_BY_DEFAULT, Selection
+from nmsolve.checkpoint.roles import DENSE_BY_NAME
+from nmsolve.checkpoint.selection import Selection
 from nmsolve.cli import options
 from nmsolve.cli.command import Command, exit_codes
 from nmsolve.errors import printable
@@ -27,7 +29,10 @@ and N in each column, so that the transposed weight of the backward pass is N:M 
 that keeps the most magnitude, and the report proves it with an upper bound.
 """
 
-_DENSE = "\n".join(f"    {what:<20} {'  '.join(globs)}" for what, globs in DENSE_BY_DEFAULT.items())
+_DENSE = "\n".join(
+    textwrap.fill("  ".join(names), 100, initial_indent=f"    {what:<17} ", subsequent_indent=" " * 22)
+    for what, names in DENSE_BY_NAME.items()
+)
 
 EPILOG = f"""\
 examples:
@@ -42,12 +47,17 @@ examples:
       which tensors would be masked, and why the others would not
 
 which tensors:
-  By default every floating-point '*.weight' of two dimensions or more whose matrices hold at least one
-  M x M block, except
+  By default the weights of linear and convolution layers whose matrices hold at least one M x M block, but
+  no embeddings, heads and routers. config.json, in the folder or beside the file, names the architecture
+  whose modules say what is what and which axis is the input, if transformers is installed and knows it; no
+  code of a checkpoint is run. Without it names decide: every floating-point '*.weight' of two dimensions or
+  more, but what ends with one of these parts (^ begins the name):
 {_DENSE}
-  --include replaces this choice: whatever it matches is masked, if it has two dimensions or more.
-  Convolution weights (out, in, kernel...) get a mask for each kernel position; a 3-D weight whose last
-  dimension is not smaller than its first is a stack of matrices, one for each expert.
+  --dry-run tells which it was, and why, for each tensor.
+  --include replaces this choice: whatever it matches is masked, if it has two dimensions or more and its
+  input is known. Convolution weights (out, in, kernel...) get a mask for each kernel position; a 3-D weight
+  is a stack of matrices, one for each expert, or by its name alone if its last dimension is not smaller
+  than its first.
 
 in Python:
   nmsolve.checkpoint.mask_checkpoint("Llama-3.2-1B", "sparse", "8:16", transposable=True)
@@ -69,9 +79,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_device(parser)
     options.add_globs(parser, "--include", "mask the tensors that match, instead of the default choice")
     options.add_globs(parser, "--exclude", "leave these dense")
-    options.add_globs(
-        parser, "--input-first", "these weights are stored (in, out), not (out, in); known already for GPT-2"
-    )
+    options.add_globs(parser, "--input-first", "these weights are stored (in, out), where that is not known")
+    options.add_globs(parser, "--input-last", "these weights are stored (out, in), where that is not known")
     options.add_overwrite(parser, "replace OUT: a file, or a folder that nmsolve wrote")
     parser.add_argument(
         "--dry-run", action="store_true", help="list what would be masked or not, and write nothing"
@@ -87,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
         "include": args.include,
         "exclude": args.exclude,
         "input_first": args.input_first,
+        "input_last": args.input_last,
         "overwrite": args.overwrite,
     }
     pattern = options.pattern_of(args.pattern)
@@ -109,15 +119,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _print_selection(selection: Selection) -> None:
-    rows = [
-        ("mask", item.entry, f"{item.layout.kind}{'' if item.layout.input_dim else ', stored (in, out)'}")
-        for item in selection.masked
-    ]
+    rows = [("mask", item.entry, item.why) for item in selection.masked]
     rows += [("keep", entry, reason) for _, entry, reason in selection.skipped]
     width = max(len(printable(entry.name)) for _, entry, _ in rows)
     for verb, entry, note in rows:
         shape = "x".join(map(str, entry.shape)) or "scalar"
         print(f"{verb}  {printable(entry.name):<{width}}  {entry.dtype:<4}  {shape:<14}  {printable(note)}")
+    print(f"decided by {printable(selection.chosen_by)}")
     weights = sum(item.entry.size for item in selection.masked)
     print(f"{len(selection.masked)} of {len(rows)} tensors would be masked, {weights:,} weights")
 

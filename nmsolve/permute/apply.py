@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nmsolve.checkpoint.roles import is_conv1d
 from nmsolve.errors import NMSolveError
 from nmsolve.files import replacing
 from nmsolve.ops.columns import permute_columns
@@ -23,7 +24,6 @@ from nmsolve.permute.couplings import Coupling, Site
 from nmsolve.permute.model_couplings import find_couplings
 from nmsolve.permute.norm import PermutedRMSNorm
 from nmsolve.permute.orders import check_permutation
-from nmsolve.prune.layers import is_conv1d
 
 __all__ = [
     "Applied",

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nmsolve.checkpoint.roles import is_conv1d
 from nmsolve.permute.objective import Batch
 from nmsolve.prune.calibration import call_model
-from nmsolve.prune.layers import is_conv1d
 from nmsolve.prune.layerwise.scores import wanda_scores
 
 __all__ = ["calibration_scores"]

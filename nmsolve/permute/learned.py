@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from nmsolve.checkpoint.roles import is_conv1d
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
 from nmsolve.permute.calibration import calibration_scores
@@ -21,7 +22,6 @@ from nmsolve.permute.orders import check_permutation
 from nmsolve.permute.pruned_model import Part, PrunedModel
 from nmsolve.permute.training import Trainer, TrainingPlan
 from nmsolve.permute.training_state import LearnedPermutations
-from nmsolve.prune.layers import is_conv1d
 
 __all__ = ["LearnedPermutations", "learn_permutation"]
 

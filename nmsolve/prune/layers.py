@@ -22,11 +22,11 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from nmsolve.checkpoint.selection import DENSE_BY_DEFAULT
+from nmsolve.checkpoint.roles import is_conv1d, roles_of
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
 
-__all__ = ["Layer", "Selected", "find_layers", "is_conv1d", "select_layers", "told", "uncompiled"]
+__all__ = ["Layer", "Selected", "find_layers", "select_layers", "uncompiled"]
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -111,15 +111,6 @@ class Layer:
 _Convolution = (nn.Conv1d, nn.Conv2d)
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D or derived from it: a linear layer whose weight is ``(in, out)``.
-
-    transformers is not imported: who has such a layer has imported it.
-    """
-    kinds = type(module).__mro__
-    return any(kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in kinds)
-
-
 def _padding(module: nn.Conv1d | nn.Conv2d) -> list[int]:
     """What ``F.pad`` takes: before and after, the last dimension first."""
     sides: list[int] = []
@@ -187,8 +178,7 @@ def select_layers(
                     f"{option}: {glob!r} matches none of the model's {len(layers)} layers ({names}, ...)"
                     + next(meant, "")
                 )
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = told(model, "get_output_embeddings")
+    roles = roles_of(model)
     chosen: dict[Layer, NMPattern] = {}
     skipped: dict[str, str] = {}
     seen: dict[int, str] = {}
@@ -209,12 +199,7 @@ def select_layers(
         elif id(layer.weight) in seen:
             reason = f"shares its weight with {seen[id(layer.weight)]}"
         elif found == "*":
-            if id(layer.weight) in embeddings:
-                reason = "shares its weight with an embedding"
-            elif layer.module is head:
-                reason = "language-model head"
-            else:
-                reason = _dense_by_default(layer, pattern)
+            reason = roles[layer.weight_name].dense or _too_small(layer, pattern)
         if reason is None and pattern is not None:
             chosen[layer] = pattern
             seen[id(layer.weight)] = layer.name
@@ -252,20 +237,8 @@ def _matches(name: str, glob: str) -> bool:
     return fnmatchcase(name, glob) or fnmatchcase(name, f"*.{glob}")
 
 
-def _dense_by_default(layer: Layer, pattern: NMPattern) -> str | None:
-    for what, globs in DENSE_BY_DEFAULT.items():
-        if any(fnmatchcase(layer.weight_name, named) for named in globs):
-            return what
+def _too_small(layer: Layer, pattern: NMPattern) -> str | None:
     rows, cols = layer.matrix_shape
     if min(rows, cols) < pattern.m:
         return f"{rows} x {cols} matrices are smaller than one block of {pattern.m}"
     return None
-
-
-def told(model: nn.Module, name: str) -> object:
-    """What a transformers model's method ``name`` returns, None if it has no answer."""
-    method = getattr(model, name, None)
-    try:
-        return method() if callable(method) else None
-    except NotImplementedError:
-        return None

@@ -81,6 +81,8 @@ def test_the_report_says_what_ran(file, out):
         "include": ["*q_proj*", "*norm*"],
         "exclude": ["*.1.*"],
         "input_first": [],
+        "input_last": [],
+        "chosen_by": "names: there is no config.json",
     }
     assert [row["name"] for row in report["tensors"]] == ["model.layers.0.self_attn.q_proj.weight"]
     reasons = {row["name"]: row["reason"] for row in report["skipped"]}

@@ -12,8 +12,9 @@ from pruning import inputs_of, mlp, prune
 from torch import nn
 
 import nmsolve
+from nmsolve.checkpoint.roles import is_conv1d
 from nmsolve.permute import PermutedLinear, calibration_scores, learn_permutation
-from nmsolve.prune.layers import Layer, find_layers, is_conv1d
+from nmsolve.prune.layers import Layer, find_layers
 from nmsolve.prune.walk import Chain, Loose, make_plan, quiet_model
 
 pytest.importorskip("transformers")
