@@ -2,22 +2,20 @@
 
 transformers renames weights when it loads and saves, and may join or split them (the three projections of an
 attention are one tensor in some files, the experts of a mixture one parameter in some models). Its own tables
-say how; this module reads them with the functions that transformers itself loads and saves with.
+say how; this module reads them with the functions that transformers itself loads with.
 """
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-__all__ = ["Place", "masks_in_files", "masks_in_model", "places"]
+__all__ = ["Place", "places"]
 
 
 @dataclass(frozen=True)
@@ -28,14 +26,11 @@ class Place:
     ----------
     parameter : str
         Its name in the model; the first, where the tensor is split.
-    pattern : str or None
-        Which tensor it is of those that are joined or split; None where it is only renamed.
     converter : object
-        transformers' WeightConverter that joins or splits.
+        transformers' WeightConverter that joins or splits; None where it is only renamed.
     """
 
     parameter: str
-    pattern: str | None = None
     converter: Any = None
 
     def transposes(self, shape: tuple[int, ...], into: tuple[int, ...]) -> bool:
@@ -76,7 +71,7 @@ def places(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
         if target not in held and name in held:
             target, pattern = rename_source_key(name, [], [], prefix, held)
         if target in held:
-            found[name] = Place(target, pattern, None if pattern is None else by_pattern[pattern])
+            found[name] = Place(target, None if pattern is None else by_pattern[pattern])
     return found
 
 
@@ -97,79 +92,3 @@ def _places_by_patterns(
                 found[name] = Place(candidate)
                 break
     return found
-
-
-def masks_in_model(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks of a checkpoint's tensors by the names of the model's parameters, joined and split as those are.
-
-    A mask that is no part of the model keeps its name.
-    """
-    found: dict[str, Tensor] = {}
-    joined: dict[str, Any] = {}
-    where = places(model, masks)
-    for name, mask in masks.items():
-        place = where.get(name, Place(name))
-        if place.converter is None:
-            found[place.parameter] = mask
-            continue
-        converter = joined.setdefault(place.parameter, copy.deepcopy(place.converter))
-        converter.add_tensor(place.parameter, name, place.pattern, mask)
-    for parameter, converter in joined.items():
-        made = converter.convert(parameter, model=model, config=model.config)
-        found |= {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
-    return found
-
-
-def masks_in_files(model: nn.Module, masks: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Masks of the model's parameters by the names of the tensors that a saved checkpoint has.
-
-    The parts of a tensor that hold no mask are kept. A mask of what is not in the checkpoint is left out.
-    """
-    where = places(model, names)
-    renamed = {place.parameter: name for name, place in where.items() if place.converter is None}
-    tied = _other_names(model)
-    found: dict[str, Tensor] = {}
-    joined: list[str] = []
-    for parameter in masks:
-        name = next((renamed[x] for x in (parameter, *tied.get(parameter, ())) if x in renamed), None)
-        if name is None:
-            joined.append(parameter)
-        else:
-            found[name] = masks[parameter]
-    return found | (_joined(model, masks, joined, where) if joined else {})
-
-
-def _other_names(model: nn.Module) -> dict[str, list[str]]:
-    """For every parameter with several names, by each of them: all."""
-    by_identity: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        by_identity.setdefault(id(parameter), []).append(name)
-    return {name: names for names in by_identity.values() if len(names) > 1 for name in names}
-
-
-def _joined(
-    model: nn.Module, masks: Mapping[str, Tensor], wanted: Iterable[str], where: Mapping[str, Place]
-) -> dict[str, Tensor]:
-    """Masks of tensors that are made of several parameters, made as transformers makes the tensors."""
-    import torch
-
-    with suppress(ImportError):
-        from transformers.core_model_loading import revert_weight_conversion
-
-        beside = {name.rpartition(".")[0].rpartition(".")[0] for name in wanted}
-        parts = {
-            name: parameter.shape
-            for name, parameter in model.state_dict(keep_vars=True).items()
-            if name.rpartition(".")[0].rpartition(".")[0] in beside
-        }
-        kept = torch.ones((), dtype=torch.bool)
-        whole = {name: masks[name] if name in masks else kept.expand(shape) for name, shape in parts.items()}
-        marks = {name: (~kept if name in wanted else kept).expand(shape) for name, shape in parts.items()}
-        made = revert_weight_conversion(model, whole)
-        marked = revert_weight_conversion(model, marks)
-        return {
-            name: mask.contiguous()
-            for name, mask in made.items()
-            if name in where and not bool(marked[name].all())
-        }
-    return {}
