@@ -1,8 +1,8 @@
 """What do the compiled kernels do, executed without a GPU? Runs their tests on the emulator of PTX.
 
 For every target a child runs tests/emulator/emulated_variants.py, in which each variant of each kernel is
-compiled, executed from its PTX and compared with the float64 oracle. The file is written after each target; it
-is an error if a test fails.
+compiled, executed from its PTX and compared with the float64 oracle. The file is written after each target;
+a test that fails ends it.
 """
 
 from __future__ import annotations

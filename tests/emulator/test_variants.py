@@ -1,0 +1,68 @@
+"""Every kernel and variant from its PTX: the smallest size for sm_90; ``-m slow`` runs all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import emulated
+import pytest
+
+pytest.importorskip("triton")
+
+FILE = "tests/emulator/emulated_variants.py"
+TARGETS = (80, 90, 100)
+GROUPS = {
+    "exact": [
+        "exhaustive-4", "exact-8", "exact, solution-4", "exact, warm-4", "exact, edge-4",
+        "exact, edge, solution-4", "assignment-8",
+    ],
+    "many matrices": [
+        "exhaustive, many matrices-4", "exact, many matrices-8", "exact, many matrices, solution-4",
+    ],
+    "approximate": ["greedy-4", "greedy, edge-4", "tsenor-4", "nm-4"],
+    "permutations": [
+        "sinkhorn, forward-4", "sinkhorn, backward-4", "permute_columns-64", "rms_norm_permute-64",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all children of the test session keep what they compile."""
+    folder = tmp_path_factory.getbasetemp()
+    if folder.name.startswith("popen-gw"):
+        folder = folder.parent
+    return folder / "compiled"
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_one_case_of_every_variant(group: str, cache: Path) -> None:
+    names = [f"{FILE}::test_variant[{name}-float32]" for name in GROUPS[group]]
+    assert f"{len(names)} passed" in emulated.run(90, *names, cache=cache, timeout=600)
+
+
+@pytest.mark.slow
+def test_no_variant_is_left_out(cache: Path) -> None:
+    found = emulated.run(90, "--collect-only", FILE, cache=cache, timeout=100)
+    default = {line.partition("::")[2] for line in found.splitlines() if "::" in line}
+    assert default == {f"test_variant[{name}-float32]" for names in GROUPS.values() for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "test", ["test_variant", "test_warps_in_random_order", "test_approximate_instructions"]
+)
+def test_all_variants(test: str, target: int, cache: Path) -> None:
+    """All sizes; exact in float16, bfloat16 and float64 at 32 and 64; random order; noise."""
+    selected = ("-m", "slow or not slow", "-k", test)
+    assert " passed" in emulated.run(target, *selected, FILE, cache=cache, timeout=7200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_once(target: int, cache: Path) -> None:
+    """As the GPU suite has it."""
+    name = "tests/kernels/test_gpu.py"
+    found = emulated.run(target, "-m", "gpu", "-k", "every_kernel_once", name, cache=cache, timeout=7200)
+    assert "4 passed" in found
