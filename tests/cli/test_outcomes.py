@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import tiny_models
@@ -186,3 +189,41 @@ def test_no_command_holds_work():
     for command in COMMANDS:
         module = command.run.__module__
         assert module == f"nmsolve.cli.{command.name.replace('-', '_')}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--version"], 0, ""),
+        (["info"], 0, ""),
+        (
+            ["mask", "m.safetensors", "--pattern", "2:4", "--out", "s.safetensors", "--backend", "torch"],
+            0,
+            "",
+        ),
+        (
+            ["bench", "--tune"],
+            2,
+            "nmsolve: error: --out: expected a file to write to: there is no home folder",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_without_a_home(arguments, code, said, tmp_path):
+    """Neither HOME nor an entry for the user: containers are run so."""
+    save_file({"fc.weight": torch.randn(8, 8)}, tmp_path / "m.safetensors")
+    unknown = """
+import os, pwd, sys
+def nobody(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+pwd.getpwuid = nobody
+from nmsolve.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", unknown, *arguments],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr

@@ -14,6 +14,7 @@ from typing import Any
 
 from nmsolve.errors import NMSolveError
 from nmsolve.files import write_text
+from nmsolve.kernels._launch import KERNELS, SIZES
 
 __all__ = ["ENVIRONMENT", "KERNELS", "Entry", "asked_for", "check_entry", "default_path", "load", "save"]
 
@@ -21,17 +22,23 @@ ENVIRONMENT = "NMSOLVE_LAUNCH_TABLE"
 FORMAT = "nmsolve-launch-table"
 VERSION = 1
 
-KERNELS = ("exact", "exact_edge", "dykstra", "tsenor")
-SIZES = (4, 8, 16, 32, 64)
-
 Entry = tuple[int, int, int, int, int]
 """(size, rows_in, cols_in, blocks, warps), see :class:`nmsolve.kernels._launch.Tile`."""
 
 
 def default_path() -> Path:
-    """Where ``nmsolve bench --tune`` writes unless told otherwise."""
-    folder = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
-    return Path(folder) / "nmsolve" / "launch_table.json"
+    """Where ``nmsolve bench --tune`` writes unless told otherwise.
+
+    Raises
+    ------
+    NMSolveError
+        If there is no home folder, as for a user that the system does not know.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    except RuntimeError as error:
+        raise NMSolveError(f"out: expected a file to write to: there is no home folder ({error})") from None
+    return folder / "nmsolve" / "launch_table.json"
 
 
 def check_entry(kernel: str, entry: object) -> Entry:
