@@ -103,7 +103,7 @@ def used_settings(settings: PruneSettings, calibrated: bool) -> dict[str, object
 def check_in_memory(model: nn.Module) -> None:
     """Raises if accelerate holds a part of the model elsewhere: what is pruned here would not get there."""
     away = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
-    if away and getattr(model, "hf_device_map", None) is not None:
+    if away and any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise NMSolveError(
             f"model: {len(away)} of its parameters are offloaded ({away[0]}, ...); load it without "
             "device_map, or with memory for all of it"

@@ -168,3 +168,26 @@ def test_calibration_text_and_tokens(tmp_path):
     with pytest.raises(nmsolve.NMSolveError, match="10 tokens do not fill one sequence of 99"):
         make_batches(torch.arange(10), sequence_length=99)
     assert isinstance(make_batches([[torch.ones(1), 2]])[0], tuple)
+
+
+def test_weights_of_quantisation_libraries_are_refused():
+    """torchao and others keep a weight in a tensor of their own class, which a mask does not reach."""
+
+    class Packed(torch.Tensor):
+        pass
+
+    model = mlp()
+    model[2].weight = torch.nn.Parameter(model[2].weight.detach().as_subclass(Packed))
+    with pytest.raises(nmsolve.NMSolveError, match=r"2\.weight is a .*Packed, not a plain tensor"):
+        prune(model, torch.randn(8, 16))
+
+
+def test_models_that_are_partly_elsewhere_are_refused(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(mlp())
+    with pytest.raises(nmsolve.NMSolveError, match=r"model: 6 of its parameters are offloaded \(0\.bias"):
+        prune(model, torch.randn(64, 16))
+    places = {str(k): "disk" if k == 2 else "cpu" for k in range(6)}
+    model = accelerate.dispatch_model(mlp(), places, "cpu", offload_dir=tmp_path, force_hooks=True)
+    with pytest.raises(nmsolve.NMSolveError, match=r"model: 2 of its parameters are offloaded \(2\.bias"):
+        prune(model, torch.randn(64, 16))
