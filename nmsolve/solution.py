@@ -52,7 +52,8 @@ class BlockSolution:
         float64 ``(*batch, GR, GC)`` or ``(B,)``: kept score of each block.
     bound : Tensor
         float64, as ``objective``: no mask of this pattern keeps more. It follows from the duals alone
-        (docs/internals/solver.md), so :func:`nmsolve.dual_bound` recomputes it.
+        (docs/internals/solver.md), so :func:`nmsolve.dual_bound` recomputes it, up to the rounding of that
+        sum. It is never below the objective.
     scale : Tensor
         float64, as ``objective``: sum of the absolute kept scores, what ``gap`` is relative to. It equals the
         objective where no score is negative.
@@ -67,7 +68,11 @@ class BlockSolution:
 
     @property
     def gap(self) -> Tensor:
-        """``(bound - objective) / scale`` of each block: 0 proves that the block's mask is optimal."""
+        """``(bound - objective) / scale`` of each block: 0 proves that the block's mask is optimal.
+
+        That of an optimal block is at most 1e-6 (1e-12 for float64 scores), which is rounding, unless its
+        scores are so large that what it keeps is no float64: then it is NaN.
+        """
         return relative_gap(self.bound - self.objective, self.scale)
 
     @property

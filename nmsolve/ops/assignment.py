@@ -10,8 +10,10 @@ from torch import Tensor
 
 from nmsolve.backends.dispatch import AUTO, BACKENDS, REFERENCE, Backend, check_backend, select
 from nmsolve.errors import BackendError, NMSolveError
+from nmsolve.ops.certificates import tighten
 from nmsolve.ops.registration import register
 from nmsolve.ops.validation import check_finite, check_scores, describe
+from nmsolve.pattern import NMPattern
 from nmsolve.solution import relative_gap
 
 __all__ = ["AssignmentSolution", "assignment"]
@@ -142,7 +144,27 @@ def _solve(scores: Tensor, backend: str, want_solution: bool) -> tuple[Tensor, .
     found = row.permutations.assignment(matrices, want_solution)
     if row.assignment_finds_infinite and bool((found[0][:, 0] < 0).any()):
         check_finite(scores)
+    if want_solution:
+        _tighten(matrices, *found)
     return tuple(tensor.to(scores.device).view((*lead, *tensor.shape[1:])) for tensor in found)
+
+
+def _tighten(
+    matrices: Tensor,
+    permutation: Tensor,
+    u: Tensor,
+    v: Tensor,
+    objective: Tensor,
+    bound: Tensor,
+    scale: Tensor,
+) -> None:
+    """Make the certificates good to the duals' type, in place; a permutation is a mask of a single block."""
+    batch, m, _ = matrices.shape
+    mask = torch.zeros(matrices.shape, dtype=torch.bool, device=matrices.device)
+    mask.scatter_(2, permutation.unsqueeze(2), True)
+    duals = u.view(batch, 1, 1, m), v.view(batch, 1, 1, m)
+    value, least, size = (one.view(batch, 1, 1) for one in (objective, bound, scale))
+    tighten(matrices, mask, duals, value, least, size, NMPattern(1, m))
 
 
 def _blank(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nmsolve.backends.dispatch import MASK_METHODS, Backend, GroupMaskSolver, select
 from nmsolve.blocks import batched_matrices
+from nmsolve.ops.certificates import tighten
 from nmsolve.ops.registration import register
 from nmsolve.ops.validation import check_all_finite, check_finite_duals
 from nmsolve.pattern import NMPattern
@@ -96,22 +97,26 @@ def _solutions(
     pattern = NMPattern(n, m)
     runners, lowest = _checked(scores, warm, backend, m)
     results = _exact(runners, scores, warm, pattern, True)
-    if method != "exact":
-        masks = _approximate(runners, scores, pattern, method, *options)
-        results = [result._replace(mask=mask) for result, mask in zip(results, masks, strict=True)]
+    masks = None if method == "exact" else _approximate(runners, scores, pattern, method, *options)
     solutions = []
-    for matrix, low, (mask, u, v, objective, bound) in zip(scores, lowest, results, strict=True):
+    for i, (matrix, low, (mask, u, v, objective, bound)) in enumerate(
+        zip(scores, lowest, results, strict=True)
+    ):
         assert u is not None
         assert v is not None
         assert objective is not None
         assert bound is not None
-        if method == "exact" and low >= 0:
+        u, v = u.to(_dual_dtype(matrix)), v.to(_dual_dtype(matrix))
+        if low >= 0:
             scale = objective.clone()
         else:
             objective, scale = kept_score(matrix, mask, pattern)
-        solutions.append(
-            (mask, u.to(_dual_dtype(matrix)), v.to(_dual_dtype(matrix)), objective, bound, scale)
-        )
+        tighten(matrix, mask, (u, v), objective, bound, scale, pattern)
+        if masks is not None:
+            mask = masks[i]
+            objective, scale = kept_score(matrix, mask, pattern)
+            bound = torch.maximum(bound, objective)
+        solutions.append((mask, u, v, objective, bound, scale))
     return solutions
 
 
