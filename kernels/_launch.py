@@ -48,6 +48,9 @@ _TILES = {
     ),
 }
 
+KERNELS = tuple(_TILES)
+SIZES = tuple(entry.size for entry in _TILES["exact"])
+
 EXHAUSTIVE_BLOCKS = 128
 EXHAUSTIVE_WARPS = 4
 

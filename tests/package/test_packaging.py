@@ -194,7 +194,7 @@ def test_works_with_neither_triton_nor_numba(tmp_path):
         "HIDDEN = ('triton', 'numba')\n"
         + WITHOUT
         + """
-import json, torch, nmsolve
+import json, torch, nmsolve, nmsolve.backends.triton.launch_table
 mask = nmsolve.transposable_mask(torch.rand(16, 16), 2, 4)
 nmsolve.check_mask(mask, 2, 4)
 said = {}

@@ -16,7 +16,17 @@ from nmsolve.errors import NMSolveError
 from nmsolve.files import write_text
 from nmsolve.kernels._launch import KERNELS, SIZES
 
-__all__ = ["ENVIRONMENT", "KERNELS", "Entry", "asked_for", "check_entry", "default_path", "load", "save"]
+__all__ = [
+    "ENVIRONMENT",
+    "KERNELS",
+    "SIZES",
+    "Entry",
+    "asked_for",
+    "check_entry",
+    "default_path",
+    "load",
+    "save",
+]
 
 ENVIRONMENT = "NMSOLVE_LAUNCH_TABLE"
 FORMAT = "nmsolve-launch-table"
