@@ -131,14 +131,15 @@ class PruneReport:
         axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         kinds = layer_kinds([layer.name for layer in self.layers])
         for axis, (title, field_name, logarithmic) in zip(axes, panels, strict=True):
-            for kind in dict.fromkeys(kinds):
+            for number, kind in enumerate(dict.fromkeys(kinds)):
                 points = [
                     (place, getattr(layer, field_name))
                     for place, layer in enumerate(self.layers)
                     if kinds[place] == kind
                 ]
                 xs, ys = zip(*points, strict=True)
-                axis.plot(xs, ys, ".-", label=kind, linewidth=0.8)
+                style = (".-", ".--", ".:", ".-.")[number // 10 % 4]  # there are ten colours
+                axis.plot(xs, ys, style, label=kind, linewidth=0.8)
             if logarithmic and all(layer.relative_error for layer in self.layers):
                 axis.set_yscale("log")
             axis.set_ylabel(title)
