@@ -131,7 +131,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in kinds)
 
 
-def told(model: nn.Module, name: str) -> object:
+def told(model: object, name: str) -> object:
     """What a transformers model's method ``name`` returns, None if it has no answer."""
     method = getattr(model, name, None)
     try:
@@ -171,11 +171,12 @@ def roles_of(model: nn.Module) -> dict[str, Role]:
                 reason = "router"
             elif outside is None:
                 reason = dense_by_name(prefix)
-            elif id(module) in outside:
-                rows = parameter.shape[1 - (role.input_dim or 0) if role.kind == "linear" else 0]
-                reason = "head" if rows in outputs else dense_by_name(prefix, ("head", "patch embedding"))
             else:
-                reason = dense_by_name(prefix, ("patch embedding",))
+                of_output = not outputs.isdisjoint(parameter.shape)
+                named = of_output or id(module) in outside
+                reason = dense_by_name(prefix, ("patch embedding", *(["head"] if named else [])))
+                if of_output and id(module) in outside:
+                    reason = "head"
             found[f"{prefix}.{own}" if prefix else own] = replace(role, dense=reason)
     return found
 
@@ -239,18 +240,20 @@ def _outside_base(model: nn.Module) -> set[int] | None:
 def _output_sizes(model: nn.Module) -> set[int]:
     """How many labels and tokens a transformers model tells apart."""
     config = getattr(model, "config", None)
-    text = told(config, "get_text_config") if config is not None else None
-    sizes = (getattr(config, "num_labels", None), getattr(text, "vocab_size", None))
+    configs = (config, told(config, "get_text_config"))
+    names = ("num_labels", "vocab_size", "tgt_vocab_size")
+    sizes = (getattr(config, name, None) for config in configs for name in names)
     return {size for size in sizes if isinstance(size, int)}
 
 
 def _routers(model: nn.Module) -> Iterator[nn.Module]:
-    """Linear layers that choose experts: of a router's class, or one output for each expert beside them."""
+    """Linear layers that choose experts: by class or name, or with one output for each expert beside them."""
     from torch import nn
 
     for module in model.modules():
         if type(module).__name__.endswith(_ROUTERS):
             yield from (child for child in module.children() if isinstance(child, nn.Linear))
+        yield from (child for name, child in module.named_children() if name.endswith("router"))
         counts = {count for name, child in module.named_children() if (count := _experts(name, child))}
         for name, child in module.named_children() if counts else ():
             if "expert" not in name:

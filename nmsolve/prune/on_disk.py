@@ -152,7 +152,9 @@ sequence_length, batch_size, seed, bos, iterations, damping
                 mask_method=mask_method or "exact",
                 backend=backend,
                 sequential=sequential,
-                initial_masks=None if initial_masks is None else _by_weight(initial_masks, places),
+                initial_masks=None
+                if initial_masks is None
+                else _by_weight(initial_masks, places, checkpoint),
                 dense=dense,
                 tokenizer=tokenizer,
                 samples=samples,
@@ -205,8 +207,14 @@ def _places(
     return places
 
 
-def _by_weight(masks: str | os.PathLike[str], places: Mapping[str, list[Place]]) -> dict[str, Tensor]:
-    """Earlier masks, which have the names of the checkpoint's tensors, by the weights of the model."""
+def _by_weight(
+    masks: str | os.PathLike[str], places: Mapping[str, list[Place]], checkpoint: Checkpoint
+) -> dict[str, Tensor]:
+    """Earlier masks, which have the names of the checkpoint's tensors, by the weights of the model.
+
+    Those of tensors that are not pruned are left out, with a warning: ``nmsolve mask`` masks matrices of
+    experts, too, which are no layers of the model.
+    """
     from nmsolve.checkpoint.mask_files import load_masks
 
     found = load_masks(masks)
@@ -215,7 +223,17 @@ def _by_weight(masks: str | os.PathLike[str], places: Mapping[str, list[Place]])
         if place.entry in found and found[place.entry].shape[:1] == (place.rows,):
             by_weight[name] = found[place.entry][place.first : place.last]
     used = {place.entry for name in by_weight for place in places[name]}
-    return by_weight | {name: mask for name, mask in found.items() if name not in used}
+    pruned = {place.entry for of_weight in places.values() for place in of_weight}
+    dense = [x.name for _, x in checkpoint.entries() if x.name in found and x.name not in pruned]
+    if dense:
+        warnings.warn(
+            f"{counted(len(dense), 'initial mask')} not used, of what stays dense: {dense[0]}"
+            + (", ..." if len(dense) > 1 else ""),
+            NMSolveWarning,
+            stacklevel=3,
+        )
+    rest = found.keys() - used - set(dense)
+    return by_weight | {name: found[name] for name in sorted(rest)}
 
 
 def _tell_left_out(checkpoint: Checkpoint) -> None:
