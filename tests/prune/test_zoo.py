@@ -131,3 +131,14 @@ def test_wanda(name, tmp_path):
     for weight, mask in masks.items():
         assert torch.equal(held[weight] != 0, mask)
     loaded(name, tmp_path / "out")
+
+
+def test_the_page_lists_the_zoo():
+    """docs/models.md has a line for each architecture; this is what it is to say."""
+    lines = (
+        f"| `{row.kind}` | {row.masked} | {row.dense} | {row.experts} |"
+        for row in sorted(zoo.ZOO.values(), key=lambda row: row.kind)
+    )
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    listed = [line for line in page.splitlines() if line.startswith("| `")]
+    assert listed == list(dict.fromkeys(lines))
