@@ -28,7 +28,7 @@ def survey(capability: int, selected: str) -> Iterator[dict[str, object]]:
         environment = {"TRITON_CACHE_DIR": folder} | os.environ | {"NMSOLVE_PTX_SM": str(capability)}
         file = "tests/emulator/emulated_variants.py"
         command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "slow or not slow"]
-        command += ["-k", selected, f"--junitxml={report}", file]
+        command += ["-k", selected, f"--junitxml={report}", "-o", "junit_family=xunit1", file]
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
         for case in ElementTree.parse(report).iter("testcase"):
             row: dict[str, object] = {}

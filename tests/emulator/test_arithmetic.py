@@ -267,3 +267,12 @@ def test_words(x: int, y: int) -> None:
 def test_division_is_towards_zero(x: int, y: int) -> None:
     expected = abs(x) // abs(y) * (1 if (x < 0) == (y < 0) else -1)
     assert int(a.div_trunc(one(np.int64, x), one(np.int64, y))[0]) == expected
+
+
+@given(floats(32), floats(32), floats(32), floats(32))
+def test_pairs_are_two_of_each(x: float, y: float, z: float, w: float) -> None:
+    first, second = (np.array(pair, np.float32) for pair in ((x, y), (z, w)))
+    found = a.in_pairs(a.fma32, *(pair.view(np.uint64) for pair in (first, second, first)))
+    assert np.array_equal(found.view(np.float32), a.fma32(first, second, first))
+    found = a.in_pairs(np.subtract, first.view(np.uint64), second.view(np.uint64))
+    assert np.array_equal(found.view(np.float32), first - second)

@@ -6,6 +6,7 @@ The oracles of tests/emulator/test_arithmetic.py are integers and fractions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -308,3 +309,8 @@ def in_halves(a: Array, b: Array, *, subtract: bool) -> Array:
     if subtract:
         return ((a & low) - (b & low)) & low | ((((a >> high) - (b >> high)) & low) << high)
     return ((a & low) + (b & low)) & low | ((((a >> high) + (b >> high)) & low) << high)
+
+
+def in_pairs(function: Callable[..., Array], *operands: Array) -> Array:
+    """``.f32x2``: a function of float32 on both halves of 64 bits."""
+    return function(*(operand.view(f32) for operand in operands)).view(u64)

@@ -225,6 +225,13 @@ def _extreme(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     w.call(i.operands[0], match["type"], f"f{match[1]}", *i.operands[1:])
 
 
+@rule(r"(add|sub|mul|fma)(?:\.rn)?\.f32x2")
+def _pairs(w: _Writer, match: re.Match[str], i: Instruction) -> None:
+    operands = ", ".join(w.value(operand, "u64") for operand in i.operands[1:])
+    function = "fma32" if match[1] == "fma" else f"np.{_NUMPY[match[1]]}"
+    w.put(i.operands[0], "u64", f"in_pairs({function}, {operands})")
+
+
 @rule(r"(add|sub)\.s16x2")
 def _halves(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     x, y = (w.value(operand, "u32") for operand in i.operands[1:])
