@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nmsolve.backends.dispatch import check_backend, select
 from nmsolve.errors import NMSolveError
-from nmsolve.ops.registration import register
+from nmsolve.ops.registration import register, tangents_of_tangents
 from nmsolve.ops.validation import describe
 
 __all__ = ["permute_columns", "rms_norm_permute"]
@@ -36,7 +35,8 @@ def permute_columns(x: Tensor, permutation: Tensor, *, backend: str = "auto") ->
     Returns
     -------
     Tensor
-        Contiguous, of the shape and dtype of x; differentiable (by the inverse permutation).
+        Contiguous, of the shape and dtype of x; differentiable (by the inverse permutation) as often as one
+        likes, in reverse and in forward mode.
 
     Raises
     ------
@@ -51,8 +51,7 @@ def permute_columns(x: Tensor, permutation: Tensor, *, backend: str = "auto") ->
     tensor([[30, 10, 20]])
     """
     _check(x, permutation, backend)
-    result: Tensor = _Permute.apply(x, permutation, False, backend)
-    return result
+    return _permuted(x, permutation, False, backend)
 
 
 def rms_norm_permute(
@@ -78,7 +77,8 @@ def rms_norm_permute(
     Returns
     -------
     Tensor
-        Contiguous, of the shape and dtype of x; differentiable with respect to x and weight.
+        Contiguous, of the shape and dtype of x; differentiable with respect to x and weight as often as one
+        likes, in reverse and in forward mode.
 
     Raises
     ------
@@ -106,7 +106,8 @@ def rms_norm_permute(
         )
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
         raise NMSolveError(f"eps: expected a number of at least 0, got {eps!r}")
-    result: Tensor = _NormPermute.apply(x, weight, permutation, float(eps), backend)
+    function = _NormPermute if torch.compiler.is_compiling() else _NormPermuteForwardMode
+    result: Tensor = function.apply(x, weight, permutation, float(eps), backend)
     return result
 
 
@@ -145,34 +146,79 @@ def _inverse(permutation: Tensor) -> Tensor:
     return inverse
 
 
+def _permuted(x: Tensor, permutation: Tensor, inverse: bool, backend: str) -> Tensor:
+    function = _Permute if torch.compiler.is_compiling() else _PermuteForwardMode
+    result: Tensor = function.apply(x, permutation, inverse, backend)
+    return result
+
+
+def _one_by_one(
+    function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
+) -> tuple[Tensor, int]:
+    """The vmap rule where more than x has a batch dimension: a call for each index."""
+    results = [
+        function.apply(
+            *(arg if dim is None else arg.select(dim, k) for arg, dim in zip(args, in_dims, strict=True))
+        )
+        for k in range(info.batch_size)
+    ]
+    return torch.stack(results), 0
+
+
 class _Permute(torch.autograd.Function):
+    """``x[..., p]``, or ``x[..., p^-1]``: linear in x."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, permutation: Tensor, inverse: bool, backend: str) -> Tensor:
-        ctx.save_for_backward(permutation)
-        ctx.settings = inverse, backend
+    def forward(x: Tensor, permutation: Tensor, inverse: bool, backend: str) -> Tensor:
         return _permute_op(x, permutation, inverse, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, permutation, *ctx.settings = inputs
+        ctx.save_for_backward(permutation)
+        ctx.save_for_forward(permutation)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (permutation,) = ctx.saved_tensors
         inverse, backend = ctx.settings
-        return _Permute.apply(gradients[0], permutation, not inverse, backend), None, None, None
+        return _permuted(gradients[0], permutation, not inverse, backend), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        if in_dims[1] is not None:
+            return _one_by_one(_PermuteForwardMode, info, in_dims, args)
+        return _PermuteForwardMode.apply(args[0].movedim(in_dims[0], 0), *args[1:]), 0
+
+
+class _PermuteForwardMode(_Permute):
+    """The same with a tangent, which the compiler does not trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        with tangents_of_tangents(*ctx.saved_tensors) as (permutation,):
+            return _permuted(tangents[0], permutation, *ctx.settings)
 
 
 class _NormPermute(torch.autograd.Function):
+    """The fused forward pass; derivatives are in PyTorch, so that they have derivatives themselves."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, permutation: Tensor, eps: float, backend: str) -> Tensor:
-        ctx.save_for_backward(x, weight, permutation)
-        ctx.settings = eps, backend
+    def forward(x: Tensor, weight: Tensor, permutation: Tensor, eps: float, backend: str) -> Tensor:
         return _norm_op(x, weight, permutation, eps, backend)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_forward(*inputs[:3])
+        ctx.settings = inputs[3:]
+
+    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, permutation = ctx.saved_tensors
         eps, backend = ctx.settings
         work = torch.promote_types(x.dtype, torch.float32)
-        gradient = _permute_op(gradients[0], permutation, True, backend).to(work)
+        gradient = _permuted(gradients[0], permutation, True, backend).to(work)
         wide = x.to(work)
         scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
         normed = wide * scale
@@ -181,9 +227,31 @@ class _NormPermute(torch.autograd.Function):
             inner = gradient * weight.to(work)
             dx = (scale * (inner - normed * (inner * normed).mean(-1, keepdim=True))).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            dw = (gradient * normed).flatten(0, -2).sum(0) if x.ndim > 1 else gradient * normed
+            dw = (gradient * normed).sum(tuple(range(x.ndim - 1))) if x.ndim > 1 else gradient * normed
             dw = dw.to(weight.dtype)
         return dx, dw, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        if in_dims[0] is None or in_dims[1] is not None or in_dims[2] is not None:
+            return _one_by_one(_NormPermuteForwardMode, info, in_dims, args)
+        return _NormPermuteForwardMode.apply(args[0].movedim(in_dims[0], 0), *args[1:]), 0
+
+
+class _NormPermuteForwardMode(_NormPermute):
+    """The same with a tangent, which the compiler does not trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        with tangents_of_tangents(*ctx.saved_tensors) as (x, weight, permutation):
+            eps, backend = ctx.settings
+            work = torch.promote_types(x.dtype, torch.float32)
+            wide, dx = x.to(work), tangents[0].to(work)
+            scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+            normed = wide * scale
+            moved = scale * (dx - normed * (normed * dx).mean(-1, keepdim=True))
+            result = moved * weight.to(work) + normed * tangents[1].to(work)
+            return _permuted(result.to(x.dtype), permutation, False, backend)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -9,13 +9,15 @@ have a rule for :func:`torch.func.vmap`, under which a batch dimension becomes o
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["register"]
+__all__ = ["batch_first", "may_be_differentiated", "register", "tangents_of_tangents"]
 
 _LIBRARY = torch.library.Library("nmsolve", "FRAGMENT")
 
@@ -52,7 +54,7 @@ def register(
         return operator
 
     def over_batches(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        moved = [_batch_first(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True)]
+        moved = [batch_first(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True)]
         outputs = operator(*moved)
         return outputs, 0 if isinstance(outputs, Tensor) else type(outputs)([0] * len(outputs))
 
@@ -80,10 +82,31 @@ def _hidden_from_compilers(real: Callable[..., Any]) -> Callable[..., Any]:
     return kernel
 
 
-def _batch_first(arg: Any, dim: Any, size: int) -> Any:
+def may_be_differentiated(tensor: Tensor) -> bool:
+    """Whether autograd, forward mode or a transform of torch.func may ask for a derivative in ``tensor``."""
+    return (
+        (torch.is_grad_enabled() and tensor.requires_grad)
+        or forward_ad.unpack_dual(tensor).tangent is not None
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+@contextmanager
+def tangents_of_tangents(*saved: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Inside a Function's jvp: its saved tensors without their tangents, and forward mode switched on.
+
+    PyTorch calls a jvp with forward mode off, so that those tangents do not count twice; but then those of
+    an outer :func:`torch.func.jvp` do not count at all, without a word.
+    """
+    plain = tuple(x if x is None else forward_ad.unpack_dual(x).primal for x in saved)
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield plain
+
+
+def batch_first(arg: Any, dim: Any, size: int) -> Any:
     """An argument of an operator with its batch dimension, of that size, in front."""
     if isinstance(arg, list):
-        return [_batch_first(*pair, size) for pair in zip(arg, dim, strict=True)]
+        return [batch_first(*pair, size) for pair in zip(arg, dim, strict=True)]
     if isinstance(arg, Tensor):
         return arg.expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
     return arg
