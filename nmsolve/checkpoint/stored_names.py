@@ -35,11 +35,12 @@ class Place:
 
     def transposes(self, shape: tuple[int, ...], into: tuple[int, ...]) -> bool:
         """Whether a tensor of this shape is transposed on its way into a parameter of shape ``into``."""
-        flips = 0
-        for step in getattr(self.converter, "operations", ()):
-            if type(step).__name__ == "Transpose":
-                flips += not getattr(step, "check_dims", False) or shape != into
-        return flips % 2 == 1
+        if self.converter is None:
+            return False
+        from transformers.core_model_loading import Transpose
+
+        turns = [step for step in self.converter.operations if isinstance(step, Transpose)]
+        return sum(not getattr(step, "check_dims", False) or shape != into for step in turns) % 2 == 1
 
 
 def places(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
