@@ -125,6 +125,25 @@ def test_reductions_of_a_warp(how: str, expected: int) -> None:
     assert (found[:32].view(np.int32) == expected).all()
 
 
+def test_largest_of_a_warps_floats_and_of_three() -> None:
+    """Of 0, 1, ... 31, the last of them NaN; then with 7 and 40."""
+    body = """
+	cvt.rn.f32.u32 %r7, %r1;
+	setp.eq.b32 %p1, %r1, 31;
+	selp.b32 %r7, 0f7FFFFFFF, %r7, %p1;
+	redux.sync.{how}.f32 %r8, %r7, -1;
+	{how}.f32 %r8, %r8, 0f40E00000, {third};
+	st.global.b32 [%rd3], %r8;
+"""
+    for how, third, expected in (
+        ("max", "0f42200000", 40),
+        ("max", "0f00000000", 30),
+        ("min", "0fBF800000", -1),
+    ):
+        found = run(body.format(how=how, third=third))[:32].view(np.float32)
+        assert (found == expected).all()
+
+
 def test_local_memory_is_each_threads_own() -> None:
     body = """
 	mov.b64 %rd5, __local_depot0;
@@ -284,6 +303,8 @@ UNKNOWN = [
     "ld.param.b32 %r7, [kernel_param_2];",
     "ld.global.v4.b32 { %r7, %r8 }, [%rd3];",
     "bfe.u32 %r7, %r1;",
+    "max.f32 %r7, %r1, %r1, %r1, %r1;",
+    "redux.sync.max.abs.f32 %r7, %r1, -1;",
 ]
 
 

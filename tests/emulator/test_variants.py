@@ -60,6 +60,17 @@ def test_all_variants(test: str, target: int, cache: Path) -> None:
 
 
 @pytest.mark.slow
+def test_mutations_are_noticed(cache: Path) -> None:
+    assert " passed" in emulated.run(90, "tests/emulator/emulated_mutations.py", cache=cache, timeout=3600)
+
+
+@pytest.mark.slow
+def test_scores_that_are_not_finite(cache: Path) -> None:
+    selected = ("-m", "slow", "-k", "public_functions_refuse")
+    assert "6 passed" in emulated.run(90, *selected, FILE, cache=cache, timeout=3600)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_once(target: int, cache: Path) -> None:
     """As the GPU suite has it."""

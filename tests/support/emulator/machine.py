@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -259,10 +260,16 @@ class Machine:
         source = self._lane + (lane.astype(s64) & 31)
         return x.take(self._warp * 32 + np.where(source <= 31, source, self._lane))
 
-    def reduce(self, function: np.ufunc, x: Array, members: Array, mask: Mask, place: Place) -> Array:
+    def reduce(
+        self, function: Callable[[Array, Array], Array], x: Array, members: Array, mask: Mask, place: Place
+    ) -> Array:
         self._here = place
         self._whole_warps(mask, members)
-        return np.repeat(function.reduce(x.reshape(-1, 32), axis=1, dtype=x.dtype), 32)
+        lanes = x.reshape(-1, 32)
+        while lanes.shape[1] > 1:
+            half = lanes.shape[1] // 2
+            lanes = function(np.ascontiguousarray(lanes[:, :half]), np.ascontiguousarray(lanes[:, half:]))
+        return np.repeat(lanes[:, 0], 32)
 
     def warp_barrier(self, members: Array, mask: Mask, place: Place) -> None:
         self._here = place

@@ -222,7 +222,13 @@ def _plain_ftz(w: _Writer, match: re.Match[str], i: Instruction) -> None:
 
 @rule(r"(max|min)\.<F>")
 def _extreme(w: _Writer, match: re.Match[str], i: Instruction) -> None:
-    w.call(i.operands[0], match["type"], f"f{match[1]}", *i.operands[1:])
+    """Of two numbers, or of three from sm_100 on."""
+    x, *others = (w.value(operand, match["type"]) for operand in i.operands[1:])
+    if len(others) not in (1, 2):
+        raise PtxError(f"{len(i.operands)} operands: {i.text}")
+    for other in others:
+        x = f"f{match[1]}({x}, {other})"
+    w.put(i.operands[0], match["type"], x)
 
 
 @rule(r"(add|sub|mul|fma)(?:\.rn)?\.f32x2")
@@ -505,6 +511,12 @@ def _redux(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     kind, how = match[2] or "u32", _NUMPY[match[1] or match[3]]
     x, members = w.value(i.operands[1], kind), w.value(i.operands[2], "u32")
     w.put(i.operands[0], kind, f"reduce(np.{how}, {x}, {members}, {w.mask}, {w.place})")
+
+
+@rule(r"redux\.sync\.(max|min)\.f32")
+def _redux_float(w: _Writer, match: re.Match[str], i: Instruction) -> None:
+    x, members = w.value(i.operands[1], "f32"), w.value(i.operands[2], "u32")
+    w.put(i.operands[0], "f32", f"reduce(f{match[1]}, {x}, {members}, {w.mask}, {w.place})")
 
 
 @rule(r"bar\.warp\.sync")
