@@ -195,9 +195,12 @@ sys.exit(main(["mask", {str(file)!r}, "--pattern", "8:16", "--backend", "torch",
     assert names(out.parent) == []
 
 
-# Runs the command line, but says "working" and waits once some masks are solved.
+# Runs the command line, but says "working" and waits once some masks are solved. Signals are obeyed, whatever
+# the suite itself does with them: in a background job and under nohup it ignores some.
 STALLED = """
-import sys, time
+import signal, sys, time
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.default_int_handler)
 import nmsolve.checkpoint.masking
 from nmsolve.cli import main
 

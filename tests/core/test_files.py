@@ -121,6 +121,26 @@ def test_a_running_one_is_locked(tmp_path):
         assert first.path.exists()
 
 
+@pytest.fixture
+def obeyed():
+    """Signals are obeyed here, also where the whole suite ignores them: in a background job, under nohup."""
+    before = [signal.getsignal(number) for number in Interrupts.SIGNALS]
+    for number in Interrupts.SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+    yield
+    for number, handler in zip(Interrupts.SIGNALS, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_signals_that_are_ignored_stay_so(obeyed):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGHUP)
+        interrupts.check()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("obeyed")
 @pytest.mark.parametrize("number", Interrupts.SIGNALS)
 def test_one_interrupt_and_the_handlers_are_put_back(number):
     before = [signal.getsignal(n) for n in Interrupts.SIGNALS]
@@ -135,6 +155,7 @@ def test_one_interrupt_and_the_handlers_are_put_back(number):
     assert [signal.getsignal(n) for n in Interrupts.SIGNALS] == before
 
 
+@pytest.mark.usefixtures("obeyed")
 def test_an_interrupt_that_was_swallowed_is_not_lost():
     with Interrupts() as interrupts:
         interrupts.check()
@@ -144,6 +165,7 @@ def test_an_interrupt_that_was_swallowed_is_not_lost():
             interrupts.hold()
 
 
+@pytest.mark.usefixtures("obeyed")
 def test_the_last_step_is_completed():
     with Interrupts() as interrupts:
         interrupts.hold()

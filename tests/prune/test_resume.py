@@ -150,21 +150,23 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 # --- memory -------------------------------------------------------------------------------------------------
 
 
-MEMORY = """
+WIDTH, DEPTH, SAMPLES, BATCH = 256, 12, 32768, 256
+MEMORY = f"""
 import resource
 import torch
 from torch import nn
 from nmsolve.prune import prune_model
+torch.set_num_threads(1)
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 def model(depth):
-    return nn.Sequential(*[nn.Linear(512, 512) for _ in range(depth)])
+    return nn.Sequential(*[nn.Linear({WIDTH}, {WIDTH}) for _ in range(depth)])
 options = dict(pattern="2:4", transposable=False, method="sparsegpt", backend="torch", progress=False)
-prune_model(model(2), torch.randn(512, 512), batch_size=256, **options)
-big = model(40)
-data = torch.randn(16384, 512)
+prune_model(model(2), torch.randn(512, {WIDTH}), batch_size={BATCH}, **options)
+big = model({DEPTH})
+data = torch.randn({SAMPLES}, {WIDTH})
 before = peak()
-prune_model(big, data, batch_size=256, samples=16384, **options)
+prune_model(big, data, batch_size={BATCH}, samples={SAMPLES}, **options)
 print(peak() - before)
 """
 
@@ -172,6 +174,8 @@ print(peak() - before)
 def test_memory_does_not_grow_with_the_depth(tmp_path):
     done = subprocess.run([sys.executable, "-c", MEMORY], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    activations, hessian, batch = 16384 * 512 * 4, 512 * 512 * 4, 256 * 512 * 4
-    # One block's inputs, the Hessian and its factors, a layer's working copies; all inputs would be 1.3 GB.
-    assert int(done.stdout) < activations + 12 * hessian + 8 * batch + 32 * 2**20
+    activations, hessian, batch = (4 * WIDTH * count for count in (SAMPLES, WIDTH, BATCH))
+    # One block's inputs, the Hessian and its factors, a layer's working copies; all inputs would be 0.4 GB.
+    limit = activations + 12 * hessian + 8 * batch + 32 * 2**20
+    assert limit < DEPTH * activations / 4
+    assert int(done.stdout) < limit

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 FILES = {
     "tests/test_top.py": "def test_top(): pass\n",
@@ -18,8 +17,7 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("processes", [0, 2])
-def test_tests_are_counted_in_their_folder(processes, tmp_path):
+def test_tests_are_counted_in_their_folder(tmp_path):
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -28,7 +26,11 @@ def test_tests_are_counted_in_their_folder(processes, tmp_path):
     )
     (tmp_path / "tests" / "conftest.py").write_text("from folder_times import pytest_terminal_summary\n")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", str(processes)], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", "-p", "xdist", "-n", "2"],
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     found = re.findall(r"^(\S+) +(\d+) tests +\d+\.\d s$", done.stdout, re.M)
     assert {folder: int(count) for folder, count in found} == {".": 1, "near": 6, "far": 2}, done.stdout
