@@ -108,8 +108,8 @@ def test_another_dtype_changes_what_names_it(old, tmp_path):
 
 def test_parts_of_a_sentence_transformer(old, tmp_path):
     (old / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]')
-    for name in ("1_Pooling/config.json", "2_Dense/model.safetensors", "2_Dense/config.json", "speaker.npz",
-                 "voices/a.pt", "onnx/model.onnx", "fp16/model.safetensors", "pytorch_model.bin"):  # fmt: skip
+    parts = "1_Pooling/config.json 2_Dense/model.safetensors 2_Dense/config.json speaker.npz voices/a.pt"
+    for name in f"{parts} onnx/model.onnx fp16/model.safetensors pytorch_model.bin".split():
         (old / name).parent.mkdir(exist_ok=True)
         (old / name).write_text(name)
     dense = {"onnx/model.onnx", "fp16/model.safetensors", "pytorch_model.bin"}
