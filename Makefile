@@ -80,6 +80,7 @@ bench: $(MODEL)
 	$(BENCH) scaling
 	$(BENCH) augmentations
 	$(BENCH) kernel_costs
+	$(BENCH) emulated
 	$(BENCH) memory_cpu
 	$(BENCH) first_call
 	$(BENCH) assignment

@@ -107,7 +107,7 @@ def test_names_from_files_do_not_reach_the_terminal_raw(tmp_path, capsys):
     save_file({FORGED: torch.randn(16, 16)}, source)
     assert exit_code(["mask", str(source), "--pattern", "8:16", "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert len(shown.splitlines()) == 2
+    assert len(shown.splitlines()) == 3
     assert r"fc\nnmsolve: all is well\x1b[2K\u202e.weight" in shown
 
     out = tmp_path / "sparse.safetensors"
@@ -130,7 +130,9 @@ def test_names_of_a_model_do_not_reach_the_terminal_raw(tmp_path, capsys):
     save_file({**state, FORGED: torch.ones(3)}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     given = ["prune", str(tmp_path / "model"), "--pattern", "2:4", "--method", "magnitude", "--no-picture"]
     assert exit_code([*given, "--out", str(tmp_path / "out"), "--backend", "torch", "--quiet"]) == 0
-    (warning,) = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.splitlines()  # other libraries may warn when they are first imported
+    assert all(line.isprintable() for line in lines)
+    (warning,) = [line for line in lines if line.startswith("nmsolve")]
     assert warning.startswith("nmsolve: warning: 1 tensor in ")
     assert r"fc\nnmsolve: all is well\x1b[2K\u202e.weight" in warning
 

@@ -297,7 +297,7 @@ def test_perplexity_windows_are_what_the_model_takes():
             return super().forward(tokens) + torch.zeros(4)[torch.arange(tokens.shape[1])][:, None]
 
     tokens = torch.zeros(9, dtype=torch.int64)
-    assert perplexity(Positions(), tokens, progress=False)[1:] == (2, 4)
+    assert perplexity(Positions(), tokens, progress=False)[1:3] == (2, 4)
     with pytest.raises(nmsolve.NMSolveError, match="window: the model cannot be called on windows of 5"):
         perplexity(Positions(), tokens, window=5, progress=False)
 
