@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmsolve.checkpoint.format import Checkpoint
 from nmsolve.checkpoint.roles import Role, roles_of, told
-from nmsolve.checkpoint.stored_names import Place, places
+from nmsolve.checkpoint.stored_names import Destination, destinations
 from nmsolve.errors import one_line
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
         model, version = _build(folder, named)
     except Exception as error:  # whatever a wrong configuration makes of the modules
         return Architecture(why=f"{named} cannot be built: {one_line(error)}", types=types)
-    found = places(model, shapes)
+    found = destinations(model, shapes)
     lost = [name for name, shape in shapes.items() if len(shape) > 1 and name not in found]
     if 2 * len(lost) > sum(len(shape) > 1 for shape in shapes.values()):
         return Architecture(
@@ -174,7 +174,7 @@ def _offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _stored(role: Role, place: Place, shape: tuple[int, ...], held: tuple[int, ...]) -> Role:
+def _stored(role: Role, place: Destination, shape: tuple[int, ...], held: tuple[int, ...]) -> Role:
     """The role of a tensor as it is in the file, of that of the parameter that it becomes."""
     if role.kind == "stack" and len(shape) == 2:
         role = replace(role, kind="linear", input_dim=1 if role.input_dim is None else role.input_dim)

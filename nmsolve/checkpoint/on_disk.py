@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from nmsolve.backends.devices import check_device, chosen_device
 from nmsolve.backends.dispatch import AUTO, check_backend, check_mask_method, select
-from nmsolve.checkpoint.format import REPORT_NAME, SUFFIX, Checkpoint, open_checkpoint, output_names
+from nmsolve.checkpoint.format import Checkpoint, open_checkpoint, output_names
+from nmsolve.checkpoint.output import check_output, publish
 from nmsolve.checkpoint.selection import Selection, select_tensors
 from nmsolve.errors import NMSolveError, begun, printable
-from nmsolve.files import Interrupts, Staging, check_out, check_space
+from nmsolve.files import Interrupts, Staging, check_space
 from nmsolve.pattern import NMPattern
 
 if TYPE_CHECKING:
@@ -63,12 +64,7 @@ def prepare(
             )
     check_device(device)
     found = open_checkpoint(Path(checkpoint))
-    target = None
-    if out is not None and found.is_folder:
-        target = check_out(Path(out), overwrite, source=found.root, mark=REPORT_NAME)
-    elif out is not None:
-        suffixes = (SUFFIX,)
-        target = check_out(Path(out), overwrite, source=found.root, suffixes=suffixes, beside=output_names)
+    target = check_output(found, out, overwrite, output_names)
     choice = select_tensors(
         found,
         pattern,
@@ -210,9 +206,5 @@ def mask_checkpoint(
             bar.update(done)
 
         write_masked(found, selection, settings, report, staging.path, target, step)
-        interrupts.hold()
-        if found.is_folder:
-            staging.publish_folder(replace=overwrite)
-        else:
-            staging.publish_files(output_names(target), replace=overwrite)
+        publish(found, staging, output_names, overwrite, interrupts)
     return report

@@ -189,7 +189,7 @@ class _Chooser:
         if input_dim is None and not self.transposable:
             return (
                 f"which axis of {role.owner or 'its stack'} is the input is not known "
-                "(--input-first, --input-last or --transposable)"
+                "(input_first or input_last says it; transposable masks need neither)"
             )
         layout = MatrixLayout.of(entry.shape, input_dim == 0, role.kind, role.groups)
         if included is None and min(layout.rows, layout.cols) < self.pattern.m:

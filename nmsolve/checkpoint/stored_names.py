@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Place", "places"]
+__all__ = ["Destination", "destinations"]
 
 
 @dataclass(frozen=True)
-class Place:
+class Destination:
     """Where a tensor of a file goes.
 
     Attributes
@@ -43,7 +43,7 @@ class Place:
         return sum(not getattr(step, "check_dims", False) or shape != into for step in turns) % 2 == 1
 
 
-def places(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
+def destinations(model: nn.Module, names: Iterable[str]) -> dict[str, Destination]:
     """Where the tensors of a checkpoint go in a model, as transformers would load them.
 
     Tensors that are no part of the model are left out. A model of another kind has its own names.
@@ -51,7 +51,7 @@ def places(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
     held = dict(model.state_dict(keep_vars=True))
     prefix = getattr(model, "base_model_prefix", None)
     if not isinstance(prefix, str):
-        return {name: Place(name) for name in names if name in held}
+        return {name: Destination(name) for name in names if name in held}
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -61,7 +61,7 @@ def places(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
             rename_source_key,
         )
     except ImportError:
-        return _places_by_patterns(model, prefix, held, names)
+        return _by_patterns(model, prefix, held, names)
     steps = get_model_conversion_mapping(model)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]
@@ -72,13 +72,13 @@ def places(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
         if target not in held and name in held:
             target, pattern = rename_source_key(name, [], [], prefix, held)
         if target in held:
-            found[name] = Place(target, None if pattern is None else by_pattern[pattern])
+            found[name] = Destination(target, None if pattern is None else by_pattern[pattern])
     return found
 
 
-def _places_by_patterns(
+def _by_patterns(
     model: nn.Module, prefix: str, held: Mapping[str, object], names: Iterable[str]
-) -> dict[str, Place]:
+) -> dict[str, Destination]:
     """As transformers 4 loads: the patterns of the class, then the base's name put before or taken away."""
     patterns: Mapping[str, str] = getattr(model, "_checkpoint_conversion_mapping", None) or {}
     found = {}
@@ -90,6 +90,6 @@ def _places_by_patterns(
                 break
         for candidate in (target, name, f"{prefix}.{target}", target.removeprefix(f"{prefix}.")):
             if candidate in held:
-                found[name] = Place(candidate)
+                found[name] = Destination(candidate)
                 break
     return found

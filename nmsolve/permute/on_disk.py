@@ -21,9 +21,10 @@ from nmsolve.checkpoint.format import (
     StreamWriter,
     open_checkpoint,
 )
+from nmsolve.checkpoint.output import check_output, publish
 from nmsolve.checkpoint.selection import DTYPES
 from nmsolve.errors import NMSolveError, begun
-from nmsolve.files import Interrupts, Staging, check_out, check_space, write_text
+from nmsolve.files import Interrupts, Staging, check_space, write_text
 from nmsolve.pattern import NMPattern
 
 if TYPE_CHECKING:
@@ -101,12 +102,7 @@ def prepare(
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
         raise NMSolveError(f"passes: expected at least 1, got {passes!r}")
     found = open_checkpoint(Path(checkpoint))
-    target = None
-    if out is not None and found.is_folder:
-        target = check_out(Path(out), overwrite, source=found.root, mark=REPORT_NAME)
-    elif out is not None:
-        suffixes = (SUFFIX,)
-        target = check_out(Path(out), overwrite, source=found.root, suffixes=suffixes, beside=_names)
+    target = check_output(found, out, overwrite, _names)
     return Prepared(found, target, *_choose(found, include, heads, key_value_heads))
 
 
@@ -197,11 +193,7 @@ def permute_checkpoint(
         )
         if found.is_folder:
             write_text(staging.path / REPORT_NAME, json.dumps(report.to_json(), indent=2) + "\n")
-        interrupts.hold()
-        if found.is_folder:
-            staging.publish_folder(replace=overwrite)
-        else:
-            staging.publish_files(_names(target), replace=overwrite)
+        publish(found, staging, _names, overwrite, interrupts)
     return report
 
 
