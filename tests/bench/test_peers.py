@@ -25,6 +25,7 @@ from peers.linear_program import highs, primal_dual
 from peers.min_cost_flow import optimal_masks
 from peers.network_simplex import network_simplex
 from peers.patterns_2_4 import best_pattern, patterns
+from peers.permllm_sinkhorn import permllm_sinkhorn
 from peers.pot_sinkhorn import pot_batch, pot_one_by_one
 from peers.row_then_column import row_then_column
 from peers.torch_sparse_tile import sparse_tile
@@ -123,11 +124,11 @@ def test_torch_sparse_tile_is_the_2_approximation():
     assert torch.equal(sparse_tile(blocks), two_approximation(blocks, 2))
 
 
-def test_pot_computes_the_same_plan_and_gradient():
+def test_peers_compute_the_same_plan_and_gradient():
     logits = torch.randn(3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     pull = torch.randn(3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found = []
-    for plan in (nmsolve.sinkhorn, pot_batch, pot_one_by_one):
+    for plan in (nmsolve.sinkhorn, permllm_sinkhorn, pot_batch, pot_one_by_one):
         source = logits.clone().requires_grad_(True)
         value = plan(source, 0.3, 7)
         (gradient,) = torch.autograd.grad((value * pull).sum(), source)
