@@ -78,6 +78,7 @@ bench: $(MODEL)
 	$(BENCH) speed_cpu
 	$(BENCH) peers_cpu
 	$(BENCH) scaling
+	$(BENCH) warm_start
 	$(BENCH) augmentations
 	$(BENCH) kernel_costs
 	$(BENCH) emulated

@@ -113,6 +113,33 @@ def every_operation() -> str:
     )
 
 
+def warm_start() -> str:
+    """Times from an earlier solve's duals, as multiples of times from nothing."""
+    file = "warm_start.csv"
+
+    def spread(name: str) -> Callable[[Row], str]:
+        return lambda row: "{} ({} to {})".format(
+            *(number(f"{name}_ms{end}")(row) for end in ("", "_least", "_most"))
+        )
+
+    return listing(
+        file,
+        results(file),
+        [
+            left("backend"),
+            left("pattern"),
+            left("moved by", lambda row: f"{float(row['change']):g}"),
+            right("mask, ms", spread("cold_mask")),
+            right("warm mask", lambda row: f"{number('mask_warm_over_cold')(row)}x"),
+            right("certificate, ms", spread("cold_certificate")),
+            right("warm certificate", lambda row: f"{number('certificate_warm_over_cold')(row)}x"),
+            right(
+                "warm certificate / mask", lambda row: f"{number('warm_certificate_over_cold_mask')(row)}x"
+            ),
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "speed-chief": lambda: speed(CHIEF, CHIEF_PATTERNS),
@@ -120,5 +147,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-claims": claims,
     "memory": memory,
     "first-call": first_call,
+    "warm-start": warm_start,
     "micro": every_operation,
 }
