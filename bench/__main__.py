@@ -1,7 +1,8 @@
 """Runs a benchmark by its name, from any folder: ``python bench speed_cpu``, ``python bench tables --check``.
 
 Without a name it lists what there is. Each script and each folder with a ``__main__.py`` answers one
-question; Python puts bench/ on the path, so that they find what they share.
+question; Python puts bench/ on the path, so that they find what they share. From a plain checkout nmsolve is
+found beside bench/.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import ast
 import runpy
 import sys
 from pathlib import Path
+
+import plain_checkout
 
 BENCH = Path(__file__).resolve().parent
 
@@ -34,6 +37,7 @@ def main() -> int:
         print("usage: python bench NAME ...", *lines, sep="\n", file=sys.stderr if name else sys.stdout)
         return 2 if name else 0
     del sys.argv[0]
+    plain_checkout.arrange()
     runpy.run_module(name, run_name="__main__", alter_sys=True)
     return 0
 

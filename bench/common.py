@@ -152,7 +152,7 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, object]], *packages: str) 
     """Write rows with their provenance; the file appears whole or not at all."""
     source = provenance(*packages)
     lines: list[Mapping[str, object]] = [{**row, **source} for row in rows]
-    _write_whole(path, lines)
+    write_whole(path, lines)
     print(f"wrote {os.path.relpath(path)} ({len(lines)} rows)")
 
 
@@ -160,10 +160,11 @@ def append_csv(path: Path, row: Mapping[str, object], *packages: str) -> None:
     """Add one row with its provenance to a result file that may not be there yet; whole or not at all."""
     rows: list[Mapping[str, object]] = [*read_csv(path)] if path.exists() else []
     rows.append({**row, **provenance(*packages)})
-    _write_whole(path, rows)
+    write_whole(path, rows)
 
 
-def _write_whole(path: Path, rows: list[Mapping[str, object]]) -> None:
+def write_whole(path: Path, rows: list[Mapping[str, object]]) -> None:
+    """Rows of the same columns as they are, as a CSV file that appears whole or not at all."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 
+import plain_checkout
 import pytest
 import torch
 from folder_times import pytest_terminal_summary
@@ -23,6 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     NMSOLVE_GPU_TESTS_ON_INTERPRETER=1 has them interpreted with ``-m gpu``, too (tests/kernels/test_gpu.py);
     NMSOLVE_PTX_SM=90 has them compiled for that target, and what the compiler writes emulated.
     """
+    plain_checkout.arrange()
     torch.set_num_threads(1)
     if capability := os.environ.get("NMSOLVE_PTX_SM"):
         os.environ.pop("TRITON_INTERPRET", None)

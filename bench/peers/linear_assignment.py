@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch_linear_assignment import batch_linear_assignment
 
 
 def scipy_assignment(blocks: np.ndarray) -> np.ndarray:
@@ -22,6 +21,8 @@ def scipy_assignment(blocks: np.ndarray) -> np.ndarray:
 
 def torch_assignment(blocks: Tensor) -> Tensor:
     """int64 ``(B, m)``: the column of each row, of ``(B, m, m)`` scores."""
+    from torch_linear_assignment import batch_linear_assignment
+
     return batch_linear_assignment(-blocks)
 
 

@@ -26,10 +26,10 @@ def patterns() -> Tensor:
 
 def best_pattern(blocks: Tensor) -> Tensor:
     """Optimal bool masks of ``(B, 4, 4)`` scores."""
-    kernels = patterns().flatten(1).to(blocks.dtype).T.contiguous()
-    best = torch.empty(len(blocks), dtype=torch.int64)
+    kernels = patterns().flatten(1).to(blocks).T.contiguous()
+    best = torch.empty(len(blocks), dtype=torch.int64, device=blocks.device)
     flat = blocks.flatten(1)
     for start in range(0, len(blocks), CHUNK):
         part = slice(start, start + CHUNK)
         torch.argmax(flat[part] @ kernels, 1, out=best[part])
-    return patterns().index_select(0, best)
+    return patterns().to(blocks.device).index_select(0, best)

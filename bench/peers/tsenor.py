@@ -46,7 +46,7 @@ def local_search(blocks: Tensor, mask: Tensor, n: int) -> Tensor:
     """
     mask = mask.clone()
     m = mask.shape[1]
-    open_ = torch.arange(len(mask))
+    open_ = torch.arange(len(mask), device=mask.device)
     for _ in range(STEPS):
         rows, cols = mask[open_].sum(2) < n, mask[open_].sum(1) < n
         open_ = open_[rows.any(1)]
@@ -54,7 +54,7 @@ def local_search(blocks: Tensor, mask: Tensor, n: int) -> Tensor:
             break
         short = rows.any(1)
         i, j = rows[short].int().argmax(1), cols[short].int().argmax(1)
-        a, s, b = blocks[open_], mask[open_], torch.arange(len(open_))
+        a, s, b = blocks[open_], mask[open_], torch.arange(len(open_), device=mask.device)
         here, there = a[b, i].unsqueeze(1), a[b, :, j].unsqueeze(2)
         legal = s & ~s[b, i].unsqueeze(1) & ~s[b, :, j].unsqueeze(2)
         gain, best = torch.where(legal, here + there - a, -math.inf).flatten(1).max(1)

@@ -19,10 +19,10 @@ def two_approximation(blocks: Tensor, n: int) -> Tensor:
     """bool masks of ``(B, m, m)`` scores."""
     batch, m, _ = blocks.shape
     order = blocks.reshape(batch, -1).argsort(dim=1, descending=True).T.contiguous()
-    in_row = torch.zeros(batch * m, dtype=torch.int32)
-    in_col = torch.zeros(batch * m, dtype=torch.int32)
-    mask = torch.zeros(m * m, batch, dtype=torch.bool)
-    first = torch.arange(batch) * m
+    in_row = torch.zeros(batch * m, dtype=torch.int32, device=blocks.device)
+    in_col = torch.zeros(batch * m, dtype=torch.int32, device=blocks.device)
+    mask = torch.zeros(m * m, batch, dtype=torch.bool, device=blocks.device)
+    first = torch.arange(batch, device=blocks.device) * m
     for entry in order:
         row, col = first + entry // m, first + entry % m
         take = (in_row[row] < n) & (in_col[col] < n)
