@@ -100,8 +100,10 @@ def take_greedily(order, n):
     """Entries by falling order (-inf: never) while their lines hold fewer than n, and 0 per block.
 
     They come as int32 numbers, of a bit for each entry of a row that is in one lane. What is not available
-    any more is lowered by DROP. Sums of 0.0 and 1.0 occupy no predicates, of which the hardware has seven.
+    any more is lowered by DROP, which infinity would not be: it is cut off before. Sums of 0.0 and 1.0 occupy
+    no predicates, of which the hardware has seven.
     """
+    order = tl.minimum(order, DROP / 4)
     weight = (1 << tl.arange(0, order.shape[1])[None, :, None, None, None]).to(tl.float32)
     row_room = tl.zeros_like(max_rows(order)) + n
     col_room = tl.zeros_like(max_cols(order)) + n

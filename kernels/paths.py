@@ -162,9 +162,11 @@ def augment(scores, u, v, blocks, targets, LAYOUT: tl.constexpr):
     while busy:
         if tl.max(units) > CROWDED:
             arcs, row_need, col_need = flip_tight(arcs, row_need, col_need, M)
-            units = sum_cols(tl.maximum(row_need, 0)) + sum_rows(tl.maximum(0 - col_need, 0))
+            left = sum_cols(tl.maximum(row_need, 0)) + sum_rows(tl.maximum(0 - col_need, 0))
             if SLACK:
-                units += tl.maximum(slack_need, 0)
+                left += tl.maximum(slack_need, 0)
+            # Where scores are not finite a search may find no path: rounds are counted, so that they end.
+            units = tl.minimum(units, left)
 
         row_dist = tl.where(row_need > 0, 0.0, UNREACHED)
         col_dist = tl.where(col_need < 0, 0.0, UNREACHED)

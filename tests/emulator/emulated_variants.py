@@ -302,7 +302,7 @@ def test_approximate_instructions_that_err(name: str, m: int, monkeypatch, recor
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("m", [4, 8])
 def test_scores_that_the_public_functions_refuse(m: int, value: float, monkeypatch) -> None:
-    """Every launcher ends on them, but greedy on +inf: what is taken is lowered, and inf stays inf."""
+    """Every launcher ends on them; tests/kernels/any_bits.py has more of the kind."""
     monkeypatch.setattr(emulator.SETTINGS, "most_steps", 20_000)
     pattern = NMPattern(m // 2, m)
     scores = scores_of(m, torch.float32, 2)
@@ -311,8 +311,4 @@ def test_scores_that_the_public_functions_refuse(m: int, value: float, monkeypat
     gpu.exact(scores, pattern, want_solution=True)
     gpu.tsenor(scores, pattern, iterations=25, tau=50.0)
     gpu.ordinary(scores, pattern)
-    if value == float("inf"):
-        with pytest.raises(emulator.PtxError, match="an endless loop"):
-            gpu.greedy(scores, pattern)
-    else:
-        gpu.greedy(scores, pattern)
+    gpu.greedy(scores, pattern)

@@ -28,6 +28,14 @@ _TRACKED_AT_MOST = 1 << 30
 """Bytes of a launch's tensors; in larger ones nobody's accesses are remembered."""
 
 
+def _differ(a: Array, b: Array) -> Array:
+    """Where numbers differ; NaN is one number, as it is to the hardware's arithmetic and not to NumPy's."""
+    differ = a != b
+    if a.itemsize == 4 and differ.any():
+        differ &= ((a & 0x7FFFFFFF) <= 0x7F800000) | ((b & 0x7FFFFFFF) <= 0x7F800000)
+    return differ
+
+
 class Fault(Exception):
     """What is wrong, and the threads: their numbers within the machine."""
 
@@ -114,12 +122,12 @@ class GlobalMemory:
         if bad.any():
             raise Fault("race in global memory: writes what another thread reads", threads[bad])
         again = ((written != 0) & (written != mine)).any(1)
-        bad = again & (_PROCESS[size][words] != value)
+        bad = again & _differ(_PROCESS[size][words], value)
         if bad.any():
             raise Fault("race in global memory: two threads store different values", threads[bad])
         order = np.argsort(words, kind="stable")
         twice = words[order][1:] == words[order][:-1]
-        bad = twice & (value[order][1:] != value[order][:-1])
+        bad = twice & _differ(value[order][1:], value[order][:-1])
         if bad.any():
             what = "race in global memory: two threads store different values at once"
             raise Fault(what, threads[order][1:][bad])
@@ -154,7 +162,7 @@ class SharedMemory:
         """The number of threads whose stores others repeated with the same value."""
         place = self._places(at, size * len(values), threads)
         data = np.stack(values, 1).view(u8).reshape(place.shape)
-        return self._note_write(place, data, threads)
+        return self._note_write(place, data, threads, UNSIGNED[size])
 
     def _places(self, at: Array, total: int, threads: Array) -> Array:
         bad = (at < 0) | (at + total > self.size)
@@ -190,14 +198,15 @@ class SharedMemory:
             far = beside & (self._warp[last.thread[place]] != self._warp[thread])
             self._other_warps[place[far]] = True
 
-    def _note_write(self, place: Array, data: Array, threads: Array) -> int:
-        changes = (self._bytes[place] != data).any(1)  # copies of one value that threads store are harmless
+    def _note_write(self, place: Array, data: Array, threads: Array, number: type) -> int:
+        # Copies of one value that threads store are harmless.
+        changes = _differ(self._bytes[place].view(number), data.view(number)).any(1)
         if changes.any():
             self._check(place[changes], threads[changes], self._writer, "write after write", False, False)
         others = self._other_warps[place], self._other_lanes[place]
         self._check(place, threads, self._reader, "write after read", *others)
         self._bytes[place] = data
-        differ = (self._bytes[place] != data).any(1)
+        differ = _differ(self._bytes[place].view(number), data.view(number)).any(1)
         if differ.any():
             raise Fault("race in shared memory: threads store different values at once", threads[differ])
         thread = np.broadcast_to(threads[:, None], place.shape)

@@ -1,0 +1,50 @@
+"""Every kernel ends on any bits: tests/kernels/any_bits.py in children, which are ended if it does not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import emulated
+import pytest
+
+pytest.importorskip("triton")
+
+FILE = "tests/kernels/any_bits.py"
+
+
+def interpreted(sizes: str, timeout: float) -> str:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "NMSOLVE_TEST_SIZES": sizes}
+    environment.pop("PYTEST_ADDOPTS", None)
+    environment.pop("NMSOLVE_PTX_SM", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", FILE]
+    child = subprocess.run(
+        command, cwd=emulated.ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert child.returncode == 0, child.stdout[-8000:]
+    return child.stdout
+
+
+def test_small_blocks_in_the_interpreter() -> None:
+    assert "6 passed" in interpreted("4", timeout=900)
+
+
+def test_small_blocks_compiled(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("NMSOLVE_TEST_SIZES", "4")
+    assert "6 passed" in emulated.run(90, FILE, cache=tmp_path, timeout=900)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1, 65, 8))
+def test_all_block_sizes_in_the_interpreter(first: int) -> None:
+    sizes = range(first, first + 8)
+    assert "48 passed" in interpreted(" ".join(map(str, sizes)), timeout=6 * 3600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [80, 90, 100])
+@pytest.mark.parametrize("first", range(1, 65, 8))
+def test_all_block_sizes_compiled(first: int, target: int, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("NMSOLVE_TEST_SIZES", " ".join(map(str, range(first, first + 8))))
+    assert "48 passed" in emulated.run(target, FILE, cache=tmp_path, timeout=6 * 3600)
