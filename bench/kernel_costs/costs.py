@@ -80,6 +80,9 @@ def cost(case: Case, result: Mapping[str, Any], trips: Trips) -> Cost:
     if missing:
         raise ValueError(f"{case}: {sorted(missing)} not counted: run python bench kernel_costs")
     sources = offline.sources_of(KERNELS[case.kernel].compiled)
+    for region, counts in result["phases"].items():
+        if counts["peeled"]:
+            entered[region] -= entered[around(region, sources)]
     pipes: dict[str, float] = defaultdict(float)
     kinds: dict[str, float] = defaultdict(float)
     phases: dict[str, dict[str, Any]] = {}
@@ -138,10 +141,17 @@ def entries(case: Case, blocks: int, trips: Trips) -> dict[str, float]:
     return counted
 
 
+def around(region: str, sources: source_regions.Sources) -> str:
+    """The region that a loop or branch lies in."""
+    chain = sources.chain(region)
+    assert chain is not None
+    return chain[1]
+
+
 def phase_of(region: str, entered: Mapping[str, float], sources: source_regions.Sources) -> str:
     """The loop, or branch entered less often than what is around it, that a region belongs to."""
     chain = sources.chain(region) or (region,)
-    for here, around in zip(chain, [*chain[1:], None], strict=True):
-        if around is None or sources.regions[here].loop or entered[here] < entered[around]:
+    for here, outer in zip(chain, [*chain[1:], None], strict=True):
+        if outer is None or sources.regions[here].loop or entered[here] < entered[outer]:
             return here
     raise AssertionError

@@ -134,25 +134,28 @@ def natural_loops(blocks: list[Block]) -> list[Loop]:
             before[after].append(b)
     bodies: dict[int, set[int]] = {}
     for head in sorted(hot):
-        back = [b for b in before[head] if b >= head]
+        dominated = hot - reachable(blocks, without=head)
+        back = [b for b in before[head] if b in dominated]
         if not back:
             continue
-        dominated = hot - reachable(blocks, without=head)
-        back = [b for b in back if b in dominated]
         body, todo = {head}, back
         while todo:
             b = todo.pop()
             if b not in body:
                 body.add(b)
                 todo += before[b]
-        if back or len(body) > 1 or head in blocks[head].successors:
-            bodies[head] = body
+        bodies[head] = body
     order = sorted(bodies, key=lambda head: (-len(bodies[head]), head))
     loops: list[Loop] = []
     for head in order:
         around = [k for k, loop in enumerate(loops) if head in loop.body]
         loops.append(Loop(head, frozenset(bodies[head]), around[-1] if around else None))
     return loops
+
+
+def innermost(loops: list[Loop]) -> dict[int, int]:
+    """Block -> number of the innermost loop around it; outer loops come before inner ones."""
+    return {b: k for k, loop in enumerate(loops) for b in loop.body}
 
 
 # --- what executes an instruction ---------------------------------------------------------------------------

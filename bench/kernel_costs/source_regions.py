@@ -11,7 +11,7 @@ import ast
 import builtins
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,38 +143,69 @@ class Sources:
 
 
 def phases(code: list[sass.Instruction], sources: Sources) -> dict[str, dict[str, Any]]:
-    """Instructions by region: those executed once for every entry of the region.
+    """Instructions by region: those executed once for every entry of the region, and whether it is peeled.
 
-    A loop of the machine code belongs to the loop of the source that most of its instructions come from; the
-    compiler may have moved some of them in or out. Inside it a block of instructions may belong to an ``if``.
-    Raises ValueError where the two do not nest alike or a loop is there twice (unrolled with a remainder).
+    Raises ValueError where loops of the machine code are not those of the source.
     """
     blocks = sass.basic_blocks(code)
     loops = sass.natural_loops(blocks)
     hot = sass.reachable(blocks)
-    innermost: dict[int, int] = {}
-    for k, loop in enumerate(loops):
-        innermost.update(dict.fromkeys(loop.body, k))
+    innermost = sass.innermost(loops)
+    region_of = regions_of_loops(code, blocks, loops, sources)
+    lines: dict[str, list[sass.Instruction]] = defaultdict(list)
+    for b in sorted(hot):
+        loop_region = region_of[innermost.get(b)]
+        name = region_of_block(code, blocks[b], loop_region, sources)
+        if any(
+            line.name == "CALL" and line.target is None for line in code[blocks[b].first : blocks[b].last]
+        ):
+            continue  # the slow way of a 64-bit division
+        lines[name] += code[blocks[b].first : blocks[b].last]
+    peeled = peeled_loops(code, blocks, loops, region_of, sources)
+    return {name: sass.count(found) | {"peeled": name in peeled} for name, found in lines.items()}
 
-    def votes(members: Iterable[int]) -> Counter[tuple[str, ...]]:
-        found: Counter[tuple[str, ...]] = Counter()
-        for b in members:
-            for line in code[blocks[b].first : blocks[b].last]:
-                region = sources.at(*line.source)
-                chain = sources.chain(region) if region else None
-                if chain:
-                    found[chain] += 1
-        return found
 
-    def loop_of(chain: tuple[str, ...]) -> str:
-        return next((name for name in chain if sources.regions[name].loop), sources.entry)
+def peeled_loops(
+    code: list[sass.Instruction],
+    blocks: list[sass.Block],
+    loops: list[sass.Loop],
+    region_of: Mapping[int | None, str],
+    sources: Sources,
+) -> set[str]:
+    """The loops whose first turn the compiler has put before the loop, so that it makes one less.
 
+    Of these over half of the body is there twice; of others no more than what was moved out of them.
+    """
+    innermost = sass.innermost(loops)
+    inside: Counter[str] = Counter()
+    before: Counter[str] = Counter()
+    loop_around = {region_of[k]: region_of[loop.parent] for k, loop in enumerate(loops)}
+    for b in sass.reachable(blocks):
+        here = region_of[innermost.get(b)]
+        for chain, n in _chains(code, blocks[b], sources).items():
+            for name in chain:
+                inside[name] += n * (name == here)
+                before[name] += n * (loop_around.get(name) == here)
+    return {name for name in loop_around if 2 * before[name] > inside[name]}
+
+
+def regions_of_loops(
+    code: list[sass.Instruction], blocks: list[sass.Block], loops: list[sass.Loop], sources: Sources
+) -> dict[int | None, str]:
+    """Number of a loop of the code (None: outside of all) -> its region.
+
+    A loop of the code belongs to the loop of the source that most of its instructions come from; the compiler
+    may have moved some of them in or out. Raises ValueError where the two do not nest alike or a loop is
+    there twice (unrolled with a remainder).
+    """
+    innermost = sass.innermost(loops)
     region_of: dict[int | None, str] = {None: sources.entry}
     for k, loop in enumerate(loops):
-        own = [b for b in loop.body if innermost[b] == k]
         tally: Counter[str] = Counter()
-        for chain, n in votes(own).items():
-            tally[loop_of(chain)] += n
+        for b in loop.body:
+            if innermost[b] == k:
+                for chain, n in _chains(code, blocks[b], sources).items():
+                    tally[next((name for name in chain if sources.regions[name].loop), sources.entry)] += n
         around = region_of[loop.parent]
         candidates = [
             (n, name) for name, n in tally.items() if name != around and around in (sources.chain(name) or ())
@@ -188,25 +219,26 @@ def phases(code: list[sass.Instruction], sources: Sources) -> dict[str, dict[str
         if name in region_of.values():
             raise ValueError(f"{name} is there twice: unrolled with a remainder?")
         region_of[k] = name
+    return region_of
 
-    lines: dict[str, list[sass.Instruction]] = defaultdict(list)
-    for b in sorted(hot):
-        loop_region = region_of[innermost.get(b)]
-        tally = Counter()
-        for chain, n in votes([b]).items():
-            if loop_region in chain:
-                inside = chain[: chain.index(loop_region)]
-                branch = next((c for c in inside if _branch(sources.regions[c])), loop_region)
-                tally[branch] += n
-            else:
-                tally[loop_region] += n
-        name = max(tally, key=lambda key: (tally[key], key)) if tally else loop_region
-        if any(
-            line.name == "CALL" and line.target is None for line in code[blocks[b].first : blocks[b].last]
-        ):
-            continue  # the slow way of a 64-bit division
-        lines[name] += code[blocks[b].first : blocks[b].last]
-    return {name: sass.count(found) for name, found in lines.items()}
+
+def region_of_block(code: list[sass.Instruction], block: sass.Block, around: str, sources: Sources) -> str:
+    """The region that most of a block's instructions are of: the loop ``around`` it, or an ``if`` inside."""
+    tally: Counter[str] = Counter()
+    for chain, n in _chains(code, block, sources).items():
+        inside = chain[: chain.index(around)] if around in chain else ()
+        tally[next((name for name in inside if _branch(sources.regions[name])), around)] += n
+    return max(tally, key=lambda name: (tally[name], name)) if tally else around
+
+
+def _chains(code: list[sass.Instruction], block: sass.Block, sources: Sources) -> Counter[tuple[str, ...]]:
+    """How many instructions of a block come from where."""
+    found: Counter[tuple[str, ...]] = Counter()
+    for line in code[block.first : block.last]:
+        region = sources.at(*line.source)
+        if chain := sources.chain(region) if region else None:
+            found[chain] += 1
+    return found
 
 
 def _branch(region: SourceRegion) -> bool:

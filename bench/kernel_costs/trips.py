@@ -29,7 +29,7 @@ def count(task: tuple[str, int, int | None, str, int]) -> list[dict[str, Any]]:
     (compiled,) = {row.compiled for row in KERNELS.values() if row.trips == name}
     sources = offline.sources_of(compiled)
     with source_regions.counting(sources) as entered:
-        blocks, ran = _run_programs(name, m, blocks, distribution, programs)
+        blocks, ran = run_programs(name, m, blocks, distribution, programs)
     return [
         {
             "trips": name, "m": m, "n": n_of(name, m), "blocks": blocks, "distribution": distribution,
@@ -40,7 +40,7 @@ def count(task: tuple[str, int, int | None, str, int]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _run_programs(name: str, m: int, blocks: int | None, distribution: str, programs: int) -> tuple[int, int]:
+def run_programs(name: str, m: int, blocks: int | None, distribution: str, programs: int) -> tuple[int, int]:
     """(blocks per program, programs that ran) of one launch."""
     if name in ("permute_columns", "rms_norm_permute"):
         return _run_gather(norm=name == "rms_norm_permute")

@@ -210,6 +210,16 @@ def test_a_loop_that_is_there_twice_is_an_error(sources: source_regions.Sources)
         source_regions.phases(sass.parse(loop.format(1) + loop.format(2) + "  /*0090*/  EXIT ;\n"), sources)
 
 
+def test_a_loop_whose_first_turn_is_before_it_makes_one_less(sources: source_regions.Sources) -> None:
+    turn = '\t//## File "k.py", line 5\n{0}  /*00{1}0*/  FADD R1, R1, R0 ;\n  /*00{1}8*/  {2} ;\n'
+    first = turn.format("", 0, "FADD R1, R1, R1")
+    loop = turn.format(".L_1:\n", 1, "@P0 BRA `(.L_1)")
+    end = '\t//## File "k.py", line 11\n  /*0090*/  EXIT ;\n'
+    assert source_regions.phases(sass.parse(first + loop + end), sources)["kernel.while1"]["peeled"]
+    moved = first.partition("  /*0008*/")[0]  # of two instructions one
+    assert not source_regions.phases(sass.parse(moved + loop + end), sources)["kernel.while1"]["peeled"]
+
+
 # --- regions of the source ----------------------------------------------------------------------------------
 
 
@@ -308,10 +318,12 @@ def test_prediction_is_the_slowest_of_the_units_and_the_memory() -> None:
 def test_a_cost_is_instructions_times_entries() -> None:
     case = cases.Case("tsenor", 16, "float32", "sm_90", True, None)
     phases = {
-        "dykstra_kernel": {"kinds": {"float": 100}, "pipes": {"fma": 100}},
-        "store_mask.if1": {"kinds": {"global": 4}, "pipes": {"memory": 4}},
-        "dykstra.for1.for1": {"kinds": {"float": 30, "shuffle": 2}, "pipes": {"fma": 30, "shuffle": 2}},
-    }
+        "dykstra_kernel": {"kinds": {"float": 100}, "pipes": {"fma": 100}, "peeled": False},
+        "store_mask.if1": {"kinds": {"global": 4}, "pipes": {"memory": 4}, "peeled": False},
+        "dykstra.for1.for1": {
+            "kinds": {"float": 30, "shuffle": 2}, "pipes": {"fma": 30, "shuffle": 2}, "peeled": False,
+        },
+    }  # fmt: skip
     result: dict[str, Any] = {
         "meta": {"BLOCKS": 4, "num_warps": 2}, "registers": 100, "spills": 0, "stack": 0, "shared": 0,
         "phases": phases,
@@ -331,6 +343,9 @@ def test_a_cost_is_instructions_times_entries() -> None:
     }  # fmt: skip
     with pytest.raises(ValueError, match="not counted"):
         costs.cost(case, result, {("tsenor", 16, 4): {"dykstra_kernel": 1.0}})
+    phases["dykstra.for1.for1"]["peeled"] = True  # one turn less for each refresh
+    less, _ = costs.cost(case, result, trips)
+    assert less["instructions_per_block"] == (104 + 299 * 32) * 2 / 4
 
 
 @pytest.mark.parametrize("m", cases.SIZES)

@@ -1,0 +1,99 @@
+"""How often compiled programs enter the loops of their source: one line of JSON for each.
+
+    NMSOLVE_PTX_SM=90 python tests/emulator/emulated_trips.py < configurations
+
+A configuration is a line of JSON, ``[name of the counts, m, blocks per program, distribution, programs]``,
+as bench/kernel_costs/trips.py counts them in the interpreter: the same launches, on the same inputs. Loops
+of PTX are assigned to those of the source as the loops of machine code are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS / "support"), str(TESTS.parent / "bench")]
+
+import emulator  # noqa: E402
+import torch  # noqa: E402
+from emulator.parse import Instruction, Program  # noqa: E402
+from kernel_costs import costs, offline, sass, source_regions  # noqa: E402
+from kernel_costs.cases import KERNELS  # noqa: E402
+from kernel_costs.trips import run_programs  # noqa: E402
+
+
+def as_sass(program: Program) -> list[sass.Instruction]:
+    """Its instructions at addresses 0, 1, …, branches being named as machine code names them."""
+    address = {}
+    flat: list[tuple[int, Instruction]] = []
+    for b, block in enumerate(program.blocks):
+        address[b] = len(flat)
+        flat += [(b, instruction) for instruction in block]
+    code = []
+    for k, (b, instruction) in enumerate(flat):
+        source = re.match(r"([^:\s]+):(\d+)", instruction.source)
+        target = address[program.successors[b][0]] if instruction.name == "bra" else None
+        opcode = {"bra": "BRA", "ret": "EXIT"}.get(instruction.name, instruction.opcode)
+        line = (source[1], int(source[2])) if source else ("", 0)
+        code.append(sass.Instruction(k, instruction.predicate or "", opcode, "", target, line))
+    return code
+
+
+def entries(launch: emulator.Launch, sources: source_regions.Sources) -> dict[str, float]:
+    """Region of a loop, or of a branch that is one in PTX -> mean entries per program.
+
+    It is entered as often as the largest of its own blocks is executed: others are tests before or after it.
+    """
+    program = launch.kernel.program
+    code = as_sass(program)
+    blocks = sass.basic_blocks(code)
+    loops = sass.natural_loops(blocks)
+    region_of = source_regions.regions_of_loops(code, blocks, loops, sources)
+    innermost = sass.innermost(loops)
+    times, first = {}, 0
+    for b, block in enumerate(program.blocks):
+        times[first] = launch.entered[b]
+        first += len(block)
+    largest: dict[str, sass.Block] = {}
+    for b in sass.reachable(blocks):
+        around = region_of[innermost.get(b)]
+        region = source_regions.region_of_block(code, blocks[b], around, sources)
+        largest[region] = max(largest.get(region, blocks[b]), blocks[b], key=lambda x: x.last - x.first)
+    executed = {region: times[block.first] for region, block in largest.items()}
+    for region in source_regions.peeled_loops(code, blocks, loops, region_of, sources):
+        executed[region] += executed[costs.around(region, sources)]  # the first turns
+    del executed[sources.entry]
+    warps = launch.ctas * program.threads // 32
+    return {region: number / warps for region, number in executed.items()}
+
+
+def rows(configuration: list[Any]) -> Iterator[Mapping[str, Any]]:
+    """The row of each loop, as kernel_trips.csv has them."""
+    name, m, blocks, distribution, programs = configuration
+    (compiled,) = {row.compiled for row in KERNELS.values() if row.trips == name}
+    emulator.LAUNCHES.clear()
+    blocks, ran = run_programs(name, m, blocks, distribution, programs)
+    sources = offline.sources_of(compiled)
+    (launch,) = (run for run in emulator.LAUNCHES if run.kernel.program.name == sources.entry)
+    assert launch.ctas == ran
+    for region, number in entries(launch, sources).items():
+        yield {"trips": name, "m": m, "blocks": blocks, "distribution": distribution, "programs": ran,
+               "target": launch.kernel.program.target, "region": region, "executed": number}  # fmt: skip
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    emulator.install(int(os.environ["NMSOLVE_PTX_SM"]))
+    for line in sys.stdin:
+        for row in rows(json.loads(line)):
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
