@@ -64,7 +64,8 @@ def test_json_has_the_same_rows(tmp_path: Path) -> None:
     out = tmp_path / "speed.json"
     assert bench("--pattern", "2:4", "--size", "8", "--method", "greedy", "--out", str(out)) == 0
     (row,) = json.loads(out.read_text())
-    assert (row["method"], row["rows"], row["torch"]) == ("greedy", 8, torch.__version__)
+    assert (row["method"], row["rows"]) == ("greedy", 8)
+    assert row["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert row["gap"] >= 0
 
 

@@ -70,7 +70,7 @@ def test_the_report_says_what_ran(file, out):
     assert mask(file, out, *options, "--device", "cpu", "--quiet") == 0
     report = json.loads(out.with_name("sparse.report.json").read_text())
     assert report["nmsolve"] == nmsolve.__version__
-    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert (report["input"], report["output"]) == (str(file), str(out))
     assert report["settings"] == {
         "pattern": "8:16",
