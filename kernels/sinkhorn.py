@@ -11,6 +11,10 @@ which gives it new references (Schmitzer, SIAM J. Sci. Comput. 41, 2019). Other 
 theirs, so that a block's result does not depend on its neighbours. Scalings are held and stored as base-2
 logarithms.
 
+Logits of -inf are entries that stay 0, and so are the lanes that a block leaves over. A line of nothing else
+sums to exactly 0, which no other line does; its scaling is 1 and nothing divides by its sum. NaN equals
+nothing, so that a sum of NaN is no sum of 0.
+
 Loads say that they have no contiguity, lest the compiler deal the first axes of a tile over lanes (see
 _tile). The argument ``one`` is 1, which the compiler is not told: indices multiplied by it hide their
 contiguity too, and addresses that depend on the iteration t through ``t * (one - 1)`` are worked out where
@@ -33,6 +37,8 @@ from nmsolve.kernels._tile import (
 
 LIMIT = tl.constexpr(30.0)
 INF = tl.constexpr(float("inf"))
+# The lowest number: subtracting it, not -inf, from -inf is no NaN.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -51,22 +57,24 @@ def load_tile(base_ptr, matrix, block, i, j, default):
 
 
 @triton.jit
-def log_rows(level, g, a, live_row):
-    """The row scalings f for which ``exp2(level + f + g)`` has row sums a."""
+def log_rows(level, g, a):
+    """The row scalings f for which ``exp2(level + f + g)`` has row sums a; 0 for rows of -inf."""
     x = level + g
-    peak = tl.where(live_row, max_rows(x), 0.0)
-    return tl.where(live_row, tl.log2(a) - peak - tl.log2(sum_rows(tl.exp2(x - peak))), 0.0)
+    peak = tl.maximum(max_rows(x), LOWEST)
+    total = sum_rows(tl.exp2(x - peak))
+    return tl.where(total == 0.0, 0.0, tl.log2(a) - peak - tl.log2(total))
 
 
 @triton.jit
-def log_cols(level, f, b, live_col):
+def log_cols(level, f, b):
     """The column scalings g for which ``exp2(level + f + g)`` has column sums b, and that matrix."""
     x = level + f
-    peak = tl.where(live_col, max_cols(x), 0.0)
+    peak = tl.maximum(max_cols(x), LOWEST)
     x = tl.exp2(x - peak)
     total = sum_cols(x)
-    g = tl.where(live_col, tl.log2(b) - peak - tl.log2(total), 0.0)
-    return g, x * tl.where(live_col, b / total, 0.0)
+    empty = total == 0.0
+    g = tl.where(empty, 0.0, tl.log2(b) - peak - tl.log2(total))
+    return g, x * tl.where(empty, 0.0, b / total)
 
 
 @triton.jit(do_not_specialize=["one"])
@@ -129,8 +137,9 @@ def sinkhorn_forward_kernel(
         if TOLERANCE:
             error = max_cols(tl.where(live_row, tl.abs(u * total - a), 0.0))
             going = going & ((error > tolerance) | (t == 0))
-        new_u = tl.where(live_row, a / total, 1.0)
-        new_v = tl.where(live_col, b / sum_cols(kernel * new_u), 1.0)
+        new_u = tl.where(total == 0.0, 1.0, a / total)
+        total = sum_cols(kernel * new_u)
+        new_v = tl.where(total == 0.0, 1.0, b / total)
         low = tl.minimum(min_cols(new_u), min_rows(new_v))
         high = tl.maximum(max_cols(new_u), max_rows(new_v))
         safe = (t > 0) & (low > 1.0 / (1 << 30)) & (high < 1 << 30)
@@ -143,12 +152,12 @@ def sinkhorn_forward_kernel(
             col = j * one + t * (one - 1)
             level = load_tile(logits_ptr, logits, block, row, col, -INF)
             level *= scale
-            new_f = log_rows(level, g + tl.log2(v), a, live_row)
+            new_f = log_rows(level, g + tl.log2(v), a)
             if RELOAD:
                 row += one - 1
                 level = load_tile(logits_ptr, logits, block, row, col, -INF)
                 level *= scale
-            new_g, fresh = log_cols(level, new_f, b, live_col)
+            new_g, fresh = log_cols(level, new_f, b)
             kernel = fresh if BLOCKS == 1 else tl.where(reset, fresh, kernel)
             f = tl.where(reset, new_f, f)
             g = tl.where(reset, new_g, g)
@@ -226,7 +235,8 @@ def sinkhorn_backward_kernel(
     f = load_scattered(row_scalings_ptr + place * rows + i, live_row, 0.0)
     g = load_scattered(col_scalings_ptr + place * cols + j, live_col, 0.0)
     kernel = tl.exp2((level + f) + g)
-    total *= kernel * tl.where(live_col, b / sum_cols(kernel), 0.0)
+    held = sum_cols(kernel)
+    total *= kernel * tl.where(held == 0.0, 0.0, b / held)
     df_plan = sum_rows(total)
     dg_plan = sum_cols(total)
     dg = tl.zeros_like(dg_plan)
@@ -249,8 +259,10 @@ def sinkhorn_backward_kernel(
         newest = t == made - 1
         df = tl.where(newest, df_plan, 0.0)
         dg = tl.where(newest, dg_plan, dg)
-        y = dg / tl.where(col_mask, sum_cols(kernel), 1.0)
-        z = (df - sum_rows(kernel * y)) / tl.where(row_mask, sum_rows(kernel * v), 1.0)
+        of_col = sum_cols(kernel)
+        of_row = sum_rows(kernel * v)
+        y = dg / tl.where(of_col == 0.0, 1.0, of_col)
+        z = (df - sum_rows(kernel * y)) / tl.where(of_row == 0.0, 1.0, of_row)
         dg = 0.0 - v * sum_cols(kernel * z)
         total -= kernel * (y + z * v)
     out = (total * inverse_temperature).to(out_ptr.dtype.element_ty)

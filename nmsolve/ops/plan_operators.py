@@ -116,24 +116,28 @@ def _tangent(
     """``P'(x) h`` for the direction h, differentiable in both as often as one likes.
 
     With the softmaxes R and S of an iteration (see the reference's ``sinkhorn_backward``),
-    ``df = -sum_j R (h + dg)`` and ``dg = -sum_i S (h + df)``; at the end ``dP = P (h + df + dg)``.
+    ``df = -sum_j R (h + dg)`` and ``dg = -sum_i S (h + df)``; at the end ``dP = P (h + df + dg)``. A line
+    of -inf counts as one of zeros where its own scaling is made: to the other lines it is what it is, and the
+    plan leaves it out.
     """
     a, b = _marginals(blocks, row_marginals, col_marginals)
     z, h = blocks.to(a.dtype) / temperature, direction.to(a.dtype) / temperature
+    never = z.isneginf()
+    by_row, by_col = (z.masked_fill(never.all(dim, keepdim=True), 0) for dim in (2, 1))
     log_a, log_b = a.log(), b.log()
     f, df = torch.zeros_like(z[:, :, 0]), torch.zeros_like(z[:, :, 0])
     g, dg = torch.zeros_like(z[:, 0]), torch.zeros_like(z[:, 0])
     for t in range(iterations):
         going = (made > t).unsqueeze(1)
-        level = z + g.unsqueeze(1)
+        level = by_row + g.unsqueeze(1)
         moved = level.softmax(2) * (h + dg.unsqueeze(1))
         f = torch.where(going, log_a - level.logsumexp(2), f)
         df = torch.where(going, -moved.sum(2), df)
-        level = z + f.unsqueeze(2)
+        level = by_col + f.unsqueeze(2)
         moved = level.softmax(1) * (h + df.unsqueeze(2))
         g = torch.where(going, log_b - level.logsumexp(1), g)
         dg = torch.where(going, -moved.sum(1), dg)
-    plan = (z + f.unsqueeze(2)).softmax(1) * b.unsqueeze(1)
+    plan = ((by_col + f.unsqueeze(2)).softmax(1) * b.unsqueeze(1)).masked_fill(never, 0)
     return plan * (h + df.unsqueeze(2) + dg.unsqueeze(1))
 
 

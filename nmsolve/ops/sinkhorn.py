@@ -36,8 +36,10 @@ def sinkhorn(
     Parameters
     ----------
     logits : Tensor
-        ``(..., R, C)``, float64, float32, float16 or bfloat16, any strides. A block with a NaN or infinite
-        logit gives a plan of NaN; others are not affected.
+        ``(..., R, C)``, float64, float32, float16 or bfloat16, any strides. A logit of -inf says never: its
+        entry of the plan and its gradient are 0, and so is all of a line that has no other logits (then the
+        marginals cannot be met: what they ask of that line is missing from the lines across). A block with
+        a NaN or +inf gives a plan of NaN; others are not affected.
     temperature : float or Tensor
         Positive; a tensor of one element is differentiated with respect to.
     iterations : int
@@ -123,7 +125,9 @@ def _at_temperature(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor
     if not torch.compiler.is_compiling() and not 0 < float(temperature.detach()) < math.inf:
         raise NMSolveError(f"temperature: expected a positive number, got {float(temperature.detach())}")
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    return logits.to(dtype) / temperature.reshape(()).to(logits.device, dtype), 1.0
+    degree = temperature.reshape(()).to(logits.device, dtype)
+    never = logits.isneginf()  # whose derivative by the temperature would be NaN
+    return (logits.to(dtype).masked_fill(never, 0) / degree).masked_fill(never, -math.inf), 1.0
 
 
 def _check_marginals(name: str, marginals: object, lines: int, logits: Tensor) -> None:

@@ -282,6 +282,142 @@ def test_properties(rows, cols, temperature, iterations, spread, seed):
     assert (shifted - plain).abs().max() < 1e-9
 
 
+# --- logits of -inf -----------------------------------------------------------------------------------------
+
+INF = float("inf")
+
+
+def by_scaling(logits, temperature, iterations):
+    """Scaling ``exp(logits / temperature)`` itself, in float64; a line that sums to 0 is left as it is."""
+    kernel = (logits.double() / temperature).exp()
+    rows, cols = kernel.shape[-2:]
+    v = torch.ones_like(kernel[..., :1, :])
+    for _ in range(iterations):
+        held = (kernel * v).sum(-1, keepdim=True)
+        u = torch.where(held > 0, 1 / held.where(held > 0, 1), 1)
+        held = (kernel * u).sum(-2, keepdim=True)
+        v = torch.where(held > 0, rows / cols / held.where(held > 0, 1), 1)
+    return kernel * u * v
+
+
+def with_holes(shape, share, seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return logits.masked_fill(torch.rand(shape, generator=generator) < share, -INF)
+
+
+@pytest.mark.parametrize(
+    ("shape", "share"),
+    [
+        ((3, 1, 1), 0.5),
+        ((6, 4, 4), 0.3),
+        ((6, 3, 7), 0.6),
+        ((4, 9, 5), 0.8),
+        ((2, 32, 32), 0.9),
+        ((2, 3, 3), 1),
+    ],
+)
+def test_minus_infinity_is_never(backend, shape, share):
+    """Zeros in the plan and the gradient; the others are what the textbook makes of them."""
+    logits = with_holes(shape, share, 13)
+    never = logits.isneginf()
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(14))
+    wide = logits.double().requires_grad_(True)
+    expected = by_scaling(wide, 0.5, 7)
+    (expected * weight).sum().backward()
+    for tolerance in (None, 0.0):
+        ours = logits.clone().requires_grad_(True)
+        plan = sinkhorn(ours, 0.5, 7, tolerance=tolerance, backend=backend)
+        assert (plan[never] == 0).all()
+        assert (plan - expected).abs().max() < 3e-6
+        assert torch.equal(sinkhorn(logits, 0.5, 7, tolerance=tolerance, backend=backend), plan.detach())
+        (plan * weight).sum().backward()
+        assert (ours.grad[never] == 0).all()
+        assert (ours.grad - wide.grad.nan_to_num()).abs().max() < 1e-5
+
+
+def test_only_one_way_through(backend):
+    """One permutation is allowed: it is the plan, whatever its logits are, after enough iterations."""
+    generator = torch.Generator().manual_seed(15)
+    order = torch.randperm(12, generator=generator)
+    logits = torch.full((1, 12, 12), -INF)
+    logits[0, torch.arange(12), order] = 1e4 * torch.randn(12, generator=generator)
+    plan = sinkhorn(logits, 0.1, 3, backend=backend)
+    assert torch.equal(plan[0] > 0, torch.eye(12)[order] > 0)
+    assert (plan.sum(2) - 1).abs().max() < 1e-5
+    # Upper triangle: what is above the diagonal dwindles like 1 / iterations, and no sum is missed.
+    triangle = torch.zeros(5, 5).masked_fill(torch.ones(5, 5).tril(-1) > 0, -INF)
+    plan = sinkhorn(triangle, 1.0, 3000, backend="cpu" if backend == "triton" else backend)
+    assert (plan - torch.eye(5)).abs().max() < 5e-3
+
+
+def test_lines_that_may_hold_nothing(backend):
+    """Zeros there, and the other lines as if it did not exist; its neighbours in the batch do not notice."""
+    logits = torch.randn(3, 5, 5, generator=torch.Generator().manual_seed(16))
+    logits[1, 2] = -INF
+    logits[1, :, 3] = -INF
+    plan = sinkhorn(logits, 0.5, 40, backend=backend)
+    assert (plan[1, 2] == 0).all()
+    assert (plan[1, :, 3] == 0).all()
+    rest = torch.tensor([0, 1, 3, 4])
+    smaller = logits[1:2, rest][:, :, torch.tensor([0, 1, 2, 4])]
+    alone = sinkhorn(smaller, 0.5, 40, backend=backend)
+    assert (plan[1, rest][:, [0, 1, 2, 4]] - alone[0]).abs().max() < 1e-6
+    assert torch.equal(plan[::2], sinkhorn(logits[::2], 0.5, 40, backend=backend))
+
+
+@pytest.mark.parametrize("value", [INF, float("nan")])
+def test_plus_infinity_and_nan_spoil_their_block_alone(backend, value):
+    """Also beside -inf, in one iteration, and in the gradient."""
+    logits = with_holes((4, 4, 4), 0.5, 17)
+    logits[1] = -INF
+    logits[1, 2, 3] = value
+    logits[2, 0, 1] = value
+    for iterations in (1, 6):
+        ours = logits.clone().requires_grad_(True)
+        plan = sinkhorn(ours, 0.3, iterations, tolerance=1e-6, backend=backend)
+        assert plan[1:3].isnan().all()
+        assert torch.isfinite(plan[::3]).all()
+        plan.square().sum().backward()
+        assert ours.grad[1:3].isnan().all()
+        assert torch.isfinite(ours.grad[::3]).all()
+
+
+@pytest.mark.parametrize("name", ["torch", "cpu"])
+def test_derivatives_beside_minus_infinity(name):
+    """First and second order in both modes with respect to finite logits and the temperature."""
+    logits = with_holes((3, 2, 3), 0.3, 18, torch.float64)
+    logits[1, 0] = -INF
+    logits[2, :, 1] = -INF
+    finite = logits.isfinite()
+    assert not finite.all(2).all()
+    temperature = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    values = logits.masked_fill(~finite, 0).requires_grad_(True)
+
+    def plan(values, temperature):
+        return sinkhorn(values.masked_fill(~finite, -INF), temperature, 3, backend=name)
+
+    arguments = (values, temperature)
+    assert torch.autograd.gradcheck(plan, arguments, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(plan, arguments, check_fwd_over_rev=True)
+
+    def textbook(values, temperature):
+        return by_scaling(values.masked_fill(~finite, -INF), temperature, 3)
+
+    hessians = [
+        torch.func.hessian(lambda v, f=f: f(v, 0.6).pow(3).sum())(values.detach()) for f in (plan, textbook)
+    ]
+    torch.testing.assert_close(*hessians, rtol=1e-9, atol=1e-11)
+    whole = logits.clone().requires_grad_(True)
+    (first,) = torch.autograd.grad(
+        sinkhorn(whole, 0.6, 3, backend=name).pow(3).sum(), whole, create_graph=True
+    )
+    (second,) = torch.autograd.grad(first.square().sum(), whole)
+    for gradient in (first, second):
+        assert torch.isfinite(gradient).all()
+        assert (gradient[~finite] == 0).all()
+
+
 # --- the door -----------------------------------------------------------------------------------------------
 
 

@@ -42,7 +42,9 @@ def sinkhorn_forward(
         f_t = log a - logsumexp_j(K + g_{t-1}),    g_t = log b - logsumexp_i(K + f_t),
 
     and the plan is ``exp(K + f + g)`` after the last one. What is kept is the matrix ``K + f + g`` itself:
-    its entries that matter are near 0, so that rounding does not grow with the logits. ``row_marginals`` a
+    its entries that matter are near 0, so that rounding does not grow with the logits. A logit of -inf leaves
+    its entry 0; a line of nothing else has nothing to scale, and its scaling stays 0. A block with a NaN or
+    +inf becomes NaN. ``row_marginals`` a
     is ``(B, R)`` and ``col_marginals`` b ``(B, C)``, float32 or, for float64 logits, float64, which is what
     the work is done in. A block stops before iteration t > 1 if all its row sums are within ``tolerance`` of
     a.
@@ -54,6 +56,7 @@ def sinkhorn_forward(
         g of every iteration that was made are there if ``keep``; else their T is 0.
     """
     z = logits.to(row_marginals.dtype) / temperature
+    z.masked_fill_(~(z < torch.inf).all(2, keepdim=True).all(1, keepdim=True), torch.nan)
     batch, rows, cols = z.shape
     log_a, log_b = row_marginals.log(), col_marginals.log()
     f, g = torch.zeros_like(z[:, :, 0]), torch.zeros_like(z[:, 0])
@@ -66,16 +69,17 @@ def sinkhorn_forward(
             going = going & ((total.exp() - row_marginals).abs().amax(1, keepdim=True) > tolerance)
             if not going.any():
                 break
-        step = torch.where(going, log_a - total, 0)
+        step = torch.where(going & ~total.isneginf(), log_a - total, 0)
         z += step.unsqueeze(2)
         f = f + step
-        step = torch.where(going, log_b - z.logsumexp(1), 0)
+        total = z.logsumexp(1)
+        step = torch.where(going & ~total.isneginf(), log_b - total, 0)
         z += step.unsqueeze(1)
         g = g + step
         made += going.squeeze(1)
         if keep:
             kept_f[:, t], kept_g[:, t] = f, g
-    return z.softmax(1) * col_marginals.unsqueeze(1), kept_f, kept_g, made
+    return softmax(z, 1) * col_marginals.unsqueeze(1), kept_f, kept_g, made
 
 
 def sinkhorn_backward(
@@ -101,7 +105,7 @@ def sinkhorn_backward(
     df, dg = torch.zeros_like(level[:, :, 0]), torch.zeros_like(level[:, 0])
     ends = set(made.tolist())
     for t in range(max(ends, default=0) - 1, -1, -1):
-        s = (level + row_scalings[:, t].unsqueeze(2)).softmax(1)
+        s = softmax(level + row_scalings[:, t].unsqueeze(2), 1)
         if t + 1 in ends:
             last = (made == t + 1).view(-1, 1, 1)
             q = torch.where(last, gradient.to(work) * col_marginals.unsqueeze(1) * s, 0)
@@ -109,9 +113,14 @@ def sinkhorn_backward(
         # Of a block that stopped before iteration t nothing has been added yet: df and dg are 0.
         part = s.mul_(dg.unsqueeze(1))
         df = df - part.sum(2)
-        r = (level + col_scalings[:, t - 1].unsqueeze(1) if t else level).softmax(2)
+        r = softmax(level + col_scalings[:, t - 1].unsqueeze(1) if t else level, 2)
         back = r.mul_(df.unsqueeze(2))
         total -= part
         total -= back
         dg, df = -back.sum(1), torch.zeros_like(df)
     return (total / temperature).to(logits.dtype)
+
+
+def softmax(x: Tensor, dim: int) -> Tensor:
+    """Softmax, and 0 along lines of -inf."""
+    return torch.where(x.isneginf(), 0, x.softmax(dim))

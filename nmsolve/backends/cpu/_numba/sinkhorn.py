@@ -9,6 +9,9 @@ When a factor leaves ``exp(+-LIMIT)``, the iteration is made in the log domain i
 its result is the new reference (Schmitzer, SIAM J. Sci. Comput. 41, 2019). E is then scaled to sum to b
 along every column, and each row has an entry of at least about ``a_i min(b) / (C sum(a))``: nothing over- or
 underflows that matters, and what has underflowed stays negligible within the limit.
+
+Logits of -inf are entries that stay 0. A line of nothing else sums to exactly 0, which no other line does;
+its scaling is 1 and nothing divides by its sum.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ __all__ = ["backward", "forward"]
 # Largest |log| of a factor relative to the reference.
 LIMIT = 20.0
 
-# No NaN or infinity flag: a block with NaN logits must give NaN.
+# No NaN or infinity flag: a block with NaN logits must give NaN, and one with -inf zeros.
 _FAST = {"reassoc", "contract", "nsz"}
 
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -41,7 +44,7 @@ _EXP = tuple(
 
 
 def exponential(x: Any) -> Any:
-    """exp(x); for float32, x below -87 counts as -87 and x above 88 as 88."""
+    """exp(x); for float32, 0 where x is below -87, and x above 88 counts as 88."""
     raise NotImplementedError
 
 
@@ -52,12 +55,13 @@ def _exponential(x: Any) -> Any:
         c5, c4, c3, c2, c1, c0 = _EXP
 
         def single(x: Any) -> Any:
-            x = min(max(x, np.float32(-87.0)), np.float32(88.0))
-            n = np.floor(x * inverse + np.float32(0.5))
-            r = (x - n * high) - n * low
+            held = min(max(x, np.float32(-87.0)), np.float32(88.0))
+            n = np.floor(held * inverse + np.float32(0.5))
+            r = (held - n * high) - n * low
             p = ((((c5 * r + c4) * r + c3) * r + c2) * r + c1) * r + c0
             power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-            return (p * r * r + r + np.float32(1.0)) * power
+            value = (p * r * r + r + np.float32(1.0)) * power
+            return value if x >= np.float32(-87.0) else np.float32(0.0)
 
         return single
 
@@ -69,17 +73,17 @@ def _exponential(x: Any) -> Any:
 
 @inner(fastmath=_FAST)
 def _load(matrix: Any, temperature: float, level: Any) -> bool:
-    """``level = matrix / temperature``; whether all of it is finite."""
+    """``level = matrix / temperature``; whether it is sound, without NaN and +inf."""
     rows, cols = matrix.shape
     scale = level.dtype.type(temperature)
-    doubt = level.dtype.type(0)
+    sound = True
     for i in range(rows):
         source, line = matrix[i], level[i]
         for j in range(cols):
             line[j] = source[j] / scale
         for j in range(cols):
-            doubt += abs(line[j]) * level.dtype.type(0)
-    return doubt == 0
+            sound &= line[j] < np.inf
+    return sound
 
 
 @inner(fastmath=_FAST)
@@ -94,6 +98,9 @@ def _log_step(level: Any, a: Any, b: Any, f: Any, g: Any, kernel: Any, sums: Any
         peak = scratch[0]
         for j in range(1, cols):
             peak = scratch[j] if scratch[j] > peak else peak
+        if peak == -np.inf:
+            f[i] = real(0)
+            continue
         total = real(0)
         for j in range(cols):
             total += exponential(scratch[j] - peak)
@@ -106,6 +113,8 @@ def _log_step(level: Any, a: Any, b: Any, f: Any, g: Any, kernel: Any, sums: Any
         for j in range(cols):
             x = line[j] + shift
             g[j] = x if x > g[j] else g[j]
+    for j in range(cols):
+        g[j] = g[j] if g[j] > -np.inf else real(0)
     for i in range(rows):
         line, out, shift = level[i], kernel[i], f[i]
         for j in range(cols):
@@ -113,8 +122,9 @@ def _log_step(level: Any, a: Any, b: Any, f: Any, g: Any, kernel: Any, sums: Any
             out[j] = x
             sums[j] += x
     for j in range(cols):
-        g[j] = math.log(b[j]) - g[j] - math.log(sums[j])
-        sums[j] = b[j] / sums[j]
+        if sums[j] > 0:
+            g[j] = math.log(b[j]) - g[j] - math.log(sums[j])
+            sums[j] = b[j] / sums[j]
     for i in range(rows):
         out = kernel[i]
         for j in range(cols):
@@ -134,13 +144,13 @@ def _scale_step(kernel: Any, a: Any, b: Any, u: Any, v: Any, new_u: Any, new_v: 
         for j in range(cols):
             total += line[j] * v[j]
         error = max(error, abs(u[i] * total - a[i]))
-        factor = a[i] / total
+        factor = a[i] / total if total > 0 else real(1)
         new_u[i] = factor
         low, high = min(low, factor), max(high, factor)
         for j in range(cols):
             new_v[j] += line[j] * factor
     for j in range(cols):
-        factor = b[j] / new_v[j]
+        factor = b[j] / new_v[j] if new_v[j] > 0 else real(1)
         new_v[j] = factor
         low, high = min(low, factor), max(high, factor)
     return error, low > math.exp(-LIMIT) and high < math.exp(LIMIT)
@@ -170,12 +180,12 @@ def forward(
     u, v = np.empty(rows, plan.dtype), np.empty(cols, plan.dtype)
     new_u, new_v = np.empty(rows, plan.dtype), np.empty(cols, plan.dtype)
     for block in range(first, last):
-        finite = _load(logits[block], temperature, level)
+        sound = _load(logits[block], temperature, level)
         a, b = row_marginals[block], col_marginals[block]
         g[:] = real(0)
         v[:] = real(1)
         done = 0
-        while done < iterations and finite:
+        while done < iterations and sound:
             safe = False
             if done > 0:
                 error, safe = _scale_step(kernel, a, b, u, v, new_u, new_v)
@@ -199,7 +209,7 @@ def forward(
         for i in range(rows):
             out, line, factor = plan[block, i], kernel[i], u[i]
             for j in range(cols):
-                out[j] = line[j] * factor * v[j] if finite else real(np.nan)
+                out[j] = line[j] * factor * v[j] if sound else real(np.nan)
 
 
 @inner(fastmath=_FAST)
@@ -219,7 +229,7 @@ def _start_gradient(
     """The plan's part: ``total = gradient * plan``, df and dg its sums along rows and columns."""
     rows, cols = kernel.shape
     for j in range(cols):
-        weight[j] = b[j] / sums[j]
+        weight[j] = b[j] / sums[j] if sums[j] > 0 else sums[j]
         dg[j] = 0
     for i in range(rows):
         line, out, source, factor = kernel[i], total[i], gradient[i], u[i]
@@ -238,7 +248,7 @@ def _reverse_step(kernel: Any, u: Any, v: Any, df: Any, dg: Any, sums: Any, y: A
     rows, cols = kernel.shape
     real = kernel.dtype.type
     for j in range(cols):
-        y[j] = dg[j] / sums[j]
+        y[j] = dg[j] / sums[j] if sums[j] > 0 else sums[j]
         dg[j] = 0
     for i in range(rows):
         line, out, factor = kernel[i], total[i], u[i]
@@ -246,7 +256,7 @@ def _reverse_step(kernel: Any, u: Any, v: Any, df: Any, dg: Any, sums: Any, y: A
         for j in range(cols):
             inner += line[j] * y[j]
             norm += line[j] * v[j]
-        z = (df[i] - factor * inner) / norm
+        z = (df[i] - factor * inner) / norm if norm > 0 else norm
         df[i] = 0
         for j in range(cols):
             dg[j] -= line[j] * z
@@ -282,7 +292,7 @@ def backward(
     dg, sums, y = np.empty(cols, out.dtype), np.empty(cols, out.dtype), np.empty(cols, out.dtype)
     start = np.zeros(cols, out.dtype)
     for block in range(first, last):
-        finite = _load(logits[block], temperature, level)
+        sound = _load(logits[block], temperature, level)
         newest = made[block] - 1
         f_ref, g_ref = row_scalings[block, newest], col_scalings[block, newest]
         for t in range(newest, -1, -1):
@@ -310,4 +320,4 @@ def backward(
         for i in range(rows):
             result, line = out[block, i], total[i]
             for j in range(cols):
-                result[j] = line[j] * scale if finite else real(np.nan)
+                result[j] = line[j] * scale if sound else real(np.nan)
