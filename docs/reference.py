@@ -17,7 +17,14 @@ import pdoc
 import nmsolve.integrations
 from nmsolve.integrations.client import MissingClientError
 
-PACKAGES = ("nmsolve", "nmsolve.checkpoint", "nmsolve.prune", "nmsolve.permute", "nmsolve.integrations")
+PACKAGES = (
+    "nmsolve",
+    "nmsolve.checkpoint",
+    "nmsolve.prune",
+    "nmsolve.train",
+    "nmsolve.permute",
+    "nmsolve.integrations",
+)
 
 
 def adapters() -> list[str]:

@@ -26,7 +26,7 @@ from nmsolve.checkpoint.roles import is_conv1d, roles_of
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
 
-__all__ = ["Layer", "Selected", "find_layers", "select_layers", "uncompiled"]
+__all__ = ["Layer", "Selected", "find_layers", "matches", "select_layers", "uncompiled"]
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -171,9 +171,9 @@ def select_layers(
     others = _other_matrices(model, layers)
     for option, globs in (("pattern", patterns), ("dense", dense)):
         for glob in globs:
-            if not any(_matches(layer.name, glob) for layer in layers):
+            if not any(matches(layer.name, glob) for layer in layers):
                 names = ", ".join(layer.name for layer in layers[:3])
-                meant = (f"; {name} is {what}" for name, what in others.items() if _matches(name, glob))
+                meant = (f"; {name} is {what}" for name, what in others.items() if matches(name, glob))
                 raise NMSolveError(
                     f"{option}: {glob!r} matches none of the model's {len(layers)} layers ({names}, ...)"
                     + next(meant, "")
@@ -183,10 +183,10 @@ def select_layers(
     skipped: dict[str, str] = {}
     seen: dict[int, str] = {}
     for layer in layers:
-        found = next((glob for glob in reversed(list(patterns)) if _matches(layer.name, glob)), None)
+        found = next((glob for glob in reversed(list(patterns)) if matches(layer.name, glob)), None)
         pattern = None if found is None else patterns[found]
         reason: str | None = None
-        if any(_matches(layer.name, named) for named in dense):
+        if any(matches(layer.name, named) for named in dense):
             reason = "named in dense"
         elif pattern is None:
             reason = "no pattern for it"
@@ -233,7 +233,8 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def _matches(name: str, glob: str) -> bool:
+def matches(name: str, glob: str) -> bool:
+    """Whether a glob matches a layer's name, or its name from any dot on."""
     return fnmatchcase(name, glob) or fnmatchcase(name, f"*.{glob}")
 
 

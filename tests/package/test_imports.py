@@ -43,8 +43,9 @@ LAYERS: dict[str, set[str]] = {
     "timing": {"ops", "backends", *CORE},
     "checkpoint": {"ops", "backends", *CORE},
     "prune": {"checkpoint", "ops", "backends", *CORE},
+    "train": {"prune", "checkpoint", "ops", "backends", *CORE},
     "permute": {"prune", "checkpoint", "ops", "backends", *CORE},
-    "integrations": {"permute", "prune", "checkpoint", "ops", "backends", *CORE},
+    "integrations": {"permute", "train", "prune", "checkpoint", "ops", "backends", *CORE},
     "cli": {"timing", "permute", "prune", "checkpoint", "ops", "backends", *CORE},
 }
 

@@ -1,0 +1,104 @@
+"""A model for the tests of sparse training, and a loop that does by hand what SparseTraining does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+import nmsolve
+
+STEPS = 8
+
+
+class Net(nn.Module):
+    """Two linear layers and a norm, ``(B, 16) -> (B, 16)``."""
+
+    def __init__(self, hidden: int = 32, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, hidden, dtype=dtype)
+        self.norm = nn.LayerNorm(hidden, dtype=dtype)
+        self.down = nn.Linear(hidden, 16, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.norm(self.up(x))))
+
+
+def network(seed: int = 0, **changes: object) -> Net:
+    torch.manual_seed(seed)
+    return Net(**changes)
+
+
+def batches(steps: int = STEPS, size: int = 8) -> Iterator[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        yield torch.randn(size, 16, generator=g), torch.randn(size, 16, generator=g)
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Iterator[tuple[Tensor, Tensor]] | None = None,
+    after: Callable[[], object] = lambda: None,
+) -> list[float]:
+    losses = []
+    for x, y in batches() if data is None else data:
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        after()
+        losses.append(loss.item())
+    return losses
+
+
+def by_hand(
+    model: Net,
+    optimizer: torch.optim.Optimizer,
+    gradient: str,
+    decay: float,
+    refresh: int,
+    n: int = 2,
+    m: int = 4,
+) -> tuple[list[float], list[int]]:
+    """Losses and flips of a run whose masked products, gradients and decay are written out."""
+    weights = [model.up.weight, model.down.weight]
+    losses, flips, masks = [], [], solved(weights, n, m)
+    for step, (x, y) in enumerate(batches(), 1):
+        optimizer.zero_grad()
+        operands = [(w.detach() * s).requires_grad_() for w, s in zip(weights, masks, strict=True)]
+        hidden = nn.functional.linear(x, operands[0], model.up.bias)
+        loss = (nn.functional.linear(torch.tanh(model.norm(hidden)), operands[1]) - y).square().mean()
+        loss.backward()
+        for weight, operand, mask in zip(weights, operands, masks, strict=True):
+            weight.grad = operand.grad * mask if gradient == "masked" else operand.grad
+            if gradient == "sr-ste":
+                weight.data -= optimizer.param_groups[0]["lr"] * decay * weight.data * ~mask
+            else:
+                weight.grad += decay * weight.data * ~mask
+        optimizer.step()
+        losses.append(loss.item())
+        if step % refresh == 0:
+            new = solved(weights, n, m)
+            flips.append(sum(int((a != b).sum()) for a, b in zip(new, masks, strict=True)))
+            masks = new
+    return losses, flips
+
+
+def solved(weights: list[Tensor], n: int, m: int) -> list[Tensor]:
+    return [nmsolve.transposable_mask(weight.detach().abs(), n, m, backend="torch") for weight in weights]
+
+
+class Watched:
+    """The weights that products of masked layers see, caught in their calls."""
+
+    def __init__(self, monkeypatch: object) -> None:
+        self.operands: list[Tensor] = []
+        linear = nn.functional.linear
+
+        def caught(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            self.operands.append(weight.detach().clone())
+            return linear(x, weight, bias)
+
+        monkeypatch.setattr(nn.functional, "linear", caught)  # type: ignore[attr-defined]
