@@ -163,6 +163,22 @@ def append_csv(path: Path, row: Mapping[str, object], *packages: str) -> None:
     write_whole(path, rows)
 
 
+def replace_rows(
+    path: Path, rows: Iterable[Mapping[str, object]], where: Callable[[Mapping[str, str]], bool]
+) -> None:
+    """Put rows with their provenance, Triton's included, where such rows are in a file that need not exist.
+
+    ``where`` says of a row whether it is to go; the file appears whole or not at all.
+    """
+    before = read_csv(path) if path.exists() else []
+    source = provenance("triton")
+    place = next((k for k, row in enumerate(before) if where(row)), len(before))
+    kept = [[row for row in part if not where(row)] for part in (before[:place], before[place:])]
+    after = [*kept[0], *({**row, **source} for row in rows), *kept[1]]
+    if after:
+        write_whole(path, after)
+
+
 def write_whole(path: Path, rows: list[Mapping[str, object]]) -> None:
     """Rows of the same columns as they are, as a CSV file that appears whole or not at all."""
     text = io.StringIO()

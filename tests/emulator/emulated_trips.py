@@ -2,9 +2,10 @@
 
     NMSOLVE_PTX_SM=90 python tests/emulator/emulated_trips.py < configurations
 
-A configuration is a line of JSON, ``[name of the counts, m, blocks per program, distribution, programs]``,
-as bench/kernel_costs/trips.py counts them in the interpreter: the same launches, on the same inputs. Loops
-of PTX are assigned to those of the source as the loops of machine code are.
+A configuration is a line of JSON, ``[name of the counts, m, blocks per program, distribution, programs,
+digest of PTX]``, as bench/kernel_costs/trips.py counts them in the interpreter: the same launches, on the
+same inputs; PTX with this digest is not executed again. Loops of PTX are assigned to those of the source as
+the loops of machine code are.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,26 +73,27 @@ def entries(launch: emulator.Launch, sources: source_regions.Sources) -> dict[st
     return {region: number / warps for region, number in executed.items()}
 
 
-def rows(configuration: list[Any]) -> Iterator[Mapping[str, Any]]:
-    """The row of each loop, as kernel_trips.csv has them."""
-    name, m, blocks, distribution, programs = configuration
+def counted(name: str, m: int, blocks: int, distribution: str, programs: int, known: str) -> dict[str, Any]:
+    """Mean entries of each loop and branch, of one configuration of kernel_trips.csv."""
     (compiled,) = {row.compiled for row in KERNELS.values() if row.trips == name}
-    emulator.LAUNCHES.clear()
-    blocks, ran = run_programs(name, m, blocks, distribution, programs)
     sources = offline.sources_of(compiled)
+    emulator.LAUNCHES.clear()
+    emulator.SETTINGS.known = sources.entry, known
+    row = {"trips": name, "m": m, "blocks": blocks, "distribution": distribution}
+    try:
+        _, ran = run_programs(name, m, blocks, distribution, programs)
+    except emulator.KnownError:
+        return row | {"known": True}
     (launch,) = (run for run in emulator.LAUNCHES if run.kernel.program.name == sources.entry)
     assert launch.ctas == ran
-    for region, number in entries(launch, sources).items():
-        yield {"trips": name, "m": m, "blocks": blocks, "distribution": distribution, "programs": ran,
-               "target": launch.kernel.program.target, "region": region, "executed": number}  # fmt: skip
+    return row | {"programs": ran, "ptx": launch.kernel.program.digest, "entries": entries(launch, sources)}
 
 
 def main() -> None:
     torch.set_num_threads(1)
     emulator.install(int(os.environ["NMSOLVE_PTX_SM"]))
     for line in sys.stdin:
-        for row in rows(json.loads(line)):
-            print(json.dumps(row), flush=True)
+        print(json.dumps(counted(*json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

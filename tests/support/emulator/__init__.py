@@ -24,7 +24,7 @@ not all threads of a CTA reach; an instruction, or a modifier of one, that is no
 
 from emulator.arithmetic import Noise
 from emulator.driver import LAUNCHES, SETTINGS, TARGETS, install
-from emulator.launch import Launch, Settings
+from emulator.launch import KnownError, Launch, Settings
 from emulator.machine import Kernel
 from emulator.memory import Fault
 from emulator.parse import PtxError
@@ -35,6 +35,7 @@ __all__ = [
     "TARGETS",
     "Fault",
     "Kernel",
+    "KnownError",
     "Launch",
     "Noise",
     "PtxError",

@@ -28,6 +28,7 @@ LAUNCHES: list[Launch] = []
 """Every launch of this process."""
 
 _KERNELS: dict[tuple[str, bool], Kernel] = {}
+_KERNELS_AT_MOST = 64
 _pointed_at: list[tuple[int, int]] = []  # byte ranges that pointers within the tensors of a launch lead to
 
 
@@ -101,9 +102,11 @@ def byte_range(tensor: Tensor) -> list[tuple[int, int]]:
 
 
 def kernel_of(text: str) -> Kernel:
-    """The translation of PTX, made once."""
+    """The translation of PTX; the last ones are kept."""
     key = text, SETTINGS.contracted
     if key not in _KERNELS:
+        while len(_KERNELS) >= _KERNELS_AT_MOST:
+            del _KERNELS[next(iter(_KERNELS))]  # the oldest
         _KERNELS[key] = Kernel(text, contracted=SETTINGS.contracted)
     return _KERNELS[key]
 

@@ -15,6 +15,10 @@ from emulator.machine import Kernel
 from emulator.memory import GlobalMemory
 
 
+class KnownError(Exception):
+    """What is about to run has been executed before."""
+
+
 @dataclass
 class Settings:
     """How launches are executed.
@@ -31,6 +35,8 @@ class Settings:
         Blocks that a group of CTAs may execute.
     only
         Number of CTAs -> the first ones of the groups that run; None: all.
+    known
+        Name of a kernel and digest of its PTX: before it runs, :class:`KnownError` is raised.
     """
 
     seed: int | None = None
@@ -38,6 +44,7 @@ class Settings:
     threads: int = 2048
     most_steps: int = 10**7
     only: Callable[[int], Iterable[int]] | None = None
+    known: tuple[str, str] | None = None
 
 
 class Launch:
@@ -68,6 +75,8 @@ class Launch:
         program = kernel.program
         self.kernel, self.grid, self.shared = kernel, grid, shared
         self.settings = settings or Settings()
+        if self.settings.known == (program.name, program.digest):
+            raise KnownError
         names = [name for _, name in program.parameters]
         self.values: Mapping[str, int] = dict(zip(names, values, strict=True))
         self.memory = GlobalMemory(ranges)

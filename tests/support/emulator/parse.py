@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -48,6 +49,8 @@ class Program:
         Instructions that are executed together.
     successors
         Of each block: for a conditional branch the one that it leads to where it is taken, then the next.
+    digest
+        Of all that decides what is executed: lines of the source and paths are not in it.
     """
 
     def __init__(self, text: str) -> None:
@@ -66,6 +69,9 @@ class Program:
         self.local_bytes = int(local[1]) if local else 0
         self.blocks, labels = _basic_blocks(text[body + 1 :])
         self.successors = [_successors(block, b, labels) for b, block in enumerate(self.blocks)]
+        texts = [[instruction.text for instruction in block] for block in self.blocks]
+        executed = self.target, self.threads, self.parameters, self.local_bytes, texts, self.successors
+        self.digest = hashlib.sha256(repr(executed).encode()).hexdigest()[:12]
 
 
 def _found(pattern: str, text: str) -> str:
