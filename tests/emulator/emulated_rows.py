@@ -19,8 +19,10 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS / "support"), str(TESTS.parent / "bench")]
 
 import emulator  # noqa: E402
+import plain_checkout  # noqa: E402
 import torch  # noqa: E402
 
+plain_checkout.arrange()
 emulator.install(int(os.environ["NMSOLVE_PTX_SM"]))
 torch.set_num_threads(1)
 

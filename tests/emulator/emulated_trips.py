@@ -21,8 +21,12 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS / "support"), str(TESTS.parent / "bench")]
 
 import emulator  # noqa: E402
+import plain_checkout  # noqa: E402
 import torch  # noqa: E402
 from emulator.parse import Instruction, Program  # noqa: E402
+
+plain_checkout.arrange()
+
 from kernel_costs import costs, offline, sass, source_regions  # noqa: E402
 from kernel_costs.cases import KERNELS  # noqa: E402
 from kernel_costs.trips import run_programs  # noqa: E402
