@@ -1,4 +1,5 @@
-"""Output that appears whole or not at all, folders that one process holds, and signals that end a run tidily.
+"""Output that appears whole or not at all, folders that one process holds, and signals that end a run tidily;
+and input that may be anything.
 
 Everything that nmsolve writes goes through here. A file is written under a hidden name beside its own
 (:func:`writing`, :func:`replacing`), several files or a folder in a hidden folder (:class:`Staging`); when
@@ -8,6 +9,7 @@ they are complete and on disk they are renamed.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -32,12 +34,49 @@ __all__ = [
     "check_out",
     "check_space",
     "is_partial",
+    "is_regular",
     "locked",
+    "read_json",
     "replacing",
     "write_bytes",
     "write_text",
     "writing",
 ]
+
+
+# --- what is read -------------------------------------------------------------------------------------------
+
+_MOST_JSON = 100_000_000  # bytes, as many as a safetensors header may have
+
+
+def is_regular(path: Path) -> bool:
+    """Whether ``path`` is a file that ends, links followed: pipes and devices may not; no name is too odd."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or that the file system cannot spell
+        return False
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises
+    ------
+    OSError
+        If it is no regular file or cannot be read.
+    ValueError
+        If it is not JSON, or larger than any that is meant to be read.
+    """
+    if not is_regular(path):
+        raise OSError(errno.EINVAL, "no regular file" if os.path.lexists(path) else "no such file", str(path))
+    with path.open("rb") as file:
+        data = file.read(_MOST_JSON + 1)
+    if len(data) > _MOST_JSON:
+        raise ValueError(f"over {_MOST_JSON:,} bytes")
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("too deeply nested") from None
 
 
 # --- one file -----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nmsolve.errors import NMSolveError
 
-__all__ = ["NMPattern"]
+__all__ = ["NMPattern", "PatternLike"]
 
 
 def _integer(name: str, value: object) -> int:
@@ -61,6 +61,43 @@ class NMPattern:
         object.__setattr__(self, "m", m)
 
     @classmethod
+    def of(cls, pattern: PatternLike | int, m: int | None = None) -> NMPattern:
+        """The pattern that is given in one piece, or as ``n`` and ``m``: every public function takes both.
+
+        Parameters
+        ----------
+        pattern : NMPattern, str, (int, int) or int
+            An NMPattern, ``"8:16"`` or ``(8, 16)``; or ``n`` alone.
+        m : int, optional
+            Beside ``n``. Beside a pattern it may be left out, or says the same.
+
+        Raises
+        ------
+        NMSolveError
+            If it is none of these.
+
+        Examples
+        --------
+        >>> NMPattern.of("8:16") == NMPattern.of((8, 16)) == NMPattern.of(8, 16)
+        True
+        """
+        if isinstance(pattern, tuple | list) and len(pattern) == 2:
+            found = cls(*pattern)
+        elif isinstance(pattern, str) and (m is None or ":" in pattern):
+            found = cls.parse(pattern)
+        elif isinstance(pattern, NMPattern):
+            found = pattern
+        elif m is not None:
+            return cls(pattern, m)  # type: ignore[arg-type]
+        else:
+            raise NMSolveError(
+                f"pattern: expected 'N:M' with N kept of M, such as '2:4', or (2, 4), got {pattern!r}"
+            )
+        if m is not None and m != found.m:
+            raise NMSolveError(f"m: expected {found.m} or none beside the pattern {found}, got {m!r}")
+        return found
+
+    @classmethod
     def parse(cls, text: str) -> NMPattern:
         """The pattern that ``text``, such as ``"8:16"`` (8 kept of 16), stands for."""
         found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
@@ -88,3 +125,7 @@ class NMPattern:
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
+
+
+PatternLike = NMPattern | str | tuple[int, int]
+"""What stands for a pattern in one piece: see :meth:`NMPattern.of`."""

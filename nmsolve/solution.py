@@ -9,8 +9,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from nmsolve.blocks import batched_matrices, demand, grid_of, split_blocks
-from nmsolve.pattern import NMPattern
+from nmsolve.blocks import Demand, batched_matrices, demand, grid_of, split_blocks
+from nmsolve.pattern import NMPattern, PatternLike
 
 __all__ = ["BlockResult", "BlockSolution", "dual_bound", "kept_score", "relative_gap", "retained_share"]
 
@@ -18,6 +18,9 @@ Value = TypeVar("Value", float, Tensor)
 
 # Elements looked at together where a whole matrix is reduced block by block: bounds the working memory.
 _CHUNK = 1 << 20
+
+# Exactly undone, and small enough that sums of numbers near the largest float64 are numbers.
+_ROOM = 2.0**-64
 
 
 class BlockResult(NamedTuple):
@@ -57,6 +60,9 @@ class BlockSolution:
     scale : Tensor
         float64, as ``objective``: sum of the absolute kept scores, what ``gap`` is relative to. It equals the
         objective where no score is negative.
+
+    Kept scores near the largest float64 may sum to more than a float64 holds. The three numbers of such a
+    block are then all divided by the smallest power of two that makes them fit, so that its gap is right.
     """
 
     mask: Tensor
@@ -70,8 +76,7 @@ class BlockSolution:
     def gap(self) -> Tensor:
         """``(bound - objective) / scale`` of each block: 0 proves that the block's mask is optimal.
 
-        That of an optimal block is at most 1e-6 (1e-12 for float64 scores), which is rounding, unless its
-        scores are so large that what it keeps is no float64: then it is NaN.
+        That of an optimal block is at most 1e-6 (1e-12 for float64 scores), which is rounding.
         """
         return relative_gap(self.bound - self.objective, self.scale)
 
@@ -95,7 +100,11 @@ class BlockSolution:
     def relative_gap(self) -> float:
         """``(total_bound - total_objective)`` relative to the sum of the absolute kept scores."""
         objective, bound, scale = map(_gathered, (self.objective, self.bound, self.scale))
-        return float(relative_gap((bound - objective).sum(), scale.sum()))
+        parts = bound - objective, scale
+        missing, kept = (part.sum() for part in parts)
+        if not torch.isfinite(kept):
+            missing, kept = ((part * _ROOM).sum() for part in parts)
+        return float(relative_gap(missing, kept))
 
 
 # So that vmap, export and other transforms of PyTorch take a solution apart into its tensors.
@@ -129,20 +138,20 @@ def retained_share(objective: float, score: float) -> float:
     return objective / score if score else 1.0
 
 
-def kept_score(scores: Tensor, mask: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:
+def kept_score(scores: Tensor, mask: Tensor, pattern: PatternLike) -> tuple[Tensor, Tensor]:
     """Kept score of every block, and the sum of its absolute kept scores.
 
     Parameters
     ----------
     scores, mask : Tensor
         ``(..., rows, cols)`` real, and bool of the same shape.
-    pattern : NMPattern
+    pattern : NMPattern, str or (int, int)
         Its ``m`` is the block size.
 
     Returns
     -------
     objective, scale : Tensor
-        float64 ``(..., GR, GC)``.
+        float64 ``(..., GR, GC)``; infinite where a sum is beyond float64.
 
     Examples
     --------
@@ -151,7 +160,7 @@ def kept_score(scores: Tensor, mask: Tensor, pattern: NMPattern) -> tuple[Tensor
     >>> objective.item(), scale.item()
     (1.0, 5.0)
     """
-    grid = grid_of(scores, pattern)
+    grid = grid_of(scores, NMPattern.of(pattern))
     shape = (*scores.shape[:-2], grid.block_rows, grid.block_cols)
     objective = torch.zeros(shape, dtype=torch.float64, device=scores.device)
     scale = torch.zeros_like(objective)
@@ -159,12 +168,14 @@ def kept_score(scores: Tensor, mask: Tensor, pattern: NMPattern) -> tuple[Tensor
         for b, i, j, r, c in grid.tiles(a.shape[0], _CHUNK):
             kept = split_blocks(a[b, i, j], r, c).double() * split_blocks(s[b, i, j], r, c)
             at = (b, *grid.block_slices(i, j))
-            o[at] = kept.sum((-2, -1))
             t[at] = kept.abs().sum((-2, -1))
+            o[at] = kept.sum((-2, -1))
+            if not torch.isfinite(t[at]).all():
+                o[at] = o[at].where(torch.isfinite(t[at]), (kept * _ROOM).sum((-2, -1)) / _ROOM)
     return objective, scale
 
 
-def dual_bound(scores: Tensor, row_duals: Tensor, col_duals: Tensor, pattern: NMPattern) -> Tensor:
+def dual_bound(scores: Tensor, row_duals: Tensor, col_duals: Tensor, pattern: PatternLike) -> Tensor:
     r"""Upper bound on the kept score of every block, from prices of its lines.
 
     For a full block ``D(u, v) = N sum(u) + N sum(v) + sum_ij max(0, A_ij - u_i - v_j)``, in float64. Weak
@@ -177,12 +188,12 @@ def dual_bound(scores: Tensor, row_duals: Tensor, col_duals: Tensor, pattern: NM
         ``(..., rows, cols)``, real.
     row_duals, col_duals : Tensor
         ``(..., GR, GC, M)``.
-    pattern : NMPattern
+    pattern : NMPattern, str or (int, int)
 
     Returns
     -------
     Tensor
-        float64 ``(..., GR, GC)``.
+        float64 ``(..., GR, GC)``; infinite where the bound is beyond float64.
 
     Examples
     --------
@@ -191,6 +202,7 @@ def dual_bound(scores: Tensor, row_duals: Tensor, col_duals: Tensor, pattern: NM
     >>> dual_bound(scores, u, v, NMPattern(1, 2)).item()
     5.0
     """
+    pattern = NMPattern.of(pattern)
     grid = grid_of(scores, pattern)
     bound = torch.zeros(row_duals.shape[:-1], dtype=torch.float64, device=scores.device)
     for a, us, vs, out in batched_matrices(scores, row_duals, col_duals, bound):
@@ -201,7 +213,16 @@ def dual_bound(scores: Tensor, row_duals: Tensor, col_duals: Tensor, pattern: NM
                 u = u.clamp(min=0)
             if r < c:
                 v = v.clamp(min=0)
-            surplus = split_blocks(a[b, i, j], r, c).double() - u.unsqueeze(-1) - v.unsqueeze(-2)
             need = demand(r, c, pattern.n)
-            out[at] = need.row * u.sum(-1) + need.col * v.sum(-1) + surplus.clamp(min=0).sum((-2, -1))
+            parts = split_blocks(a[b, i, j], r, c).double(), u, v
+            out[at] = _block_bound(*parts, need)
+            if not torch.isfinite(out[at]).all():
+                less = _block_bound(*(part * _ROOM for part in parts), need) / _ROOM
+                out[at] = out[at].where(torch.isfinite(out[at]), less)
     return bound
+
+
+def _block_bound(blocks: Tensor, u: Tensor, v: Tensor, need: Demand) -> Tensor:
+    """The sum of :func:`dual_bound` for ``(..., R, C)`` blocks of one shape."""
+    surplus = blocks - u.unsqueeze(-1) - v.unsqueeze(-2)
+    return need.row * u.sum(-1) + need.col * v.sum(-1) + surplus.clamp(min=0).sum((-2, -1))

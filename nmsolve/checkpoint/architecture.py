@@ -7,7 +7,6 @@ comes with a checkpoint is run.
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from nmsolve.checkpoint.format import Checkpoint
 from nmsolve.checkpoint.roles import Role, roles_of, told
 from nmsolve.checkpoint.stored_names import Destination, destinations
-from nmsolve.errors import one_line
+from nmsolve.errors import counted, one_line
+from nmsolve.files import read_json
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Architecture", "architecture_of", "read_config"]
+__all__ = ["Architecture", "architecture_of", "read_config", "too_large"]
 
 # A configuration that asks for more blocks than this for each tensor of the checkpoint is not its own.
 _MOST_BLOCKS = 64
@@ -59,7 +59,7 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     types = frozenset(_types(config))
     shapes = {entry.name: entry.shape for _, entry in checkpoint.entries()}
     if not why:
-        why = _too_large(config, len(shapes))
+        why = too_large(config, len(shapes))
     if why:
         return Architecture(why=why, types=types)
     named = config["architectures"][0]
@@ -67,9 +67,10 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
         return Architecture(why="transformers is not installed", types=types)
     try:
         model, version = _build(folder, named)
+        found = destinations(model, shapes)
+        roles = roles_of(model)
     except Exception as error:  # whatever a wrong configuration makes of the modules
         return Architecture(why=f"{named} cannot be built: {one_line(error)}", types=types)
-    found = destinations(model, shapes)
     lost = [name for name, shape in shapes.items() if len(shape) > 1 and name not in found]
     if 2 * len(lost) > sum(len(shape) > 1 for shape in shapes.values()):
         return Architecture(
@@ -77,7 +78,6 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
             types=types,
         )
     held = {name: tuple(parameter.shape) for name, parameter in model.state_dict(keep_vars=True).items()}
-    roles = roles_of(model)
     stored = {
         name: _stored(roles[place.parameter], place, shapes[name], held[place.parameter])
         for name, place in found.items()
@@ -92,8 +92,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
     if not path.is_file():
         return {}, "there is no config.json"
     try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        config = read_json(path)
+    except (OSError, ValueError):
         return {}, "config.json cannot be read"
     if not isinstance(config, dict):
         return {}, "config.json is no JSON object"
@@ -103,24 +103,29 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
     return config, ""
 
 
+def _parts(config: object) -> Iterator[dict[str, Any]]:
+    """A configuration and the configurations inside it, however deep."""
+    left = [config]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            yield part
+            left += part.values()
+
+
 def _types(config: object) -> Iterator[str]:
     """Every ``model_type`` in a configuration and the configurations inside it."""
-    if isinstance(config, dict):
-        if isinstance(config.get("model_type"), str):
-            yield config["model_type"]
-        for inner in config.values():
-            yield from _types(inner)
+    for part in _parts(config):
+        if isinstance(part.get("model_type"), str):
+            yield part["model_type"]
 
 
-def _too_large(config: object, tensors: int) -> str:
+def too_large(config: object, tensors: int) -> str:
     """Why a configuration is not to be built for so few tensors; empty if it may be."""
-    if isinstance(config, dict):
-        for key, value in config.items():
+    for part in _parts(config):
+        for key, value in part.items():
             if _COUNTS.search(key) and isinstance(value, int) and value > _MOST_BLOCKS * max(tensors, 16):
-                return f"config.json says {key} {value} for {tensors} tensors"
-            why = _too_large(value, tensors)
-            if why:
-                return why
+                return f"config.json says {key} {value} for {counted(tensors, 'tensor')}"
     return ""
 
 

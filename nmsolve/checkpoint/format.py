@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from nmsolve.errors import NMSolveError, WorkFailed
+from nmsolve.files import is_regular, read_json
 
 __all__ = [
     "Checkpoint",
@@ -43,6 +44,11 @@ REPORT_NAME = "nmsolve_report.json"
 PICTURE_NAME = "nmsolve_report.png"
 MASKS_SUFFIX = ".masks.safetensors"
 MASKS_FOLDER = "masks"
+
+# What ``nmsolve permute`` writes: beside a file's weights, or in a folder where loaders do not look for any.
+ORDERS_SUFFIX = ".permutations.safetensors"
+ORDERS_FOLDER = "permutations"
+ORDERS_NAME = f"orders{SUFFIX}"
 
 # Formats that hold weights in another form. Pickles can run code when read and are never opened; a dense copy
 # of the model in any of them would be a trap beside masked weights, so it is not copied either.
@@ -161,6 +167,8 @@ def read_shard(path: Path) -> Shard:
             f"{path}: expected a {SUFFIX} file, got {suffix}; start from the safetensors weights that it was "
             "made from"
         )
+    if not is_regular(path):
+        raise NMSolveError(f"{path}: expected a {SUFFIX} file, got {_instead(path)}")
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -184,6 +192,13 @@ def read_shard(path: Path) -> Shard:
     ]
     entries.sort(key=lambda entry: (entry.start, entry.stop))
     return Shard(path, prefix + text, tuple(entries), metadata)
+
+
+def _instead(path: Path) -> str:
+    """What there is where no regular file is."""
+    if not os.path.lexists(path):
+        return "none: there is no such file"
+    return "a folder" if os.path.isdir(path) else "no regular file"
 
 
 def open_checkpoint(root: Path) -> Checkpoint:
@@ -215,8 +230,7 @@ def open_checkpoint(root: Path) -> Checkpoint:
     for path in _files_below(root):
         if path.as_posix() in names or _is_ours(path):
             continue
-        if path == Path(MASKS_FOLDER):
-            raise NMSolveError(f"{root}: the file {path} is in the way: masks get a folder of this name")
+        _check_out_of_the_way(root, path)
         (left_out if _is_other_copy(path, parts) else extras).append(path)
     checkpoint = Checkpoint(root, shards, tuple(extras), tuple(left_out))
     _check_kind(checkpoint)
@@ -230,10 +244,21 @@ def _is_ours(path: Path) -> bool:
     return path.parent == Path(MASKS_FOLDER) and path.name.endswith(MASKS_SUFFIX)
 
 
+def _check_out_of_the_way(root: Path, path: Path) -> None:
+    """Raises if a file of the input lies where an output has a folder, or the other way round."""
+    for folder in (MASKS_FOLDER, ORDERS_FOLDER):
+        if path == Path(folder):
+            raise NMSolveError(f"{root}: the file {path} is in the way: {folder} get a folder of this name")
+    for parent in path.parents:
+        in_folder = parent.parent == Path(MASKS_FOLDER) and parent.name.endswith(MASKS_SUFFIX)
+        if in_folder or parent in (Path(REPORT_NAME), Path(PICTURE_NAME), Path(ORDERS_FOLDER, ORDERS_NAME)):
+            raise NMSolveError(f"{root}: the folder {parent} is in the way: a file gets this name")
+
+
 def _parts(root: Path) -> set[Path]:
     """Folders of modules that follow the model: sentence-transformers' modules.json lists them."""
     try:
-        listed = json.loads((root / "modules.json").read_bytes())
+        listed = read_json(root / "modules.json")
         return {Path(module["path"]) for module in listed if module["path"]}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
@@ -258,11 +283,15 @@ def _shard_names(root: Path) -> tuple[list[str], Path, dict[str, str] | None]:
         index_path = indexes[0]
     if index_path in indexes:
         try:
-            weight_map = json.loads(index_path.read_bytes())["weight_map"]
+            weight_map = read_json(index_path)["weight_map"]
             names = sorted(set(weight_map.values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            problem = f"{type(error).__name__}: {error}"
+        except (OSError, ValueError) as error:
+            problem = getattr(error, "strerror", None) or error
             raise NMSolveError(f"{index_path}: expected JSON with a 'weight_map': {problem}") from None
+        except (KeyError, TypeError, AttributeError):
+            raise NMSolveError(
+                f"{index_path}: expected JSON with a 'weight_map' from tensors to names of {SUFFIX} files"
+            ) from None
         for name in names:
             if not isinstance(name, str) or name != Path(name).name or not name.endswith(SUFFIX):
                 raise NMSolveError(
@@ -344,10 +373,10 @@ def _check_kind(checkpoint: Checkpoint) -> None:
 def _quantisation(root: Path) -> str | None:
     """The method that a folder's config.json names, if it is quantised."""
     try:
-        config = json.loads((root / "config.json").read_bytes())
+        config = read_json(root / "config.json")
         found = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
         return str(found.get("quant_method", "quantization_config")) if found else None
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         return None
 
 

@@ -21,6 +21,7 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from nmsolve.checkpoint.format import (
     read_shard,
 )
 from nmsolve.errors import NMSolveError
-from nmsolve.pattern import NMPattern
+from nmsolve.pattern import NMPattern, PatternLike
 
 __all__ = ["load_masks", "pack_mask", "save_masks", "unpack_mask"]
 
@@ -106,7 +107,7 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
 def save_masks(
     path: str | os.PathLike[str],
     masks: Mapping[str, Tensor],
-    pattern: NMPattern | str,
+    pattern: PatternLike,
     *,
     transposable: bool = True,
 ) -> None:
@@ -118,7 +119,7 @@ def save_masks(
         File to write; the usual name is ``<checkpoint>.masks.safetensors``.
     masks : mapping of str to Tensor
         The name of each weight and its mask: bool, any shape, True = keep.
-    pattern : NMPattern or str
+    pattern : NMPattern, str or (int, int)
         What the masks keep, such as ``"8:16"``. Recorded, not checked: see :func:`nmsolve.check_mask`.
     transposable : bool
         Whether the pattern holds along columns as well. Recorded, not checked.
@@ -189,14 +190,14 @@ def load_masks(path: str | os.PathLike[str], names: Iterable[str] | None = None)
 
 
 def masks_writer(
-    path: Path, shapes: Mapping[str, Sequence[int]], pattern: NMPattern | str, transposable: bool
+    path: Path, shapes: Mapping[str, Sequence[int]], pattern: PatternLike, transposable: bool
 ) -> StreamWriter:
     """A writer that expects the packed masks of ``shapes`` in order."""
     sizes = {name: packed_size(math.prod(shape)) for name, shape in shapes.items()}
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "pattern": str(NMPattern.parse(pattern) if isinstance(pattern, str) else pattern),
+        "pattern": str(NMPattern.of(pattern)),
         "transposable": "true" if transposable else "false",
         "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}, ensure_ascii=False),
     }
@@ -250,5 +251,19 @@ def _shapes(shard: Shard) -> dict[str, list[int]]:
             f"{shard.path}: expected a mask file (format {FORMAT!r}, version {FORMAT_VERSION}), "
             f"got format {found[0]!r}, version {found[1]}"
         )
-    shapes: dict[str, list[int]] = json.loads(shard.metadata["shapes"])
+    try:
+        shapes = json.loads(shard.metadata["shapes"])
+    except (KeyError, ValueError, RecursionError):
+        shapes = None
+    if not isinstance(shapes, dict):
+        raise NMSolveError(f"{shard.path}: expected a mask file whose metadata say the shapes of its masks")
+    for entry in shard.entries:
+        shape = shapes.get(entry.name)
+        sizes: list[Any] = shape if isinstance(shape, list) else ["none"]
+        whole = all(type(size) is int and size >= 0 for size in sizes)
+        if not whole or entry.dtype != "U8" or entry.shape != (packed_size(math.prod(sizes)),):
+            raise NMSolveError(
+                f"{shard.path}: {entry.name}: expected the packed bits of a mask of the metadata's shape, "
+                f"got {entry.dtype} {list(entry.shape)} for shape {str(shape)[:80]}"
+            )
     return shapes

@@ -167,7 +167,8 @@ def _write_masked_tensor(
         except NMSolveError as error:
             first = (position - entry.start) // slab.element_size()
             raise NMSolveError(
-                f"{entry.name}, weights {first} to {first + slab.numel() - 1}: {error}"
+                f"{entry.name}, weights {first} to {first + slab.numel() - 1}: "
+                f"{_not_finite(slab, first, entry.shape) or error}"
             ) from None
         seconds += time.perf_counter() - started
         _drop(slab, keep)
@@ -222,6 +223,22 @@ def _solve(slab: Tensor, layout: MatrixLayout, settings: MaskSettings, row: Mask
         row.bound += kept_score
     row.kept += int(np.count_nonzero(keep.numpy()))
     return keep
+
+
+def _not_finite(slab: Tensor, first: int, shape: tuple[int, ...]) -> str:
+    """What is wrong with the weights of a slab, at which indices of their tensor; empty if they are finite.
+
+    ``first`` is the place of the slab's first weight in its tensor.
+    """
+    weights = slab.view(-1)
+    wrong = (~torch.isfinite(weights)).nonzero().flatten()
+    if len(wrong) == 0:
+        return ""
+    at = tuple(int(index) for index in np.unravel_index(first + int(wrong[0]), shape))
+    return (
+        f"expected finite values, got {len(wrong)} NaN or infinite of {len(weights)}, the first "
+        f"{float(weights[wrong[0]])} at {at}"
+    )
 
 
 def _drop(slab: Tensor, keep: Tensor) -> None:

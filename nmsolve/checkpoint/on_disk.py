@@ -18,7 +18,7 @@ from nmsolve.checkpoint.output import check_output, publish
 from nmsolve.checkpoint.selection import Selection, select_tensors
 from nmsolve.errors import NMSolveError, begun, printable
 from nmsolve.files import Interrupts, Staging, check_space
-from nmsolve.pattern import NMPattern
+from nmsolve.pattern import NMPattern, PatternLike
 
 if TYPE_CHECKING:
     from nmsolve.checkpoint.report import Report
@@ -80,7 +80,7 @@ def prepare(
 def mask_checkpoint(
     checkpoint: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    pattern: str | NMPattern,
+    pattern: PatternLike,
     *,
     transposable: bool = False,
     method: str | None = None,
@@ -104,7 +104,7 @@ def mask_checkpoint(
     out : path
         A file for a file; masks and report get their names from it. A folder of the same structure for a
         folder, with ``masks/`` and ``nmsolve_report.json`` in it. It appears whole or not at all.
-    pattern : str or NMPattern
+    pattern : str, (int, int) or NMPattern
         ``"8:16"`` keeps 8 of 16.
     transposable : bool
         N:M along rows and columns of every M x M block, or only along the input of each output.
@@ -143,7 +143,7 @@ def mask_checkpoint(
     >>> report.totals()["retained"]                                                     # doctest: +SKIP
     0.75
     """
-    pattern = NMPattern.parse(pattern) if isinstance(pattern, str) else pattern
+    pattern = NMPattern.of(pattern)
     check_backend(backend)
     prepared = prepare(
         checkpoint,

@@ -83,7 +83,7 @@ def create_mask(tensor: Tensor, pattern: str = "m4n2_1d", density: float | None 
 
 
 def _rule(pattern: str, backend: str) -> MaskRule:
-    found = re.fullmatch(r"m(\d+)n(\d+)_(1d|2d|2d_best|2d_greedy)", pattern)
+    found = re.fullmatch(r"m(\d+)n(\d+)_(1d|2d|2d_best|2d_greedy)", str(pattern))
     if found is None:
         raise NMSolveError(
             f"pattern: expected 'm4n2_' or the like and 1d, 2d, 2d_best or 2d_greedy, got {pattern!r}"

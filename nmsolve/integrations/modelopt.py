@@ -36,8 +36,12 @@ _DEFAULTS: dict[str, Any] = {
 
 def _rule(config: dict[str, Any] | None) -> MaskRule:
     options = _DEFAULTS | (config or {})
-    pattern = NMPattern.parse(str(options["pattern"]).removesuffix(" sparsity"))
-    return MaskRule(pattern, options["transposable"], options["mask_method"], options["backend"])
+    pattern = options["pattern"]
+    if isinstance(pattern, str):
+        pattern = pattern.removesuffix(" sparsity")
+    return MaskRule(
+        NMPattern.of(pattern), options["transposable"], options["mask_method"], options["backend"]
+    )
 
 
 class _NMSearcher(BaseSparseSearcher):

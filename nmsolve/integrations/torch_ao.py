@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.ao.pruning import BaseSparsifier
 
 from nmsolve.integrations.weights import weight_mask
-from nmsolve.pattern import NMPattern
+from nmsolve.pattern import NMPattern, PatternLike
 from nmsolve.prune.layers import Layer, select_layers
 from nmsolve.prune.rule import MaskRule
 
@@ -24,7 +24,7 @@ class NMSparsifier(BaseSparsifier):
 
     Parameters
     ----------
-    pattern : str or NMPattern
+    pattern : str, (int, int) or NMPattern
         ``"8:16"`` keeps 8 of 16.
     transposable : bool
         N:M along rows and columns, or along the inputs only.
@@ -51,7 +51,7 @@ class NMSparsifier(BaseSparsifier):
 
     def __init__(
         self,
-        pattern: str | NMPattern = "2:4",
+        pattern: PatternLike = "2:4",
         *,
         transposable: bool = True,
         method: str = "exact",
@@ -78,7 +78,7 @@ class NMSparsifier(BaseSparsifier):
         self,
         module: nn.Module,
         tensor_name: str,
-        pattern: str | NMPattern,
+        pattern: PatternLike,
         transposable: bool,
         method: str,
         backend: str,

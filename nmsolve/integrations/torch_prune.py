@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from nmsolve.integrations.weights import weight_mask
-from nmsolve.pattern import NMPattern
+from nmsolve.pattern import PatternLike
 from nmsolve.prune.layers import Layer
 from nmsolve.prune.rule import MaskRule
 
@@ -42,7 +42,7 @@ class NMPruning(BasePruningMethod):
 
     def __init__(
         self,
-        pattern: str | NMPattern,
+        pattern: PatternLike,
         *,
         transposable: bool = True,
         method: str = "exact",
@@ -70,7 +70,7 @@ class NMPruning(BasePruningMethod):
         cls,
         module: nn.Module,
         name: str,
-        pattern: str | NMPattern,
+        pattern: PatternLike,
         *,
         importance_scores: Tensor | None = None,
         **options: Any,
@@ -84,7 +84,7 @@ class NMPruning(BasePruningMethod):
 def nm_structured(
     module: Module,
     name: str,
-    pattern: str | NMPattern,
+    pattern: PatternLike,
     *,
     transposable: bool = True,
     importance_scores: Tensor | None = None,
@@ -103,7 +103,7 @@ def nm_structured(
         Linear layer, transformers' Conv1D or convolution (each kernel position is a matrix).
     name : str
         Name of the parameter, such as ``"weight"``.
-    pattern : str or NMPattern
+    pattern : str, (int, int) or NMPattern
         ``"8:16"`` keeps 8 of 16.
     transposable : bool
         N:M along rows and columns, or along the inputs only.

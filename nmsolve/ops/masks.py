@@ -22,7 +22,7 @@ from nmsolve.ops.validation import (
     mask_violation,
     tsenor_options,
 )
-from nmsolve.pattern import NMPattern
+from nmsolve.pattern import NMPattern, PatternLike
 from nmsolve.solution import BlockSolution
 
 __all__ = ["check_mask", "nm_mask", "solve_blocks", "transposable_mask", "transposable_masks"]
@@ -34,8 +34,8 @@ _TILED = (-2, -1)
 @overload
 def transposable_mask(
     scores: Tensor,
-    n: int,
-    m: int,
+    n: int | PatternLike,
+    m: int | None = ...,
     *,
     method: str = ...,
     backend: str = ...,
@@ -47,8 +47,8 @@ def transposable_mask(
 @overload
 def transposable_mask(
     scores: Tensor,
-    n: int,
-    m: int,
+    n: int | PatternLike,
+    m: int | None = ...,
     *,
     method: str = ...,
     backend: str = ...,
@@ -59,8 +59,8 @@ def transposable_mask(
 ) -> BlockSolution: ...
 def transposable_mask(
     scores: Tensor,
-    n: int,
-    m: int,
+    n: int | PatternLike,
+    m: int | None = None,
     *,
     method: str = "exact",
     backend: str = "auto",
@@ -79,9 +79,12 @@ def transposable_mask(
     scores : Tensor
         ``(..., rows, cols)``, float64, float32, float16 or bfloat16, finite, any strides; higher = keep. The
         work is done in float32, or in float64 for float64 scores off the GPU. A DTensor, whose shards must
-        consist of whole blocks, gives DTensors with its placements, without communication.
+        consist of whole blocks, gives DTensors with its placements, without communication. Scores may be
+        negative: what is kept is still the largest *sum* of exactly n entries in each line, so a mask of
+        weights wants their magnitudes, ``weight.abs()``; with signs it drops the large negative ones.
     n, m : int
-        Kept entries per line, ``0 <= n <= m``, and block size.
+        Kept entries per line, ``0 <= n <= m``, and block size; or n alone, the pattern in one piece:
+        ``"8:16"``, ``(8, 16)`` or an :class:`~nmsolve.NMPattern`.
     method : {"exact", "tsenor", "greedy"}
         "exact" is optimal and proves it. "tsenor" is the entropic method of arXiv 2505.23949, "greedy" takes
         entries by descending score; both fill every line.
@@ -93,7 +96,8 @@ def transposable_mask(
         the optimum.
     warm_start : BlockSolution or (row_duals, col_duals), optional
         Duals to start "exact" from, for instance those of the previous step of a training run. Any values
-        give an optimal mask; good ones give it sooner.
+        give an optimal mask. It saves time where scores hardly changed and ``return_solution`` is wanted
+        anyway; where only masks are, what the duals cost is more than they save (docs/benchmarks.md).
     iterations : int, optional
         Dykstra iterations of "tsenor" (300).
     tau : float, optional
@@ -120,7 +124,7 @@ def transposable_mask(
     >>> transposable_mask(scores, 1, 2, return_solution=True).max_gap
     0.0
     """
-    pattern = NMPattern(n, m)
+    pattern = NMPattern.of(n, m)
     check_scores(scores)
     check_backend(backend)
     iterations, tau = tsenor_options(method, iterations, tau)
@@ -143,8 +147,8 @@ def transposable_mask(
 @overload
 def transposable_masks(
     scores: Sequence[Tensor],
-    n: int,
-    m: int,
+    n: int | PatternLike,
+    m: int | None = ...,
     *,
     method: str = ...,
     backend: str = ...,
@@ -153,8 +157,8 @@ def transposable_masks(
 @overload
 def transposable_masks(
     scores: Sequence[Tensor],
-    n: int,
-    m: int,
+    n: int | PatternLike,
+    m: int | None = ...,
     *,
     method: str = ...,
     backend: str = ...,
@@ -162,8 +166,8 @@ def transposable_masks(
 ) -> list[BlockSolution]: ...
 def transposable_masks(
     scores: Sequence[Tensor],
-    n: int,
-    m: int,
+    n: int | PatternLike,
+    m: int | None = None,
     *,
     method: str = "exact",
     backend: str = "auto",
@@ -199,7 +203,7 @@ def transposable_masks(
     >>> [mask.float().mean().item() for mask in masks]
     [0.5, 0.5]
     """
-    pattern = NMPattern(n, m)
+    pattern = NMPattern.of(n, m)
     if not isinstance(scores, (list, tuple)):
         raise NMSolveError(f"scores: expected a list or tuple of tensors, got {describe(scores)}")
     for i, matrix in enumerate(scores):
@@ -227,7 +231,7 @@ def transposable_masks(
 
 def solve_blocks(
     blocks: Tensor,
-    n: int,
+    n: int | PatternLike,
     *,
     method: str = "exact",
     backend: str = "auto",
@@ -242,7 +246,8 @@ def solve_blocks(
     blocks : Tensor
         ``(B, M, M)`` scores, higher = keep; dtypes as in :func:`transposable_mask`.
     n : int
-        Kept entries per row and column, ``0 <= n <= M``. With n = 1 a mask is a permutation matrix.
+        Kept entries per row and column, ``0 <= n <= M``; a pattern such as ``"8:16"`` has to be that of the
+        blocks. With n = 1 a mask is a permutation matrix.
     method, backend, warm_start, iterations, tau
         As in :func:`transposable_mask`; duals to start from are ``(B, M)``.
 
@@ -294,16 +299,20 @@ def solve_blocks(
     )
 
 
-def nm_mask(scores: Tensor, n: int, m: int, dim: int = -1, *, backend: str = "auto") -> Tensor:
+def nm_mask(
+    scores: Tensor, n: int | PatternLike, m: int | None = None, dim: int = -1, *, backend: str = "auto"
+) -> Tensor:
     """The ordinary N:M mask: the n largest scores of every m consecutive ones along a dimension.
 
     Parameters
     ----------
     scores : Tensor
-        One or more dimensions, dtypes as in :func:`transposable_mask`; higher = keep. The shards of a DTensor
-        must consist of whole groups.
+        One or more dimensions, dtypes as in :func:`transposable_mask`; higher = keep. Scores may be negative:
+        the n largest are kept, not those of largest magnitude, which a mask of weights wants
+        (``weight.abs()``). The shards of a DTensor must consist of whole groups.
     n, m : int
-        Kept entries and group size. A last group that is smaller keeps ``min(n, its size)``.
+        Kept entries and group size, or the pattern in one piece, as in :func:`transposable_mask`. A last
+        group that is smaller keeps ``min(n, its size)``.
     dim : int
         The dimension along which groups lie; for a linear layer's ``(out, in)`` weight -1 is the input.
     backend : {"auto", "triton", "cpu", "torch"}
@@ -326,7 +335,7 @@ def nm_mask(scores: Tensor, n: int, m: int, dim: int = -1, *, backend: str = "au
     >>> nm_mask(torch.tensor([0.1, 0.9, 0.5, 0.5]), 2, 4)
     tensor([False,  True,  True, False])
     """
-    pattern = NMPattern(n, m)
+    pattern = NMPattern.of(n, m)
     check_scores(scores, rank=1)
     dim = check_dim(dim, scores)
     check_backend(backend)
@@ -335,7 +344,9 @@ def nm_mask(scores: Tensor, n: int, m: int, dim: int = -1, *, backend: str = "au
     return from_shards(sharding, [mask], [scores.shape], inner=dim)[0]
 
 
-def check_mask(mask: Tensor, n: int, m: int, *, transposable: bool = True, dim: int = -1) -> None:
+def check_mask(
+    mask: Tensor, n: int | PatternLike, m: int | None = None, *, transposable: bool = True, dim: int = -1
+) -> None:
     """Raise unless a mask is N:M, naming the first line that is not.
 
     Parameters
@@ -343,7 +354,7 @@ def check_mask(mask: Tensor, n: int, m: int, *, transposable: bool = True, dim: 
     mask : Tensor
         bool, True = keep; ``(..., rows, cols)`` if transposable.
     n, m : int
-        The pattern it should have.
+        The pattern it should have, or in one piece, as in :func:`transposable_mask`.
     transposable : bool
         Whether the rows and columns of every ``m x m`` block must hold n, or only the groups along ``dim``.
         Partial blocks and groups must hold as many as :func:`transposable_mask` and :func:`nm_mask` keep.
@@ -363,7 +374,7 @@ def check_mask(mask: Tensor, n: int, m: int, *, transposable: bool = True, dim: 
     Traceback (most recent call last):
     nmsolve.errors.NMSolveError: mask: block (0, 0), row 0 keeps 2 of 2 entries, expected 1 (pattern 1:2)
     """
-    pattern = NMPattern(n, m)
+    pattern = NMPattern.of(n, m)
     rank = 2 if transposable else 1
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim < rank:
         raise NMSolveError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nmsolve.checkpoint.format import read_shard
 from nmsolve.checkpoint.roles import is_conv1d
 from nmsolve.errors import NMSolveError
 from nmsolve.files import replacing
@@ -235,17 +236,20 @@ def load_permutations(path: Path | str) -> dict[str, Tensor]:
     NMSolveError
         If the file is not one of those.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("format") != _FORMAT["format"]:
-                raise NMSolveError(f"{path}: expected a file of permutations ({_FORMAT['format']})")
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise NMSolveError(f"{path}: cannot be read as permutations: {error}") from None
+    shard = read_shard(Path(path))
+    if shard.metadata.get("format") != _FORMAT["format"]:
+        raise NMSolveError(f"{path}: expected a file of permutations ({_FORMAT['format']})")
+    for entry in shard.entries:
+        if entry.dtype != "I64" or not entry.shape:
+            raise NMSolveError(
+                f"{path}: {entry.name}: expected an int64 permutation, got {entry.dtype} {list(entry.shape)}"
+            )
+    with safe_open(path, framework="pt") as file:
+        found = {entry.name: file.get_tensor(entry.name) for entry in shard.entries}
     for name, order in found.items():
-        check_permutation(order, order.shape[-1] if order.ndim else 0, f"{path}: {name}")
+        check_permutation(order, order.shape[-1], f"{path}: {name}")
     return found
 
 

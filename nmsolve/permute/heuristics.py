@@ -25,7 +25,7 @@ from torch import Tensor
 from nmsolve.errors import NMSolveError
 from nmsolve.ops.assignment import assignment
 from nmsolve.ops.validation import check_finite, check_scores, describe
-from nmsolve.pattern import NMPattern
+from nmsolve.pattern import NMPattern, PatternLike
 from nmsolve.permute.orders import check_permutation, retained_score
 
 __all__ = [
@@ -66,6 +66,7 @@ def deal_columns(scores: Tensor, m: int) -> Tensor:
     >>> deal_columns(torch.tensor([[4.0, 3.0, 2.0, 1.0]]), 2)
     tensor([0, 3, 1, 2])
     """
+    m = NMPattern(0, m).m
     cols = scores.shape[-1]
     full = cols // m * m
     order = scores[..., :full].sum(-2, dtype=torch.float64).argsort(dim=-1, descending=True, stable=True)
@@ -75,7 +76,7 @@ def deal_columns(scores: Tensor, m: int) -> Tensor:
     return torch.cat([dealt.flatten(-2), rest], dim=-1)
 
 
-def ria_permutation(scores: Tensor, n: int, m: int, *, passes: int = 1) -> Tensor:
+def ria_permutation(scores: Tensor, n: int | PatternLike, m: int | None = None, *, passes: int = 1) -> Tensor:
     """RIA's channel permutation (arXiv 2402.11299, section 3.2): deal the columns, then refine slot by slot.
 
     After :func:`deal_columns`, each slot in turn takes the best of all ways to give its columns to the
@@ -87,7 +88,7 @@ def ria_permutation(scores: Tensor, n: int, m: int, *, passes: int = 1) -> Tenso
         ``(..., rows, cols)``, higher = keep; each matrix gets its own permutation. For layers that share
         one permutation, concatenate their scores along the rows.
     n, m : int
-        Pattern.
+        Pattern, or in one piece, as in :func:`nmsolve.transposable_mask`.
     passes : int
         How often every slot is refined; the published method does it once. More never keep less; it stops
         when a pass gains nothing.
@@ -109,6 +110,7 @@ def ria_permutation(scores: Tensor, n: int, m: int, *, passes: int = 1) -> Tenso
     tensor(7., dtype=torch.float64)
     """
     pattern = _checked(scores, n, m)
+    m = pattern.m
     if passes < 0:
         raise NMSolveError(f"passes: expected 0 or more, got {passes!r}")
     if _nothing_to_gain(scores, pattern):
@@ -141,8 +143,8 @@ def ria_permutation(scores: Tensor, n: int, m: int, *, passes: int = 1) -> Tenso
 
 def swap_search(
     scores: Tensor,
-    n: int,
-    m: int,
+    n: int | PatternLike,
+    m: int | None = None,
     *,
     start: Tensor | None = None,
     rounds: int = 100,
@@ -160,7 +162,7 @@ def swap_search(
     scores : Tensor
         ``(rows, cols)``, higher = keep.
     n, m : int
-        Pattern.
+        Pattern, or in one piece, as in :func:`nmsolve.transposable_mask`.
     start : Tensor, optional
         Permutation to start from (identity); the result keeps at least its score.
     rounds : int
@@ -187,6 +189,7 @@ def swap_search(
     tensor(7., dtype=torch.float64)
     """
     scores, pattern, best = _single(scores, n, m, start)
+    n, m = pattern.n, pattern.m
     if _nothing_to_gain(scores, pattern):
         return best
     generator = torch.Generator().manual_seed(seed)
@@ -216,7 +219,13 @@ def swap_search(
 
 
 def stripe_search(
-    scores: Tensor, n: int, m: int, *, start: Tensor | None = None, rounds: int = 50, seed: int = 0
+    scores: Tensor,
+    n: int | PatternLike,
+    m: int | None = None,
+    *,
+    start: Tensor | None = None,
+    rounds: int = 50,
+    seed: int = 0,
 ) -> Tensor:
     """Exhaustive search over windows of two groups, as apex's for 2:4 (its "stripe groups" of 8 columns).
 
@@ -228,7 +237,7 @@ def stripe_search(
     scores : Tensor
         ``(rows, cols)``, higher = keep.
     n, m : int
-        Pattern; m at most 4, beyond which the ways are too many (6,435 for m = 8).
+        Pattern, or in one piece; m at most 4, beyond which the ways are too many (6,435 for m = 8).
     start : Tensor, optional
         Permutation to start from (identity); the result keeps at least its score.
     rounds : int
@@ -253,6 +262,7 @@ def stripe_search(
     tensor(7., dtype=torch.float64)
     """
     scores, pattern, permutation = _single(scores, n, m, start)
+    n, m = pattern.n, pattern.m
     window = [(0, *rest) for rest in itertools.combinations(range(1, 2 * m), m - 1)]
     if len(window) > _MAX_SPLITS:
         raise NMSolveError(
@@ -284,14 +294,16 @@ def _total(flat: Tensor, pattern: NMPattern, permutation: Tensor) -> float:
     return float(retained_score(flat, pattern.n, pattern.m, permutation).sum())
 
 
-def _checked(scores: Tensor, n: int, m: int) -> NMPattern:
-    pattern = NMPattern(n, m)
+def _checked(scores: Tensor, n: int | PatternLike, m: int | None) -> NMPattern:
+    pattern = NMPattern.of(n, m)
     check_scores(scores)
     check_finite(scores)
     return pattern
 
 
-def _single(scores: Tensor, n: int, m: int, start: Tensor | None) -> tuple[Tensor, NMPattern, Tensor]:
+def _single(
+    scores: Tensor, n: int | PatternLike, m: int | None, start: Tensor | None
+) -> tuple[Tensor, NMPattern, Tensor]:
     """The checked arguments of a search on one matrix; scores are widened to float32 at least."""
     pattern = _checked(scores, n, m)
     if scores.ndim != 2:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nmsolve.checkpoint.roles import is_conv1d
 from nmsolve.errors import NMSolveError
-from nmsolve.pattern import NMPattern
+from nmsolve.pattern import NMPattern, PatternLike
 from nmsolve.permute.calibration import calibration_scores
 from nmsolve.permute.couplings import Coupling, Site
 from nmsolve.permute.heuristics import ria_permutation
@@ -29,8 +29,8 @@ __all__ = ["LearnedPermutations", "learn_permutation"]
 def learn_permutation(
     model: nn.Module,
     calibration: Sequence[Batch],
-    n: int,
-    m: int,
+    n: int | PatternLike,
+    m: int | None = None,
     *,
     strategy: Strategy = "permllm",
     couplings: Sequence[Coupling] | None = None,
@@ -60,7 +60,7 @@ def learn_permutation(
     calibration : sequence of Tensor or mapping
         At least two batches; the last ones are held out.
     n, m : int
-        Pattern.
+        Pattern, or in one piece, as in :func:`nmsolve.transposable_mask`.
     strategy : {"permllm", "cost-matrix"}
         See :mod:`nmsolve.permute.module`.
     couplings : sequence of Coupling, optional
@@ -103,7 +103,7 @@ def learn_permutation(
     NMSolveError
         If an argument is not as described.
     """
-    pattern = NMPattern(n, m)
+    pattern = NMPattern.of(n, m)
     check_strategy(strategy)
     train, test = _split(list(calibration), held_out)
     if steps < 0 or check_every < 1 or patience < 1:
@@ -122,7 +122,7 @@ def learn_permutation(
             if start is not None and coupling.name in start:
                 base = check_permutation(start[coupling.name], coupling.size, f"start[{coupling.name!r}]")
             else:
-                base = ria_permutation(coupling.scores(scores), n, m)
+                base = ria_permutation(coupling.scores(scores), pattern)
             module = LearnableChannelPermutation(
                 coupling.size, strategy=strategy, heads=coupling.heads, seed=seed + k
             )

@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nmsolve.about import __version__, versions
+from nmsolve.checkpoint.architecture import read_config
 from nmsolve.checkpoint.format import (
+    ORDERS_FOLDER,
+    ORDERS_NAME,
+    ORDERS_SUFFIX,
     REPORT_NAME,
     SUFFIX,
     Checkpoint,
@@ -25,7 +29,7 @@ from nmsolve.checkpoint.output import check_output, publish
 from nmsolve.checkpoint.selection import DTYPES
 from nmsolve.errors import NMSolveError, begun
 from nmsolve.files import Interrupts, Staging, check_space, write_text
-from nmsolve.pattern import NMPattern
+from nmsolve.pattern import NMPattern, PatternLike
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,10 +37,6 @@ if TYPE_CHECKING:
     from nmsolve.permute.couplings import Coupling
 
 __all__ = ["ORDERS_FOLDER", "ORDERS_SUFFIX", "PermuteReport", "permute_checkpoint", "prepare"]
-
-# Beside a file's weights; in a folder of its own where loaders do not look for weights.
-ORDERS_SUFFIX = ".permutations.safetensors"
-ORDERS_FOLDER = "permutations"
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def prepare(
 def permute_checkpoint(
     checkpoint: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    pattern: str | NMPattern,
+    pattern: PatternLike,
     *,
     transposable: bool = False,
     passes: int = 3,
@@ -132,7 +132,7 @@ def permute_checkpoint(
     out : path
         A file for a file, with the orders beside it (``*.permutations.safetensors``); a folder for a folder,
         with ``permutations/`` in it. It appears whole or not at all.
-    pattern : str or NMPattern
+    pattern : str, (int, int) or NMPattern
         The masks to come: ``"2:4"`` keeps 2 of 4.
     transposable : bool
         Whether they will be transposable.
@@ -169,7 +169,7 @@ def permute_checkpoint(
     >>> report.totals()["after"] >= report.totals()["before"]                           # doctest: +SKIP
     True
     """
-    pattern = NMPattern.parse(pattern) if isinstance(pattern, str) else pattern
+    pattern = NMPattern.of(pattern)
     prepared = prepare(
         checkpoint,
         out,
@@ -208,9 +208,7 @@ def _choose(
     """The couplings to reorder, and the others with the reason."""
     from nmsolve.permute.couplings import named_couplings
 
-    config: dict[str, Any] = {}
-    if checkpoint.is_folder and (checkpoint.root / "config.json").is_file():
-        config = json.loads((checkpoint.root / "config.json").read_bytes())
+    config: dict[str, Any] = read_config(checkpoint.root)[0] if checkpoint.is_folder else {}
     if heads is not None:
         config |= {"num_attention_heads": heads, "num_key_value_heads": key_value_heads}
     entries = {entry.name: entry for _, entry in checkpoint.entries()}
@@ -309,7 +307,7 @@ def _write(
     if checkpoint.is_folder:
         checkpoint.copy_extras(folder, lambda name: interrupts.check())
         (folder / ORDERS_FOLDER).mkdir(exist_ok=True)
-        save_permutations(folder / ORDERS_FOLDER / f"orders{SUFFIX}", orders)
+        save_permutations(folder / ORDERS_FOLDER / ORDERS_NAME, orders)
     else:
         save_permutations(folder / _names(out)[0], orders)
 

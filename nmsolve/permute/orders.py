@@ -12,6 +12,7 @@ from torch import Tensor
 from nmsolve.errors import NMSolveError
 from nmsolve.ops.masks import nm_mask
 from nmsolve.ops.validation import check_scores, describe
+from nmsolve.pattern import PatternLike
 
 __all__ = ["check_permutation", "retained_score"]
 
@@ -39,7 +40,9 @@ def check_permutation(permutation: object, columns: int, name: str = "permutatio
     return permutation
 
 
-def retained_score(scores: Tensor, n: int, m: int, permutation: Tensor | None = None) -> Tensor:
+def retained_score(
+    scores: Tensor, n: int | PatternLike, m: int | None = None, permutation: Tensor | None = None
+) -> Tensor:
     """Score that the N:M mask along the last dimension keeps of reordered columns.
 
     Parameters
@@ -47,7 +50,7 @@ def retained_score(scores: Tensor, n: int, m: int, permutation: Tensor | None = 
     scores : Tensor
         ``(..., rows, cols)``, higher = keep.
     n, m : int
-        Pattern.
+        Pattern, or in one piece, as in :func:`nmsolve.transposable_mask`.
     permutation : Tensor, optional
         int64 ``(..., cols)``; identity if left out.
 

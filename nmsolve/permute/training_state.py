@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nmsolve.checkpoint.format import read_shard
 from nmsolve.errors import NMSolveError
 from nmsolve.files import replacing
 from nmsolve.permute.pruned_model import PrunedModel
@@ -64,11 +65,15 @@ def load_state(path: Path, model: PrunedModel) -> tuple[LearnedPermutations, int
     """
     from safetensors import safe_open
 
+    metadata = read_shard(path).metadata
+    try:
+        state = json.loads(metadata["state"])
+        same = metadata["format"] == _FORMAT and state["run"] == _fingerprint(model)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        same = False
+    if not same:
+        raise NMSolveError(f"resume: {path} holds the state of another run")
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        state = json.loads(metadata.get("state", "{}"))
-        if metadata.get("format") != _FORMAT or state["run"] != _fingerprint(model):
-            raise NMSolveError(f"resume: {path} holds the state of another run")
         found = LearnedPermutations({}, state["history"], state["best"])
         for k, part in enumerate(model.parts):
             part.base.copy_(file.get_tensor(f"{k}.base"))

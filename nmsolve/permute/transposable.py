@@ -42,7 +42,7 @@ from nmsolve.errors import NMSolveError
 from nmsolve.ops.assignment import assignment
 from nmsolve.ops.masks import solve_blocks, transposable_mask
 from nmsolve.ops.validation import check_finite, check_scores, describe
-from nmsolve.pattern import NMPattern
+from nmsolve.pattern import NMPattern, PatternLike
 from nmsolve.permute.heuristics import deal_columns
 from nmsolve.solution import BlockSolution
 
@@ -71,8 +71,8 @@ class TransposablePermutation(NamedTuple):
 
 def transposable_permutation(
     scores: Tensor,
-    n: int,
-    m: int,
+    n: int | PatternLike,
+    m: int | None = None,
     *,
     rows: bool = True,
     columns: bool = True,
@@ -90,7 +90,7 @@ def transposable_permutation(
         ``(..., rows, cols)``, higher = keep; ``m`` divides both. Each matrix gets its own orders. For layers
         that share the order of their columns, concatenate their scores along the rows and set ``rows=False``.
     n, m : int
-        Pattern.
+        Pattern, or in one piece, as in :func:`nmsolve.transposable_mask`.
     rows, columns : bool
         Which lines may move.
     passes : int
@@ -122,7 +122,8 @@ def transposable_permutation(
     >>> found.before.item(), found.after.item()
     (3.0, 6.0)
     """
-    pattern = NMPattern(n, m)
+    pattern = NMPattern.of(n, m)
+    m = pattern.m
     check_scores(scores)
     check_finite(scores)
     if scores.shape[-1] % m or scores.shape[-2] % m:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nmsolve.checkpoint.mask_files import load_masks
 from nmsolve.checkpoint.roles import told
 from nmsolve.errors import NMSolveError, WorkFailed
-from nmsolve.pattern import NMPattern
+from nmsolve.pattern import NMPattern, PatternLike
 from nmsolve.prune.calibration import Batch, fingerprint
 from nmsolve.prune.layers import Layer, Selected
 from nmsolve.prune.methods import PRUNING_METHODS, check_pruning_method, check_sequential
@@ -34,7 +34,7 @@ __all__ = [
     "used_settings",
 ]
 
-Patterns = str | NMPattern | Mapping[str, str | NMPattern | None]
+Patterns = PatternLike | Mapping[str, PatternLike | None]
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,12 @@ def check_settings(
 
 
 def parse_patterns(pattern: Patterns) -> dict[str, NMPattern | None]:
-    given = pattern if isinstance(pattern, Mapping) else {"*": pattern}
+    given = pattern if isinstance(pattern, Mapping) else {"*": NMPattern.of(pattern)}
     found: dict[str, NMPattern | None] = {}
     for glob, value in given.items():
-        value = NMPattern.parse(value) if isinstance(value, str) else value
-        if not isinstance(glob, str) or not (value is None or isinstance(value, NMPattern)):
+        if not isinstance(glob, str):
             raise NMSolveError(f"pattern: expected 'N:M' or a mapping of glob to 'N:M', got {pattern!r}")
-        found[glob] = value
+        found[glob] = None if value is None else NMPattern.of(value)
     if not found:
         raise NMSolveError("pattern: expected at least one, got an empty mapping")
     return found

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from nmsolve.errors import NMSolveError, NMSolveWarning, counted
+from nmsolve.checkpoint.format import read_shard
+from nmsolve.checkpoint.selection import DTYPES
+from nmsolve.errors import NMSolveError, NMSolveWarning, counted, one_line
 
 __all__ = [
     "Batch",
@@ -26,6 +28,9 @@ __all__ = [
     "real_positions",
     "windows_of",
 ]
+
+# safetensors' spelling of what tokens may be stored in.
+_INTEGERS = frozenset({"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8"})
 
 # A tensor, the positional arguments of the model, or its keyword arguments.
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -77,7 +82,11 @@ def read_tokens(path: str | os.PathLike[str], tokenizer: Tokenizer | None, bos: 
         raise NMSolveError(f"{path}: expected a text file in UTF-8: {error}") from None
     if tokenizer is None:
         raise NMSolveError(f"tokenizer: needed to read the text of {path}")
-    ids = torch.as_tensor(tokenizer(text)["input_ids"], dtype=torch.int64).reshape(-1)
+    try:
+        ids = torch.as_tensor(tokenizer(text)["input_ids"], dtype=torch.int64).reshape(-1)
+    except Exception as error:  # whatever a broken tokenizer makes of a text
+        problem = f"{type(error).__name__}: {one_line(error)}"
+        raise NMSolveError(f"{path}: the tokenizer cannot read the text: {problem}") from None
     _check_words(path, text, ids, tokenizer)
     return _with_start(ids, tokenizer, bos)
 
@@ -108,13 +117,15 @@ def _with_start(ids: Tensor, tokenizer: Tokenizer, bos: bool | None) -> Tokens:
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise NMSolveError(f"{path}: expected a .safetensors file: {error}") from None
+    for entry in read_shard(path).entries:
+        if entry.dtype not in _INTEGERS and entry.dtype not in DTYPES:
+            raise NMSolveError(f"{path}: expected tokens (integers), or data (floats), got {entry.dtype}")
+    return {
+        name: tensor if tensor.is_floating_point() else tensor.long()
+        for name, tensor in load_file(path).items()
+    }
 
 
 def make_batches(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nmsolve.errors import NMSolveError
-from nmsolve.pattern import NMPattern
+from nmsolve.pattern import NMPattern, PatternLike
 from nmsolve.prune.layers import Layer, find_layers, uncompiled
 
 __all__ = ["FixedMasks", "Operands", "to_semi_structured"]
@@ -115,21 +115,22 @@ class FixedMasks:
         for held in self._held.values():
             held.release()
 
-    def operands(self, pattern: NMPattern | str | Mapping[str, NMPattern]) -> list[Operands]:
+    def operands(self, pattern: PatternLike | Mapping[str, PatternLike]) -> list[Operands]:
         """Checks the weights as they are now against N:M, along the input and along the output.
 
         Parameters
         ----------
-        pattern : NMPattern, str or mapping of weight name to NMPattern
+        pattern : NMPattern, str, (int, int) or mapping of weight name to one of these
             One for all, or such as :attr:`PruneResult.patterns`. Groups with fewer than N weights pass, as
             they do in hardware.
         """
-        one = NMPattern.parse(pattern) if isinstance(pattern, str) else pattern
+        one = None if isinstance(pattern, Mapping) else NMPattern.of(pattern)
         found = []
         for name, held in self._held.items():
-            expected = one if isinstance(one, NMPattern) else one.get(name)
-            if expected is None:
+            given = pattern.get(name) if isinstance(pattern, Mapping) else one
+            if given is None:
                 raise NMSolveError(f"pattern: expected one for {name!r}, got none")
+            expected = NMPattern.of(given)
             there = held.parameter.detach() != 0
             forward = backward = True
             for matrix in _matrices(there, self._layers.get(name)):

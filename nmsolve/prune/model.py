@@ -178,7 +178,7 @@ def prune_model(
     calibration : path, Tensor or iterable
         What the layers' inputs are measured on; see :func:`nmsolve.prune.make_batches`. Only "magnitude" does
         without (and then reports no reconstruction error).
-    pattern : str, NMPattern or mapping of glob to pattern
+    pattern : str, (int, int), NMPattern or mapping of glob to pattern
         One for all layers, or by name: ``{"*": "8:16", "mlp.*": "16:32", "layers.0.*": None}``. The last glob
         that matches a layer's name, or its name from any dot on, decides; None leaves the layer dense.
         ``"*"`` leaves embeddings, heads, routers and layers smaller than one block dense; any other glob is

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import warnings
 from pathlib import Path
 from typing import Any
 
-from nmsolve.checkpoint.format import open_checkpoint
+from nmsolve.checkpoint.architecture import read_config, too_large
+from nmsolve.checkpoint.format import Checkpoint, open_checkpoint
 from nmsolve.errors import NMSolveError, NMSolveWarning, counted, one_line
 
 __all__ = ["load_model", "load_tokenizer"]
@@ -36,8 +38,10 @@ def load_model(folder: Path, dtype: str | None = None) -> Any:
     if folder.is_dir() and not (folder / "config.json").is_file():
         _told_to_be_an_adapter(folder)
         raise NMSolveError(f"{folder}: expected a checkpoint folder with a config.json")
-    if not open_checkpoint(folder).is_folder:
+    checkpoint = open_checkpoint(folder)
+    if not checkpoint.is_folder:
         raise NMSolveError(f"{folder}: expected a checkpoint folder with a config.json, got a file")
+    _check_size(checkpoint)
     import torch
     import transformers
 
@@ -45,15 +49,16 @@ def load_model(folder: Path, dtype: str | None = None) -> Any:
     transformers.utils.logging.set_verbosity_error()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
-    except (OSError, KeyError, ValueError) as error:
-        raise NMSolveError(f"{folder}: the configuration cannot be loaded: {one_line(error)}") from None
-    named = config.architectures
-    if not named:
+    except Exception as error:  # whatever a wrong configuration makes of it
+        raise NMSolveError(f"{folder}: the configuration cannot be loaded: {_told(error)}") from None
+    named = read_config(folder)[0].get("architectures")
+    if not isinstance(named, list) or not named or not isinstance(named[0], str):
         raise NMSolveError(f"{folder}: expected a config.json that names its architecture, found none")
-    kind = getattr(transformers, named[0], None)
-    if kind is None:
-        raise NMSolveError(f"{folder}: transformers {transformers.__version__} has no {named[0]}")
+    kind: Any = getattr(transformers, named[0], None)
+    if transformers.PreTrainedModel not in getattr(kind, "__mro__", ()):
+        raise NMSolveError(f"{folder}: transformers {transformers.__version__} has no model {named[0]}")
     try:
+        _check_parameters(checkpoint, kind, config)
         model, found = kind.from_pretrained(
             folder,
             use_safetensors=True,
@@ -62,10 +67,48 @@ def load_model(folder: Path, dtype: str | None = None) -> Any:
             output_loading_info=True,
             **_LOCAL,
         )
-    except (OSError, KeyError, ValueError) as error:
-        raise NMSolveError(f"{folder}: the model cannot be loaded: {one_line(error)}") from None
+    except NMSolveError:
+        raise
+    except Exception as error:
+        raise NMSolveError(f"{folder}: the model cannot be loaded: {_told(error)}") from None
     _check_loaded(folder, named[0], found)
     return model
+
+
+def _check_size(checkpoint: Checkpoint) -> None:
+    """Raises if config.json asks for far more blocks than the files can hold: no memory would do."""
+    config, _ = read_config(checkpoint.root)
+    why = too_large(config, sum(1 for _ in checkpoint.entries()))
+    if why:
+        raise NMSolveError(f"{checkpoint.root}: the configuration is not that of the weights: {why}")
+
+
+def _check_parameters(checkpoint: Checkpoint, kind: Any, config: Any) -> None:
+    """Raises if a model has far more parameters than the files hold, before there is memory for them."""
+    import torch
+
+    with torch.device("meta"):
+        model = kind(copy.deepcopy(config))
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(entry.size for _, entry in checkpoint.entries())
+    if wanted > _MORE * held:
+        raise NMSolveError(
+            f"{checkpoint.root}: the configuration is not that of the weights: {kind.__name__} has {wanted:,} "
+            f"parameters by it, the files hold {held:,}"
+        )
+
+
+# Times as many parameters as the files hold: tied weights may be stored once and counted twice.
+_MORE = 4
+
+
+def _told(error: Exception) -> str:
+    """What went wrong in another library, with the kind of error where the message may say nothing."""
+    said = one_line(error)[:_LONGEST]
+    return said if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {said}"
+
+
+_LONGEST = 1000  # characters of another library's message
 
 
 def _told_to_be_an_adapter(folder: Path) -> None:
@@ -133,6 +176,7 @@ def load_tokenizer(folder: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
     except Exception as error:
         raise NMSolveError(
-            f"{files[0]}: the tokenizer cannot be loaded: {type(error).__name__}: {one_line(error)}; repair "
+            f"{files[0]}: the tokenizer cannot be loaded: {type(error).__name__}: "
+            f"{one_line(error)[:_LONGEST]}; repair "
             f"it, {instead}"
         ) from None

@@ -50,7 +50,7 @@ class MaskRule:
 
     Parameters
     ----------
-    pattern : NMPattern or str
+    pattern : NMPattern, str or (int, int)
         ``"8:16"`` keeps 8 of 16.
     transposable : bool
         N:M along rows and columns of every M x M block, or only along the input of each output.
@@ -71,10 +71,7 @@ class MaskRule:
     tally: Tally = field(default_factory=Tally, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.pattern, str):
-            self.pattern = NMPattern.parse(self.pattern)
-        if not isinstance(self.pattern, NMPattern):
-            raise NMSolveError(f"pattern: expected an NMPattern or 'N:M', got {self.pattern!r}")
+        self.pattern = NMPattern.of(self.pattern)
         check_mask_method(self.method, "mask_method")
         if not self.transposable and self.method != "exact":
             raise NMSolveError(

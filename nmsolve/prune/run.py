@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -230,14 +230,12 @@ class Run:
             if self.check is not None:
                 self.check()
             if self.store is not None and layer.name in self.store:
-                weight, mask, row = self.store.load(layer.name)
-                row["shape"] = tuple(row["shape"])
-                report = LayerReport(**row)
+                weight, mask, report = self.store.load(layer.name, layer.weight)
                 self.report.resumed += 1
             else:
                 weight, mask, report = self._layer(layer, hessian, prepared)
                 if self.store is not None:
-                    self.store.save(layer.name, weight, mask, asdict(report))
+                    self.store.save(layer.name, weight, mask, report)
             self.masks.add(layer.weight_name, mask)
             self.pruned[layer] = self.selected.layers[layer]
             self.report.layers.append(report)

@@ -12,19 +12,25 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from nmsolve.checkpoint.mask_files import pack_mask, unpack_mask
+from nmsolve.checkpoint.format import read_shard
+from nmsolve.checkpoint.mask_files import pack_mask, packed_size, unpack_mask
 from nmsolve.errors import NMSolveError
-from nmsolve.files import is_partial, locked, write_bytes, write_text
+from nmsolve.files import is_partial, locked, read_json, write_bytes, write_text
+from nmsolve.prune.report import LayerReport
 
 __all__ = ["LayerStore"]
 
 _RECORD, _LAYERS = "run.json", "layers"
+
+_REMOVE = "remove it to begin anew"
 
 
 class LayerStore:
@@ -55,7 +61,8 @@ class LayerStore:
             (self.folder / _LAYERS).mkdir(exist_ok=True)
         except OSError as error:
             self._held.close()
-            raise NMSolveError(f"resume: {self.folder}: {error.strerror or error}") from None
+            where = error.filename or self.folder
+            raise NMSolveError(f"resume: {where}: {error.strerror or error}; {_REMOVE}") from None
         except BaseException:
             self._held.close()
             raise
@@ -86,14 +93,19 @@ class LayerStore:
             if not all(is_partial(path, record) for path in self.folder.iterdir()):
                 raise NMSolveError(f"resume: {self.folder} is not empty and holds no run of nmsolve")
             return
-        found = json.loads(record.read_text(encoding="utf-8"))
+        try:
+            found = read_json(record)
+        except ValueError as error:
+            raise NMSolveError(f"resume: {record}: expected JSON: {error}; {_REMOVE}") from None
+        if not isinstance(found, dict):
+            raise NMSolveError(f"resume: {record}: expected what a run was started with; {_REMOVE}")
         names = dict.fromkeys([*run, *found])
         differing = [name for name in names if run.get(name) != found.get(name)]
         if differing and self._names():
             name = differing[0]
             raise NMSolveError(
                 f"resume: {self.folder} holds layers of another run: {name} was {found.get(name)!r} "
-                f"there and is {run.get(name)!r} now; remove it to begin anew"
+                f"there and is {run.get(name)!r} now; {_REMOVE}"
             )
 
     def _hold(self) -> None:
@@ -110,18 +122,51 @@ class LayerStore:
     def __contains__(self, name: str) -> bool:
         return self.path(name).exists()
 
-    def save(self, name: str, weight: Tensor, mask: Tensor, report: Mapping[str, Any]) -> None:
+    def save(self, name: str, weight: Tensor, mask: Tensor, report: LayerReport) -> None:
         """Stores a layer."""
         from safetensors.torch import save
 
         tensors = {"weight": weight.detach().cpu().contiguous(), "mask": pack_mask(mask)}
-        write_bytes(self.path(name), save(tensors, {"report": json.dumps(report)}))
+        write_bytes(self.path(name), save(tensors, {"report": json.dumps(asdict(report))}))
 
-    def load(self, name: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Weight, mask and report of a layer."""
+    def load(self, name: str, like: Tensor) -> tuple[Tensor, Tensor, LayerReport]:
+        """Weight, mask and report of a layer whose weight has the shape and dtype of ``like``.
+
+        Raises
+        ------
+        NMSolveError
+            If the file holds anything else.
+        """
         from safetensors import safe_open
 
-        with safe_open(self.path(name), framework="pt") as file:
-            weight = file.get_tensor("weight")
-            mask = unpack_mask(file.get_tensor("mask"), weight.shape)
-            return weight, mask, json.loads(file.metadata()["report"])
+        path = self.path(name)
+        wrong = NMSolveError(
+            f"resume: {path}: expected a finished layer of this run, got something else; remove it to prune "
+            "that layer anew"
+        )
+        try:
+            shard = read_shard(path)
+            row = json.loads(shard.metadata["report"])
+            report = LayerReport(**{**row, "shape": tuple(row["shape"])})
+        except (NMSolveError, KeyError, TypeError, ValueError, RecursionError):
+            raise wrong from None
+        shapes = {entry.name: entry.shape for entry in shard.entries}
+        packed = (packed_size(like.numel()),)
+        whole = shapes == {"weight": tuple(like.shape), "mask": packed} and _fits(report)
+        if not whole or (report.name, report.shape) != (name, tuple(like.shape)):
+            raise wrong
+        with safe_open(path, framework="pt") as file:
+            weight, mask = file.get_tensor("weight"), file.get_tensor("mask")
+        if weight.dtype != like.dtype or mask.dtype != torch.uint8:
+            raise wrong
+        return weight, unpack_mask(mask, weight.shape), report
+
+
+def _fits(report: LayerReport) -> bool:
+    """Whether the fields of a report are of their types."""
+    kinds = {"str": str, "int": int, "float": float | int, "float | None": float | int | None}
+    return all(
+        isinstance(getattr(report, field.name), kinds[field.type])
+        for field in fields(report)
+        if field.type in kinds
+    )

@@ -20,7 +20,7 @@ from nmsolve.about import __version__, versions
 from nmsolve.backends.dispatch import MASK_METHODS, select
 from nmsolve.blocks import grid_of
 from nmsolve.files import write_text
-from nmsolve.pattern import NMPattern
+from nmsolve.pattern import NMPattern, PatternLike
 from nmsolve.solution import kept_score
 from nmsolve.timing import TIMED
 
@@ -79,7 +79,7 @@ def seconds_of(
 
 
 def measure(
-    patterns: Iterable[NMPattern],
+    patterns: Iterable[PatternLike],
     sizes: Iterable[tuple[int, int]],
     *,
     methods: Iterable[str] = TIMED,
@@ -99,10 +99,11 @@ def measure(
     >>> row.method, row.rows, row.gap >= 0
     ('greedy', 64, True)
     """
-    patterns, sizes, methods, where = list(patterns), list(sizes), list(methods), torch.device(device)
-    for pattern in patterns:
+    chosen = [NMPattern.of(pattern) for pattern in patterns]
+    sizes, methods, where = list(sizes), list(methods), torch.device(device)
+    for pattern in chosen:
         select(backend, where, pattern.m)
-    for pattern in patterns:
+    for pattern in chosen:
         solver = select(backend, where, pattern.m).name
         for rows, cols in sizes:
             generator = torch.Generator(where).manual_seed(seed)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nmsolve.errors import NMSolveError
-from nmsolve.files import write_text
+from nmsolve.files import read_json, write_text
 from nmsolve.kernels._launch import KERNELS, SIZES
 
 __all__ = [
@@ -101,7 +101,7 @@ def load(path: Path) -> dict[tuple[str, int], Entry]:
         If there is no such file or it holds no launch table.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except OSError as error:
         raise NMSolveError(f"launch table: cannot read {path}: {error.strerror}") from None
     except ValueError as error:
