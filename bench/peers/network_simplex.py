@@ -2,7 +2,8 @@
 
 The formulation of Hubara, Chmiel, Island, Banner, Naor, Soudry: Accelerated Sparse Neural Training (NeurIPS
 2021, arXiv 2102.08124): every row sends n units, every column takes n, an arc carries one. The
-method loses its way with costs that are floats, as its documentation says; scores become integers.
+method loses its way with costs that are floats, as its documentation says, and may never end; scores become
+integers here. In that this program of ours is better than the published one, which hands it floats.
 """
 
 from __future__ import annotations

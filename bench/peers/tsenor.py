@@ -4,6 +4,9 @@ Meng, Makni, Mazumder: TSENOR: Highly-Efficient Algorithm for Finding Transposab
 2505.23949). Algorithm 1 (Dykstra's projections for entropic optimal transport, in the log domain) and
 algorithm 2 (greedy selection, then local search). Lines may stay short when the local search's steps run
 out.
+
+This is a program of ours from the paper, not the authors' code. Its choices where the paper leaves them open:
+scores are divided by the largest of their block, and all blocks go together.
 """
 
 from __future__ import annotations

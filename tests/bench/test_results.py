@@ -62,6 +62,15 @@ def test_exact_is_exact_in_every_case(peers):
             assert float(row["lines_short"]) == 0, row
 
 
+def test_warm_starts_pay_where_the_page_says_so():
+    rows = [row for row in read_csv(RESULTS / "warm_start.csv") if row["backend"] == "cpu"]
+    assert {row["pattern"] for row in rows} == {"4:8", "8:16", "16:32"}
+    for row in rows:
+        assert float(row["warm_certificate_over_cold_mask"]) > 1.1, row
+        saves, change = float(row["certificate_warm_over_cold"]), float(row["change"])
+        assert saves < 0.95 if change <= 1e-3 else saves > (1.5 if change >= 0.1 else 0.95), row
+
+
 def test_every_sweep_is_there():
     rows = read_csv(RESULTS / "scaling.csv")
     sweeps = {row["sweep"] for row in rows}
