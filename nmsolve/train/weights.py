@@ -171,8 +171,7 @@ class GatheredWeight(MaskedWeight):
         module, leaf = self._fsdp._module_info.module, self._fsdp._module_info.param_name
         if is_dtensor(module._parameters[leaf]):  # it is not gathered now
             self._fsdp.reset_sharded_param()
-        with torch.no_grad():
-            local: Any = self.parameter.to_local()  # type: ignore[attr-defined]
+        local: Any = self.parameter._local_tensor  # type: ignore[attr-defined]
         if getattr(local, "fsdp_pre_all_gather", None) != self.fsdp_pre_all_gather:
             local.fsdp_pre_all_gather = self.fsdp_pre_all_gather
             local.fsdp_post_all_gather = self.fsdp_post_all_gather
@@ -209,8 +208,7 @@ class GatheredWeight(MaskedWeight):
     def release(self) -> None:
         if self._handle is not None:
             self._handle.remove()
-        with torch.no_grad():
-            local: Any = self.parameter.to_local()  # type: ignore[attr-defined]
+        local: Any = self.parameter._local_tensor  # type: ignore[attr-defined]
         for name in ("fsdp_pre_all_gather", "fsdp_post_all_gather"):
             if hasattr(local, name):
                 delattr(local, name)
