@@ -17,6 +17,7 @@ import common
 import torch
 from peers.permllm_sinkhorn import permllm_sinkhorn
 from peers.pot_sinkhorn import pot_batch, pot_one_by_one
+from peers.sinkhorn_loop import sinkhorn_loop
 from torch import Tensor
 
 import nmsolve
@@ -27,12 +28,7 @@ LOG_DOMAIN = "PyTorch loop, log domain"
 
 
 def loop(logits: Tensor) -> Tensor:
-    """The textbook iteration in the log domain, left to autograd."""
-    z = logits / TEMPERATURE
-    for _ in range(ITERATIONS):
-        z = z - z.logsumexp(2, keepdim=True)
-        z = z - z.logsumexp(1, keepdim=True)
-    return z.exp()
+    return sinkhorn_loop(logits, TEMPERATURE, ITERATIONS)
 
 
 def held_bytes(function: Callable[[Tensor], Tensor], logits: Tensor) -> int:

@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 from gpu_day.day import PART, STEPS, command_of, run_day
-
 from nmsolve.errors import NMSolveError
 
 
@@ -40,7 +39,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="new, empty, or of a day to be gone on with")
     parser.add_argument("--seconds", type=float, default=585, help="for all that is to be done (585)")
     parser.add_argument("--rehearse", action="store_true", help="on the emulator of PTX, with small sizes")
-    parser.add_argument("--step", choices=[step.name for step in STEPS], help="this one alone, in this process")
+    parser.add_argument("--step", choices=[step.name for step in STEPS], help="this one alone")
     parser.add_argument("--publish", type=Path, metavar="DIR", help="take a day's results over")
     arguments = parser.parse_args()
     if (arguments.out is None) == (arguments.publish is None):

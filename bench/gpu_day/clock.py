@@ -1,8 +1,8 @@
 """Times of calls: medians with quartiles, by the GPU's own clock.
 
 Between two events on a stream lies all that the GPU did, and the waiting for a host that was not fast enough.
-So the GPU is kept busy first, while the host puts calls and events in the queue. The calls take turns on different
-inputs, which together do not fit the L2 cache.
+So the GPU is kept busy first, while the host puts calls and events in the queue. The calls take turns on
+different inputs, which together do not fit the L2 cache.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+
 from gpu_day.setting import Setting
 
 AHEAD = 16

@@ -138,7 +138,10 @@ def run_day(
             left = end - time.monotonic()
             budget = max(0.0, left) * step.share / sum(s.share for s in later)
             if left < step.least:
-                found = {"state": "skipped", "line": f"skipped: {max(left, 0):.0f} s left, {step.least:g} needed"}
+                found = {
+                    "state": "skipped",
+                    "line": f"skipped: {max(left, 0):.0f} s left, {step.least:g} needed",
+                }
                 if before:
                     found = before | {"line": before["line"]}
                     say(f"{step.name}: not gone on with, {max(left, 0):.0f} s left; before: {before['line']}")

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from common import cores, cpu_model
+
 from gpu_day.clock import timed
 from gpu_day.setting import Setting, gpu_name, machine_of
-
 from nmsolve.about import versions
 from nmsolve.errors import NMSolveError
 from nmsolve.files import write_text

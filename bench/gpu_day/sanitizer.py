@@ -13,9 +13,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from plain_checkout import ROOT
+
 from gpu_day.setting import Setting, Sheet
 from gpu_day.suite import COLUMNS, command_of, environment_of
-from plain_checkout import ROOT
 
 PLACES = ("/usr/local/cuda*/bin/compute-sanitizer", "/opt/nvidia/*/compute-sanitizer")
 RUNS = {"memcheck": (4, 12, 16, 64), "racecheck": (16, 64)}

@@ -15,9 +15,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from plain_checkout import ROOT
+
 from gpu_day.recorder import LOST
 from gpu_day.setting import Setting, Sheet
-from plain_checkout import ROOT
 
 COLUMNS = ("check", "name", "outcome", "seconds", "text")
 FILE = "tests/kernels/test_gpu.py"
@@ -59,7 +60,9 @@ def command_of(selected: str | None, *more: str) -> list[str]:
 
 def _share(setting: Setting, sheet: Sheet, folder: Path, selected: str | None) -> list[str]:
     """Runs what is not recorded yet; the names of all tests that were collected."""
-    done = [row["name"] for row in sheet if row["check"] == "suite" and row["outcome"] in ("passed", "skipped")]
+    done = [
+        row["name"] for row in sheet if row["check"] == "suite" and row["outcome"] in ("passed", "skipped")
+    ]
     environment = environment_of(setting) | {
         "GPU_DAY_SHARE": str(folder),
         "GPU_DAY_DEADLINE": str(time.time() + setting.left - 8),

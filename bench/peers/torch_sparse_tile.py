@@ -7,6 +7,7 @@ column hold fewer than two. It is the 2-approximation at 2:4 and leaves the same
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import _sparse_semi_structured_tile
 
@@ -16,3 +17,11 @@ def sparse_tile(blocks: Tensor) -> Tensor:
     strip = blocks.transpose(0, 1).reshape(4, -1).clone()
     kept = _sparse_semi_structured_tile(strip) != 0
     return kept.reshape(4, -1, 4).transpose(0, 1).contiguous()
+
+
+def packed_tiles(matrix: Tensor) -> tuple[Tensor, ...]:
+    """PyTorch's CUDA kernel on a float16 or bfloat16 matrix, sides multiples of 128: what it keeps comes first.
+
+    It packs the matrix and its transpose for sparse tensor cores in the same launch, and no mask leaves it.
+    """
+    return torch._sparse_semi_structured_tile(matrix, algorithm="", use_cutlass=True)  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 
@@ -16,7 +16,7 @@ from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
 from nmsolve.timing.methods import call_of, kept_by, measured_on, optimum_of, seconds_of
 
-__all__ = ["Tiles", "candidates", "tune", "tune_to_file"]
+__all__ = ["Prepared", "Tiles", "candidates", "prepared", "tune", "tune_to_file"]
 
 ENTRIES_OF_A_LANE = ((2, 4), (4, 4), (4, 8), (8, 4), (8, 8), (16, 4), (16, 8))
 FASTER_BY = 0.98
@@ -80,6 +80,33 @@ def tune(
     return won
 
 
+class Prepared(NamedTuple):
+    """A solve that runs one kernel's tile for blocks of a size."""
+
+    scores: torch.Tensor
+    pattern: NMPattern
+    method: str
+    call: Callable[[], torch.Tensor]
+
+
+def prepared(kernel: str, size: int, side: int, where: torch.device) -> Prepared:
+    """What tuning times for a kernel and size: a square matrix, or one row of partial blocks.
+
+    Examples
+    --------
+    >>> prepared("tsenor", 8, 30, torch.device("cpu")).scores.shape
+    torch.Size([24, 24])
+    """
+    pattern = NMPattern(size // 2, size)
+    side = max(side // size, 1) * size
+    shape = (size - 1, side * 16) if kernel == "exact_edge" else (side, side)
+    scores = torch.randn(shape, generator=torch.Generator(where).manual_seed(0), device=where).abs()
+    method = {"dykstra": "greedy", "tsenor": "tsenor"}.get(kernel, "exact")
+    # Of 4 x 4 blocks without a solution another kernel takes care.
+    solution = kernel == "exact" and size == 4
+    return Prepared(scores, pattern, method, call_of(scores, pattern, method, "triton", solution=solution))
+
+
 def _best_tile(
     tiles: Tiles,
     kernel: str,
@@ -91,13 +118,7 @@ def _best_tile(
     timer: Callable[..., list[float]],
     progress: Callable[[str], None],
 ) -> Entry | None:
-    pattern = NMPattern(size // 2, size)
-    side = max(side // size, 1) * size
-    shape = (size - 1, side * 16) if kernel == "exact_edge" else (side, side)
-    scores = torch.randn(shape, generator=torch.Generator(where).manual_seed(0), device=where).abs()
-    method = {"dykstra": "greedy", "tsenor": "tsenor"}.get(kernel, "exact")
-    # Of 4 x 4 blocks without a solution another kernel takes care.
-    call = call_of(scores, pattern, method, "triton", solution=kernel == "exact" and size == 4)
+    scores, pattern, method, call = prepared(kernel, size, side, where)
     shipped = tiles.shipped_tile(kernel, size)
     tiles.use_tiles({})
     bound = optimum_of(scores, pattern, "torch" if scores.numel() <= 1 << 16 else "triton")
