@@ -18,12 +18,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-gpu lint format demo bench tables docs clean
+.PHONY: help venv test test-gpu gpu-day lint format demo bench tables docs clean
 
 help:
 	@echo "make venv      .venv with the package (editable) and all that the other commands need"
 	@echo "make test      the test suite (PYTEST_ARGS=... adds arguments)"
 	@echo "make test-gpu  the tests that need a GPU"
+	@echo "make gpu-day   on a machine with a GPU, ten minutes: tests, times, peers (OUT=... is where to)"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff rewrite the files"
 	@echo "make demo      masks for the real weights of a real model: a table, and pictures in demo-out/"
@@ -59,6 +60,11 @@ test: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest -m gpu $(PYTEST_ARGS)
+
+# No environment is made: a machine with a GPU may have no network, and brings its own PyTorch.
+gpu-day: BENCH := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bench
+gpu-day:
+	$(BENCH) gpu_day --out $(or $(OUT),$(error name a folder for the results: make gpu-day OUT=...))
 
 lint: $(LINTERS)
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Compiling ahead of time, in as many processes as there are cores.
 
-Each runs small calls, whose kernels go to Triton's cache. The compiler may take a process down, so a pool that
-breaks is made anew with what is left.
+Each runs small calls, whose kernels go to Triton's cache. The compiler may take a process down, so a pool
+that breaks is made anew with what is left.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Step(NamedTuple):
 
 
 STEPS = (
-    Step("machine", 15, 5),
+    Step("machine", 15, 30),
     Step("suite", 190, 30),
     Step("sanitizer", 60, 20),
     Step("times", 120, 20),
@@ -138,15 +138,9 @@ def run_day(
             left = end - time.monotonic()
             budget = max(0.0, left) * step.share / sum(s.share for s in later)
             if left < step.least:
-                found = {
-                    "state": "skipped",
-                    "line": f"skipped: {max(left, 0):.0f} s left, {step.least:g} needed",
-                }
-                if before:
-                    found = before | {"line": before["line"]}
-                    say(f"{step.name}: not gone on with, {max(left, 0):.0f} s left; before: {before['line']}")
-                else:
-                    say(f"{step.name}: {found['line']}")
+                short = f"skipped, {max(left, 0):.0f} s left and {step.least:g} needed"
+                found = before or {"state": "skipped", "seconds": 0, "line": short}
+                say(f"{step.name}: {short}" + (f"; before: {before['line']}" if before else ""))
             else:
                 budget = min(left, max(budget, step.least))
                 found = _run_step(out, command(step, budget), step, budget)

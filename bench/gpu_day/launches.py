@@ -1,7 +1,7 @@
 """Many matrices in one launch or one by one, and solves that a CUDA graph replays. Writes launches.csv.
 
-By the host's clock until the GPU is done, for it is the host's share that a group and a graph save. ``same`` says
-whether both ways gave the same masks; a graph is replayed on scores that it had not seen when it was captured.
+By the host's clock until the GPU is done, for it is the host's share that a group and a graph save. ``same``
+says whether both ways gave the same masks; a graph is replayed on scores that it had not seen when captured.
 """
 
 from __future__ import annotations

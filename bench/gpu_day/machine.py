@@ -45,11 +45,15 @@ def run(setting: Setting) -> tuple[bool, str]:
             "l2_bytes": gpu.L2_cache_size,
             "cuda": torch.version.cuda,
         }
-    found["bytes_per_second"] = copied_per_second(setting)
-    found["clock"] = setting.clock
-    write_text(setting.out / "machine.json", json.dumps(found, indent=1) + "\n")
+    _write(setting, found)
+    found |= {"bytes_per_second": copied_per_second(setting), "clock": setting.clock}
+    _write(setting, found)
     rate = found["bytes_per_second"] / 1e12
     return True, f"{found['gpu']}, {setting.target}; copies read and write {rate:.3g} TB/s ({setting.clock})"
+
+
+def _write(setting: Setting, found: dict[str, Any]) -> None:
+    write_text(setting.out / "machine.json", json.dumps(found, indent=1) + "\n")
 
 
 def nvidia_smi() -> dict[str, str] | str:

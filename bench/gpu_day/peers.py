@@ -1,8 +1,8 @@
 """What else there is, on the same GPU: published algorithms in PyTorch, PyTorch's own kernels, SciPy's loop.
 
 Writes peers.csv. ``loss`` is what is kept below the bound that float64 duals prove, relative to it, over all
-blocks that a contender solved; ``lines_short`` the share of rows and columns that hold fewer than n. Ours are the
-public functions with all their checks.
+blocks that a contender solved; ``lines_short`` the share of rows and columns that hold fewer than n. Ours are
+the public functions with all their checks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from nmsolve.pattern import NMPattern
 from nmsolve.solution import dual_bound, kept_score
 
 COLUMNS = (
-    "problem", "peer", "n", "m", "dtype", "blocks", *clock.COLUMNS, "us_per_block", "loss", "lines_short", "wrong"
+    "problem", "peer", "n", "m", "dtype", "blocks", *clock.COLUMNS, "us_per_block", "loss", "lines_short",
+    "wrong",
 )  # fmt: skip
 TEMPERATURE, ITERATIONS = 0.1, 20
 OF_SCIPY = 256
@@ -195,26 +196,35 @@ def groups(setting: Setting) -> Iterator[Callable[[], Iterator[Contender]]]:
 def run(setting: Setting) -> tuple[bool, str]:
     sheet = Sheet(setting, "peers.csv", COLUMNS, 5)
     late = 0
+    broken = []
     for group in groups(setting):
-        if setting.left < 3:
-            late += 1
+        try:
+            late += not _run_group(setting, sheet, group)
+        except Exception as error:  # not of one contender: of what they all start from
+            broken.append(f"{type(error).__name__}: {error}"[:300])
+            print(f"a group: {broken[-1]}")
+    wrong = [f"{row['peer']} {row['n']}:{row['m']}" for row in sheet if row["wrong"]] + broken
+    line = f"{sum(not row['wrong'] for row in sheet)} timed, wrong: {'; '.join(wrong) or 'none'}"
+    return not late and not broken, f"{line}; {late} groups without time"
+
+
+def _run_group(setting: Setting, sheet: Sheet, group: Callable[[], Iterator[Contender]]) -> bool:
+    """Whether there was time for all of it."""
+    if setting.left < 3:
+        return False
+    for contender in group():
+        if contender.key in sheet:
             continue
-        for contender in group():
-            if contender.key in sheet:
-                continue
-            if setting.left < 2:
-                late += 1
-                break
-            row: dict[str, Any] = dict(zip(COLUMNS, (*contender.key, len(contender.blocks)), strict=False))
-            try:
-                row["loss"], row["lines_short"] = contender.judge(contender.call())
-                times = clock.timed(setting, [contender.call], 0.5)
-                row |= times.columns() | {"us_per_block": 1e3 * times.median / len(contender.blocks)}
-            except Exception as error:
-                row["wrong"] = f"{type(error).__name__}: {error}"[:500]
-            sheet.add(**row)
-            said = row.get("wrong") or f"{row['us_per_block']:.4g} us a block, loss {row['loss']:.2g}"
-            print(f"{contender.problem}, {contender.peer}, {contender.n}:{contender.m}: {said}", flush=True)
-    wrong = [f"{row['peer']} {row['n']}:{row['m']}" for row in sheet if row["wrong"]]
-    line = f"{len(sheet.rows) - len(wrong)} timed, wrong: {'; '.join(wrong) or 'none'}; {late} groups without time"
-    return not late, line
+        if setting.left < 2:
+            return False
+        row: dict[str, Any] = dict(zip(COLUMNS, (*contender.key, len(contender.blocks)), strict=False))
+        try:
+            row["loss"], row["lines_short"] = contender.judge(contender.call())
+            times = clock.timed(setting, [contender.call], 0.5)
+            row |= times.columns() | {"us_per_block": 1e3 * times.median / len(contender.blocks)}
+        except Exception as error:
+            row["wrong"] = f"{type(error).__name__}: {error}"[:500]
+        sheet.add(**row)
+        said = row.get("wrong") or f"{row['us_per_block']:.4g} us a block, loss {row['loss']:.2g}"
+        print(f"{contender.problem}, {contender.peer}, {contender.n}:{contender.m}: {said}", flush=True)
+    return True

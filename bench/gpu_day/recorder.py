@@ -1,8 +1,8 @@
 """A pytest plugin: several processes share the tests of one list, and each outcome is recorded at once.
 
-GPU_DAY_SHARE names a folder. Before a process runs a test it makes a file there that nobody had made; what came
-of the test is a line of JSON in its own file, and so is that it has begun. A process whose GPU context is lost
-ends, for all that it would run then would fail: another takes its place and goes on.
+GPU_DAY_SHARE names a folder. Before a process runs a test it makes a file there that nobody had made; what
+came of the test is a line of JSON in its own file, and so is that it has begun. A process whose GPU context
+is lost ends, for all that it would run then would fail: another takes its place and goes on.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Recorder:
 
 
 def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
-    """First one of each test function, then another of each, and so on: an early end leaves out no function."""
+    """First one of each test function, then another of each: an early end leaves out no function."""
     turns: dict[str, int] = {}
     ranks = []
     for item in items:

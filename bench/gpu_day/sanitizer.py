@@ -1,6 +1,7 @@
 """compute-sanitizer on every kernel: accesses out of bounds, and races in shared memory of the larger blocks.
 
-One process for each tool and block size, side by side, as most of their time is starting. Adds rows to checks.csv.
+One process for each tool and block size, side by side, as most of their time is starting. Adds rows to
+checks.csv.
 """
 
 from __future__ import annotations
@@ -44,13 +45,12 @@ def run(setting: Setting) -> tuple[bool, str]:
     with tempfile.TemporaryDirectory() as folder:
         children = {}
         for check, m in wanted:
-            log = Path(folder, f"{check}-{m}").open("wb")
             options = ["--tool", check, "--target-processes", "application-only", "--error-exitcode", "99"]
             command = [tool, *options, *command_of(f"test_every_kernel_once[{m}]")]
-            children[check, m] = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
-            log.close()
+            with Path(folder, f"{check}-{m}").open("wb") as log:
+                children[check, m] = subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+                )
         for (check, m), child in children.items():
             try:
                 child.wait(max(1.0, setting.left - 3))

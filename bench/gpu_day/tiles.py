@@ -1,7 +1,7 @@
 """Other tiles for this GPU: what ``nmsolve bench --tune`` does, kernel by kernel until the time is over.
 
-Every tile is compiled ahead, in many processes. tiles.json is a launch table, for NMSOLVE_LAUNCH_TABLE, of the
-tiles that were faster; ``tried`` in it lists the kernels and sizes that have been looked at.
+Every tile is compiled ahead, in many processes. tiles.json is a launch table, for NMSOLVE_LAUNCH_TABLE, of
+the tiles that were faster; ``tried`` in it lists the kernels and sizes that have been looked at.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from gpu_day.compiled import compile_ahead
 from gpu_day.setting import Setting, Sheet, machine_of
 
 COLUMNS = (
-    "kernel", "m", "dtype", "side", *clock.COLUMNS, "inputs", "moved_bytes", "floor_ms", "predicted_ms", "wrong",
-    "first_call_s",
+    "kernel", "m", "dtype", "side", *clock.COLUMNS, "inputs", "moved_bytes", "floor_ms", "predicted_ms",
+    "wrong", "first_call_s",
 )  # fmt: skip
 FOR_COMPILING = 0.55
 """Of the time."""
