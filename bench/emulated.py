@@ -30,7 +30,7 @@ def child(script: str, capability: int, arguments: list[str], lines: Iterable[li
     """What a script of tests/emulator prints, line by line."""
     environment = os.environ | {"NMSOLVE_PTX_SM": str(capability)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(ROOT / "tests" / "emulator" / script), *arguments]
+    command = [sys.executable, str(ROOT.joinpath("tests", "emulator", script)), *arguments]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
     ) as process:

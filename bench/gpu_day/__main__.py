@@ -1,12 +1,12 @@
 """What does everything do on a real GPU? Machine, tests, sanitizer, times, peers and tiles, in ten minutes.
 
 Each step has its own process and time. What a step finds is written at once, whole, and a second run into the
-same folder goes on where the first ended; an error ends its step alone. docs/internals/gpu-day.md tells what
-is written and how the documents' tables come by it.
+same folder goes on where the first ended; an error ends its step alone. --publish copies
+what was measured to where the documents' tables look for it.
 
     python bench gpu_day --out DIR                 # from a plain checkout, too
     python bench gpu_day --out DIR --rehearse      # no GPU: small sizes on the emulator of PTX
-    python bench gpu_day --publish DIR             # into bench/results/gpu, for the documents' tables
+    python bench gpu_day --publish DIR             # for the documents' tables
 """
 
 from __future__ import annotations

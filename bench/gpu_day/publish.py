@@ -20,8 +20,8 @@ def publish(out: Path, folder: Path = DAYS) -> list[Path]:
     Raises
     ------
     NMSolveError
-        If it is no day's folder or a rehearsal's, or a test of the suite or a sanitizer failed: only code whose
-        tests pass is timed.
+        If it is no day's folder or a rehearsal's, or a test or a sanitizer failed: times are those of code
+        whose tests pass.
     """
     day = read_day(out)
     if not day:

@@ -20,7 +20,7 @@ def sparse_tile(blocks: Tensor) -> Tensor:
 
 
 def packed_tiles(matrix: Tensor) -> tuple[Tensor, ...]:
-    """PyTorch's CUDA kernel on a float16 or bfloat16 matrix, sides multiples of 128: what it keeps comes first.
+    """PyTorch's CUDA kernel on a float16 or bfloat16 matrix, sides multiples of 128; first, what it keeps.
 
     It packs the matrix and its transpose for sparse tensor cores in the same launch, and no mask leaves it.
     """

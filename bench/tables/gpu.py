@@ -1,4 +1,4 @@
-"""The tables of docs/internals/gpu-day.md: what was measured on a GPU, and what is only predicted."""
+"""Tables of what was measured on a GPU, and of what is only predicted."""
 
 from __future__ import annotations
 

@@ -93,8 +93,8 @@ def _check_parameters(checkpoint: Checkpoint, kind: Any, config: Any) -> None:
     held = sum(entry.size for _, entry in checkpoint.entries())
     if wanted > _MORE * held:
         raise NMSolveError(
-            f"{checkpoint.root}: the configuration is not that of the weights: {kind.__name__} has {wanted:,} "
-            f"parameters by it, the files hold {held:,}"
+            f"{checkpoint.root}: the configuration is not that of the weights: {kind.__name__} would have "
+            f"{wanted:,} parameters, the files hold {held:,}"
         )
 
 

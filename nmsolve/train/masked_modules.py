@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from nmsolve.checkpoint.roles import is_conv1d
 from nmsolve.errors import NMSolveError
@@ -139,7 +140,7 @@ def unmaskable(module: nn.Module) -> str | None:
         return f"a {kind.__name__} is no linear layer and no convolution"
     if "forward" in vars(module):
         return "its forward was replaced on the instance, as accelerate's hooks do"
-    if kind.__name__ == "NonDynamicallyQuantizableLinear":
+    if issubclass(kind, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it"
     if kind.forward is not found[1]:
         return f"{kind.__name__} has a forward of its own"

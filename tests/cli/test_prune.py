@@ -282,7 +282,7 @@ def test_weights_that_are_left_behind_are_told(checkpoint, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"architectures": None}, "expected a config.json that names its architecture"),
-        ({"architectures": ["Missing"]}, "has no Missing"),
+        ({"architectures": ["Missing"]}, "has no model Missing"),
         ({"model_type": "missing"}, "the configuration cannot be loaded"),
         ({"model_type": "missing", "auto_map": {"AutoConfig": "a.B"}}, "contains custom code"),
     ],
