@@ -1,4 +1,4 @@
-"""Takes a day's results over to bench/results/gpu, which the documents' tables are made from."""
+"""Takes a day's results over to the results that the documents' tables are made from."""
 
 from __future__ import annotations
 

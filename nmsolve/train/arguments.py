@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from nmsolve.backends.dispatch import check_backend
 from nmsolve.errors import NMSolveError
@@ -154,8 +154,12 @@ def _globs(option: str, value: object) -> tuple[str, ...]:
 
 
 def _check_wrappers(model: nn.Module) -> None:
+    if not distributed.is_available():
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel  # slow to import
+
     for name, module in model.named_modules():
-        if type(module).__name__ == "FullyShardedDataParallel":
+        if isinstance(module, FullyShardedDataParallel):
             raise NMSolveError(
                 f"model: {name or 'it'} is wrapped by FullyShardedDataParallel, which flattens weights; use "
                 "fully_shard of torch.distributed.fsdp, and then SparseTraining"
