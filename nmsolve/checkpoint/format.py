@@ -312,7 +312,8 @@ def _shard_names(root: Path) -> tuple[list[str], Path, dict[str, str] | None]:
     if present:
         raise NMSolveError(
             f"{root}: expected {INDEX_NAME}, model.safetensors or a single {SUFFIX} file, "
-            f"got {len(present)} files without an index ({', '.join(present[:3])}, ...)"
+            f"got {len(present)} files without an index ({', '.join(present[:3])}, ...); give one of "
+            "them, or a folder with one model"
         )
     if (root / "model_index.json").is_file():
         inside = sorted(path.parent.name for path in root.glob(f"*/*{SUFFIX}"))

@@ -171,7 +171,9 @@ def _write_masked_tensor(
                 f"{_not_finite(slab, first, entry.shape) or error}"
             ) from None
         seconds += time.perf_counter() - started
+        row.zeros_before += slab.numel() - int(torch.count_nonzero(slab))
         _drop(slab, keep)
+        row.nonzero += int(torch.count_nonzero(slab))
         weights.write(raw)
         masks.write(bits.push(keep))
         position += raw.nbytes

@@ -22,7 +22,8 @@ class MaskedTensor:
 
     ``bound`` is a proven upper bound on the kept score of any mask of the pattern, ``gap`` is
     ``(bound - objective) / objective`` (0 proves optimality), ``max_gap`` is the largest gap of one block,
-    and ``retained`` is ``objective / score``.
+    and ``retained`` is ``objective / score``. ``kept`` counts the entries of the mask, ``zeros_before`` the
+    weights that were zero before it, and ``nonzero`` those that are not zero behind it.
     """
 
     name: str
@@ -35,6 +36,8 @@ class MaskedTensor:
     backend: str
     weights: int
     kept: int = 0
+    zeros_before: int = 0
+    nonzero: int = 0
     score: float = 0.0
     objective: float = 0.0
     bound: float = 0.0
@@ -83,6 +86,8 @@ class Report:
             "tensors_skipped": len(self.skipped),
             "weights": sum(tensor.weights for tensor in self.tensors),
             "kept": sum(tensor.kept for tensor in self.tensors),
+            "zeros_before": sum(tensor.zeros_before for tensor in self.tensors),
+            "nonzero": sum(tensor.nonzero for tensor in self.tensors),
             "score": score,
             "objective": objective,
             "bound": bound,

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from nmsolve.checkpoint.architecture import architecture_of
 from nmsolve.checkpoint.format import Checkpoint, Entry, Shard
 from nmsolve.checkpoint.roles import Role, dense_by_name, stack_axis
-from nmsolve.errors import NMSolveError
+from nmsolve.errors import NMSolveError, counted
 from nmsolve.pattern import NMPattern
 
 __all__ = ["DTYPES", "MatrixLayout", "Selected", "Selection", "select_tensors"]
@@ -115,9 +115,8 @@ def select_tensors(
     for option, globs in given.items():
         for glob in globs:
             if not any(fnmatchcase(name, glob) for name in names):
-                raise NMSolveError(
-                    f"{option}: {glob!r} matches none of the {len(names)} tensors in {checkpoint.root}"
-                )
+                have = counted(len(names), "tensor")
+                raise NMSolveError(f"{option}: {glob!r} matches none of the {have} in {checkpoint.root}")
     both = (name for name in names if _match(name, input_first) and _match(name, input_last))
     for name in both:
         raise NMSolveError(f"input_first: {name} is named by input_last, too")
@@ -133,7 +132,7 @@ def select_tensors(
     if not masked:
         reasons = sorted({reason for _, _, reason in skipped})
         raise NMSolveError(
-            f"{checkpoint.root}: nothing to mask: each of its {len(names)} tensors is left out"
+            f"{checkpoint.root}: nothing to mask: {counted(len(names), 'tensor')}, none of which is to be"
             + (f" ({'; '.join(reasons[:4])})" if reasons else "")
         )
     return Selection(tuple(masked), tuple(skipped), chooser.chosen_by)

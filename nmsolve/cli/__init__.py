@@ -7,6 +7,8 @@ when there is work for it, so that ``--help`` and a mistyped argument answer at 
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 from collections.abc import Sequence
 
 from nmsolve.about import __version__
@@ -27,6 +29,9 @@ COMMANDS: tuple[Command, ...] = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; argparse exits by itself for --help and mistakes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack the letters of a tensor's name
+            stream.reconfigure(errors="backslashreplace")
     parser, parsers = _parsers()
     args = parser.parse_args(argv)
     return run(args.command, parsers[args.command.name], args)

@@ -12,7 +12,7 @@ from nmsolve.backends.dispatch import SCORE_DTYPES
 from nmsolve.backends.triton import launch_table
 from nmsolve.cli import options
 from nmsolve.cli.command import Command, exit_codes
-from nmsolve.errors import NMSolveError
+from nmsolve.errors import NMSolveError, counted
 from nmsolve.files import check_out
 from nmsolve.timing import TIMED
 
@@ -118,7 +118,8 @@ def _tune(args: argparse.Namespace) -> None:
     from nmsolve.timing.tiles import tune_to_file
 
     won = tune_to_file(out, device=device, repeats=args.repeats or 20)
-    print(f"{len(won)} tiles are faster than the shipped ones; wrote {out}")
+    faster = f"{counted(len(won), 'tile')} {'is' if len(won) == 1 else 'are'} faster"
+    print(f"{faster} than the shipped ones; wrote {out}")
     print(f"to use them: export {launch_table.ENVIRONMENT}={out}")
 
 

@@ -88,7 +88,7 @@ def warnings_told() -> Iterator[None]:
 
     def tell(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
         if issubclass(category, NMSolveWarning):
-            print(f"nmsolve: warning: {printable(message)}", file=sys.stderr)
+            print(f"nmsolve: warning: {_shortened(printable(one_line(message)))}", file=sys.stderr)
         else:
             show(message, category, *where, **options)
 
@@ -123,5 +123,13 @@ def _describe(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"nmsolve: error: {printable(one_line(message))}", file=sys.stderr)
+    print(f"nmsolve: error: {_shortened(printable(one_line(message)))}", file=sys.stderr)
     return code
+
+
+def _shortened(line: str) -> str:
+    """A line of bearable length: names in files may be as long as someone likes."""
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 300]} ... {line[-300:]}"
+
+
+_LONGEST = 1500

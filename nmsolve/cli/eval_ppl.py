@@ -47,6 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    options.tell_start(args, "eval-ppl", args.model)
     with warnings_told():
         found = evaluate_checkpoint(
             args.model,

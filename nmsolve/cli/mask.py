@@ -12,7 +12,7 @@ from nmsolve.checkpoint.roles import DENSE_BY_NAME
 from nmsolve.checkpoint.selection import Selection
 from nmsolve.cli import options
 from nmsolve.cli.command import Command, exit_codes
-from nmsolve.errors import printable
+from nmsolve.errors import counted, printable
 from nmsolve.files import Interrupts
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
         "overwrite": args.overwrite,
     }
     pattern = options.pattern_of(args.pattern)
+    options.tell_start(args, "mask", args.input)
     if args.dry_run:
         _print_selection(prepare(args.input, args.out, pattern, **arguments).selection)
         return
@@ -127,7 +128,7 @@ def _print_selection(selection: Selection) -> None:
         print(f"{verb}  {printable(entry.name):<{width}}  {entry.dtype:<4}  {shape:<14}  {printable(note)}")
     print(f"decided by {printable(selection.chosen_by)}")
     weights = sum(item.entry.size for item in selection.masked)
-    print(f"{len(selection.masked)} of {len(rows)} tensors would be masked, {weights:,} weights")
+    print(f"{len(selection.masked)} of {counted(len(rows), 'tensor')} would be masked, {weights:,} weights")
 
 
 def _print_summary(report: Report) -> None:
@@ -138,9 +139,13 @@ def _print_summary(report: Report) -> None:
         kind = f"transposable {kind} by {settings['method']}"
     where = f"{report.tensors[0].backend} backend on {settings['device']}"
     density = totals["kept"] / totals["weights"]
-    print(f"{kind}: {totals['tensors_masked']} tensors, {totals['weights']:,} weights")
+    print(f"{kind}: {counted(totals['tensors_masked'], 'tensor')}, {totals['weights']:,} weights")
     print(f"{density:.2%} of the weights keep {totals['retained']:.2%} of the magnitude; {certificate}")
-    print(f"{totals['tensors_skipped']} tensors stay dense")
+    if totals["zeros_before"] > options.SOME * totals["weights"]:
+        zeros, left = (totals[key] / totals["weights"] for key in ("zeros_before", "nonzero"))
+        print(f"{zeros:.2%} of these weights were zero before: {left:.2%} are not zero now")
+    skipped = totals["tensors_skipped"]
+    print(f"{counted(skipped, 'tensor')} {'stays' if skipped == 1 else 'stay'} dense")
     print(f"wrote {printable(report.output)} in {totals['seconds']:.1f} s ({where})")
     if report.files_left_out:
         print(f"not copied, as they hold other weights: {printable(', '.join(report.files_left_out))}")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from nmsolve.backends.dispatch import AUTO, BACKENDS, MASK_METHODS
-from nmsolve.errors import NMSolveError
+from nmsolve.errors import NMSolveError, printable
 from nmsolve.pattern import NMPattern
 
 __all__ = [
+    "SOME",
     "add_backend",
     "add_bos",
     "add_device",
@@ -24,9 +26,13 @@ __all__ = [
     "need_out",
     "pattern_of",
     "progress_of",
+    "tell_start",
 ]
 
 _DTYPE = "of the model while it runs, and of what is saved (default: the checkpoint's)"
+SOME = 0.01
+"""Share of zeros in dense weights that is worth a line: of a model that was pruned before."""
+
 _FILE_OR_FOLDER = "file (for a file) or folder (for a folder) to write"
 
 
@@ -114,3 +120,9 @@ def need_out(out: Path | None) -> Path:
 def progress_of(args: argparse.Namespace) -> bool | None:
     """Whether to show a progress bar: never with ``--quiet``, else on a terminal."""
     return False if args.quiet else None
+
+
+def tell_start(args: argparse.Namespace, what: str, path: Path) -> None:
+    """A line before imports and headers take their time, where there will be a progress bar."""
+    if progress_of(args) is None and sys.stderr.isatty():
+        print(f"nmsolve: {what} {printable(path)}: reading it", file=sys.stderr, flush=True)

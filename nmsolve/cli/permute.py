@@ -8,7 +8,7 @@ from pathlib import Path
 from nmsolve.checkpoint.format import SUFFIX
 from nmsolve.cli import options
 from nmsolve.cli.command import Command, exit_codes
-from nmsolve.errors import printable
+from nmsolve.errors import counted, printable
 from nmsolve.files import Interrupts
 from nmsolve.permute.on_disk import (
     ORDERS_FOLDER,
@@ -61,6 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     pattern = options.pattern_of(args.pattern)
+    options.tell_start(args, "permute", args.input)
     arguments = {
         "passes": args.passes,
         "include": args.include,
@@ -99,7 +100,8 @@ def _print_summary(report: PermuteReport) -> None:
     totals = report.totals()
     before, after = (totals[key] / totals["score"] for key in ("before", "after"))
     kind = "transposable " if report.transposable else ""
-    print(f"{len(report.couplings)} couplings reordered; {kind}{report.pattern} masks of these weights keep")
+    reordered = counted(len(report.couplings), "coupling")
+    print(f"{reordered} reordered; {kind}{report.pattern} masks of these weights keep")
     print(f"{before:.2%} of the magnitude in the old order and {after:.2%} in the new one")
     print(printable(f"wrote {report.output}"))
 

@@ -103,6 +103,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     patterns = _patterns(args.pattern)
+    options.tell_start(args, "prune", args.model)
     with warnings_told(), Interrupts() as interrupts:
         result = prune_checkpoint(
             args.model,
@@ -150,10 +151,10 @@ def _print_summary(result: PruneResult, out: Path) -> None:
     print(printable(f"{report.title()}: {counted(totals['layers'], 'layer')}"))
     share, retained = totals["kept"] / totals["weights"], totals["mean_retained"]
     print(f"{share:.2%} of {totals['weights']:,} weights kept, {retained:.2%} of the score (mean)")
-    if totals["zeros_before"] > _SOME * totals["weights"]:
+    if totals["zeros_before"] > options.SOME * totals["weights"]:
         print(f"{totals['zeros_before'] / totals['weights']:.2%} of these weights were zero before")
     dense = totals["parameters"] - totals["weights"]
-    print(f"{dense:,} of the model's {totals['parameters']:,} parameters are in no pruned layer")
+    print(f"{dense:,} of the model's {counted(totals['parameters'], 'parameter')} are in no pruned layer")
     if totals["mean_relative_error"] is not None:
         tokens = max(layer.tokens for layer in report.layers)
         bos = ", each sequence begun with BOS" if settings.get("bos") else ""
@@ -162,9 +163,6 @@ def _print_summary(result: PruneResult, out: Path) -> None:
     print(f"certificate: no mask keeps more than {totals['gap']:.1e} (relative) above these")
     peak = report.memory["peak"] / 2**30
     print(printable(f"wrote {out} in {totals['seconds']:.1f} s, peak memory {peak:.2f} GiB"))
-
-
-_SOME = 0.01  # zeros in dense weights that are worth a line: a model that was pruned before
 
 
 COMMAND = Command(

@@ -27,7 +27,7 @@ from nmsolve.checkpoint.format import (
 )
 from nmsolve.checkpoint.output import check_output, publish
 from nmsolve.checkpoint.selection import DTYPES
-from nmsolve.errors import NMSolveError, begun
+from nmsolve.errors import NMSolveError, begun, counted
 from nmsolve.files import Interrupts, Staging, check_space, write_text
 from nmsolve.pattern import NMPattern, PatternLike
 
@@ -215,7 +215,7 @@ def _choose(
     couplings = named_couplings({name: entry.shape for name, entry in entries.items()}, config)
     for glob in include:
         if not any(fnmatchcase(coupling.name, glob) for coupling in couplings):
-            raise NMSolveError(f"include: {glob!r} matches none of the {len(couplings)} couplings")
+            raise NMSolveError(f"include: {glob!r} matches none of the {counted(len(couplings), 'coupling')}")
     chosen, others = [], []
     for coupling in couplings:
         sites = (*coupling.consumers, *coupling.producers)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from nmsolve.errors import NMSolveError
+from nmsolve.errors import NMSolveError, counted
 from nmsolve.prune.arguments import sequence_length_of
 from nmsolve.prune.calibration import Tokens, windows_of
 from nmsolve.prune.walk import quiet_model
@@ -84,10 +84,12 @@ def perplexity(
     cut = windows_of(Tokens(tokens, bos), window).long()
     count = len(cut)
     if count == 0:
-        raise NMSolveError(f"tokens: {len(tokens)} tokens do not fill one window of {window}")
+        raise NMSolveError(f"tokens: {counted(len(tokens), 'token')} do not fill one window of {window}")
     if windows is not None:
         if windows > count:
-            raise NMSolveError(f"windows: {windows} asked for, but {len(tokens)} tokens fill only {count}")
+            raise NMSolveError(
+                f"windows: {windows} asked for, but {counted(len(tokens), 'token')} fill only {count}"
+            )
         count = windows
     device = next((parameter.device for parameter in model.parameters()), tokens.device)
     total = 0.0
@@ -110,6 +112,6 @@ def _call(model: nn.Module, tokens: Tensor) -> Any:
         return model(tokens)
     except Exception as error:
         raise NMSolveError(
-            f"window: the model cannot be called on windows of {tokens.shape[1]} tokens: "
+            f"window: the model cannot be called on windows of {counted(tokens.shape[1], 'token')}: "
             f"{type(error).__name__}: {error}"
         ) from error

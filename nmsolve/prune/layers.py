@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nmsolve.checkpoint.roles import is_conv1d, roles_of
-from nmsolve.errors import NMSolveError
+from nmsolve.errors import NMSolveError, counted
 from nmsolve.pattern import NMPattern
 
 __all__ = ["Layer", "Selected", "find_layers", "matches", "select_layers", "uncompiled"]
@@ -174,10 +174,8 @@ def select_layers(
             if not any(matches(layer.name, glob) for layer in layers):
                 names = ", ".join(layer.name for layer in layers[:3])
                 meant = (f"; {name} is {what}" for name, what in others.items() if matches(name, glob))
-                raise NMSolveError(
-                    f"{option}: {glob!r} matches none of the model's {len(layers)} layers ({names}, ...)"
-                    + next(meant, "")
-                )
+                have = f"{counted(len(layers), 'layer')} ({names}, ...)"
+                raise NMSolveError(f"{option}: {glob!r} matches none of the model's {have}" + next(meant, ""))
     roles = roles_of(model)
     chosen: dict[Layer, NMPattern] = {}
     skipped: dict[str, str] = {}
@@ -208,7 +206,7 @@ def select_layers(
     if not chosen:
         reasons = "; ".join(sorted(set(skipped.values()))[:4])
         raise NMSolveError(
-            f"model: no layer to prune among {len(layers)} linear layers and convolutions"
+            f"model: no layer to prune among {counted(len(layers), 'linear layer')} and convolutions"
             + (f" ({reasons})" if reasons else "")
         )
     return Selected(chosen, skipped | others)

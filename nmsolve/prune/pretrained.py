@@ -11,6 +11,7 @@ from typing import Any
 from nmsolve.checkpoint.architecture import read_config, too_large
 from nmsolve.checkpoint.format import Checkpoint, open_checkpoint
 from nmsolve.errors import NMSolveError, NMSolveWarning, counted, one_line
+from nmsolve.files import is_regular
 
 __all__ = ["load_model", "load_tokenizer"]
 
@@ -35,12 +36,13 @@ def load_model(folder: Path, dtype: str | None = None) -> Any:
     """
     if importlib.util.find_spec("transformers") is None:
         raise NMSolveError("transformers is not installed: pip install transformers")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        _told_to_be_an_adapter(folder)
-        raise NMSolveError(f"{folder}: expected a checkpoint folder with a config.json")
+    _check_no_adapter(folder)
     checkpoint = open_checkpoint(folder)
     if not checkpoint.is_folder:
         raise NMSolveError(f"{folder}: expected a checkpoint folder with a config.json, got a file")
+    if not is_regular(folder / "config.json"):
+        raise NMSolveError(f"{folder}: expected a checkpoint folder with a config.json")
+    _check_library(folder)
     _check_size(checkpoint)
     import torch
     import transformers
@@ -111,8 +113,17 @@ def _told(error: Exception) -> str:
 _LONGEST = 1000  # characters of another library's message
 
 
-def _told_to_be_an_adapter(folder: Path) -> None:
-    if (folder / "adapter_config.json").is_file():
+def _check_library(folder: Path) -> None:
+    config, _ = read_config(folder)
+    if "_diffusers_version" in config:
+        raise NMSolveError(
+            f"{folder}: expected a model of transformers, got one of diffusers; nmsolve mask masks it, and "
+            "nmsolve.prune.prune_model prunes it in Python"
+        )
+
+
+def _check_no_adapter(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise NMSolveError(
             f"{folder}: expected a model, got an adapter; merge it first: in peft, "
             "model.merge_and_unload().save_pretrained(...)"

@@ -10,8 +10,9 @@ import pytest
 import torch
 from checkpoints import llama, save_sharded
 from mask_command import exit_code, one_error
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from nmsolve import load_masks
 from nmsolve.checkpoint.format import open_checkpoint
 
 UP = "model.layers.0.mlp.up_proj"
@@ -131,10 +132,43 @@ def test_files_of_other_formats(suffix, tmp_path, capsys):
     assert f"expected a .safetensors file, got {suffix}" in one_error(capsys)
 
 
-def test_an_index_by_another_name(tmp_path):
-    """diffusers calls it diffusion_pytorch_model.safetensors.index.json."""
-    weight_map = save_sharded(tmp_path / "unet", llama())
-    index = tmp_path / "unet" / "model.safetensors.index.json"
-    index.rename(index.with_name("diffusion_pytorch_model.safetensors.index.json"))
+def diffusers_model(folder: Path) -> dict[str, str]:
+    """A part of a pipeline: its index has another name, its configuration other keys."""
+    weight_map = save_sharded(folder, llama())
+    index = folder / "model.safetensors.index.json"
+    index.rename(folder / DIFFUSERS_INDEX)
+    named = {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.35.0"}
+    (folder / "config.json").write_text(json.dumps(named))
+    return weight_map
+
+
+DIFFUSERS_INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+def test_a_model_of_diffusers_is_masked(tmp_path):
+    weight_map = diffusers_model(tmp_path / "unet")
     found = open_checkpoint(tmp_path / "unet")
     assert {entry.name: shard.path.name for shard, entry in found.entries()} == weight_map
+    given = ["mask", str(tmp_path / "unet"), "--pattern", "2:4", "--out", str(tmp_path / "out")]
+    assert exit_code([*given, "--backend", "torch"]) == 0
+    for name in (DIFFUSERS_INDEX, "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "unet" / name).read_bytes()
+    masks = load_masks(tmp_path / "out")
+    assert f"{UP}.weight" in masks
+    weights = load_file(tmp_path / "out" / weight_map[f"{UP}.weight"])
+    assert torch.equal(weights[f"{UP}.weight"] != 0, masks[f"{UP}.weight"])
+
+
+@pytest.mark.parametrize("command", ["prune", "eval-ppl"])
+def test_models_of_diffusers_are_no_language_models(command, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    diffusers_model(tmp_path / "pipeline" / "unet")
+    (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "text.txt").write_text("words")
+    options = ["--text", str(tmp_path / "text.txt")]
+    if command == "prune":
+        options = ["--method", "magnitude", "--pattern", "2:4", "--out", str(tmp_path / "out")]
+    assert exit_code([command, str(tmp_path / "pipeline"), *options]) == 2
+    assert "a pipeline of several; give the folder of one of them: unet" in one_error(capsys)
+    assert exit_code([command, str(tmp_path / "pipeline" / "unet"), *options]) == 2
+    assert "got one of diffusers; nmsolve mask masks it" in one_error(capsys)

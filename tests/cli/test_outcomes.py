@@ -56,6 +56,8 @@ def test_weights_that_are_not_finite(arguments, models, capsys):
     message = one_error(capsys)
     assert "model.layers.1.mlp.down_proj.weight" in message
     assert "expected finite values" in message
+    if command == "mask":
+        assert message.endswith("the first nan at (3, 5)\n"), "the place in the tensor, as it is stored"
     assert [path.name for path in models.iterdir()] == ["model"]
 
 
@@ -161,6 +163,68 @@ def test_a_masked_file_by_another_name_is_still_the_input(tmp_path, capsys):
     ]
     assert exit_code(given) == USAGE
     assert "would replace the input with x.permutations.safetensors" in one_error(capsys)
+
+
+def test_names_may_be_as_long_as_someone_likes(tmp_path, capsys):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"fc": "k" * 100_000}}))
+    assert exit_code(["mask", str(tmp_path), "--pattern", "2:4", "--out", str(tmp_path / "o")]) == USAGE
+    error = one_error(capsys)
+    assert len(error) < 2000
+    assert "expected names of .safetensors files" in error
+
+
+def test_a_terminal_without_the_letters_of_a_name(tmp_path):
+    save_file({"größe.weight": torch.randn(8, 8)}, tmp_path / "m.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-m", "nmsolve.cli", "mask", "m.safetensors", "--pattern", "2:4", "--dry-run"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, cwd=tmp_path, capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert rb"gr\xf6\xdfe.weight" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["mask", "prune", "permute", "eval-ppl"])
+def test_a_line_at_the_start_where_there_will_be_a_progress_bar(command, tmp_path, capsys, monkeypatch):
+    """Before what takes long: the input is not even looked for."""
+    given = [command, str(tmp_path / "ab\nsent"), "--device", "cpu"]
+    if command == "permute":
+        given = given[:2]
+    if command != "eval-ppl":
+        given += ["--pattern", "2:4", "--out", str(tmp_path / "out")]
+    given += ["--method", "magnitude"] if command == "prune" else []
+    given += ["--text", str(tmp_path)] if command == "eval-ppl" else []
+    assert exit_code(given) == USAGE
+    one_error(capsys)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert exit_code(given) == USAGE
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"nmsolve: {command} {tmp_path}/ab\\nsent: reading it"
+    assert second.startswith("nmsolve: error: ")
+    assert exit_code([*given, "--quiet"]) == USAGE
+    one_error(capsys)
+
+
+def test_one_is_not_many_and_zeros_are_told(tmp_path, capsys):
+    weight = torch.randn(16, 32)
+    save_file({"fc.weight": weight}, tmp_path / "a.safetensors")
+    save_file({"fc.weight": weight, "norm.weight": torch.ones(4)}, tmp_path / "b.safetensors")
+
+    def said(source: str, out: str, pattern: str) -> str:
+        given = ["mask", str(tmp_path / source), "--pattern", pattern, "--out", str(tmp_path / out)]
+        assert exit_code([*given, "--backend", "torch"]) == 0
+        return capsys.readouterr().out
+
+    dense = said("b.safetensors", "c.safetensors", "2:16")
+    assert "2:16: 1 tensor, 512 weights\n" in dense
+    assert "1 tensor stays dense\n" in dense
+    assert "zero" not in dense
+    sparse = said("c.safetensors", "d.safetensors", "2:4")
+    assert "50.00% of the weights keep" in sparse
+    left = load_file(tmp_path / "d.safetensors")["fc.weight"].count_nonzero().item() / 512
+    assert f"87.50% of these weights were zero before: {left:.2%} are not zero now\n" in sparse
+    assert "0 tensors stay dense\n" in said("a.safetensors", "e.safetensors", "2:4")
+    assert exit_code(["mask", str(tmp_path / "a.safetensors"), "--pattern", "2:4", "--dry-run"]) == 0
+    assert "1 of 1 tensor would be masked, 512 weights\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ def verify(before, after, masks, report, *, transposable: bool, pattern: str = "
         assert row["shape"] == list(dense.shape)
         assert row["weights"] == dense.numel()
         assert row["kept"] == int(keep.sum())
+        assert row["zeros_before"] == int((dense == 0).sum())
+        assert row["nonzero"] == int((sparse != 0).sum())
         assert row["score"] == pytest.approx(dense.double().abs().sum().item(), rel=1e-12)
         assert row["objective"] == pytest.approx(sparse.double().abs().sum().item(), rel=1e-12)
         assert row["retained"] == pytest.approx(row["objective"] / row["score"], rel=1e-12)
@@ -87,7 +89,7 @@ def verify(before, after, masks, report, *, transposable: bool, pattern: str = "
     totals = report["totals"]
     assert totals["tensors_masked"] == len(masks)
     assert totals["tensors_skipped"] == len(before) - len(masks)
-    for key in ("weights", "kept", "score", "objective", "bound"):
+    for key in ("weights", "kept", "zeros_before", "nonzero", "score", "objective", "bound"):
         assert totals[key] == pytest.approx(sum(row[key] for row in report["tensors"]), rel=1e-12)
     assert totals["retained"] == pytest.approx(totals["objective"] / totals["score"], rel=1e-12)
     assert totals["gap"] == pytest.approx(totals["bound"] / totals["objective"] - 1, abs=1e-12)
