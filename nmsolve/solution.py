@@ -217,7 +217,8 @@ def dual_bound(scores: Tensor, row_duals: Tensor, col_duals: Tensor, pattern: Pa
             parts = split_blocks(a[b, i, j], r, c).double(), u, v
             out[at] = _block_bound(*parts, need)
             if not torch.isfinite(out[at]).all():
-                less = _block_bound(*(part * _ROOM for part in parts), need) / _ROOM
+                x, y, z = (part * _ROOM for part in parts)
+                less = _block_bound(x, y, z, need) / _ROOM
                 out[at] = out[at].where(torch.isfinite(out[at]), less)
     return bound
 
