@@ -23,7 +23,7 @@ from nmsolve.files import read_json
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Architecture", "architecture_of", "read_config", "too_large"]
+__all__ = ["Architecture", "architecture_of", "build", "read_config", "too_large"]
 
 # A configuration that asks for more blocks than this for each tensor of the checkpoint is not its own.
 _MOST_BLOCKS = 64
@@ -66,7 +66,7 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
         return Architecture(why="transformers is not installed", types=types)
     try:
-        model, version = _build(folder, named)
+        model, version = build(folder, named)
         found = destinations(model, shapes)
         roles = roles_of(model)
     except Exception as error:  # whatever a wrong configuration makes of the modules
@@ -129,7 +129,7 @@ def too_large(config: object, tensors: int) -> str:
     return ""
 
 
-def _build(folder: Path, named: str) -> tuple[nn.Module, str]:
+def build(folder: Path, named: str) -> tuple[nn.Module, str]:
     """The modules of an architecture on the meta device, with their weights tied, and whose version."""
     import torch
     import transformers

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import warnings
 from pathlib import Path
 from typing import Any
 
-from nmsolve.checkpoint.architecture import read_config, too_large
+from nmsolve.checkpoint.architecture import build, read_config, too_large
 from nmsolve.checkpoint.format import Checkpoint, open_checkpoint
 from nmsolve.errors import NMSolveError, NMSolveWarning, counted, one_line
 from nmsolve.files import is_regular
@@ -50,7 +49,7 @@ def load_model(folder: Path, dtype: str | None = None) -> Any:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
+        transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
     except Exception as error:  # whatever a wrong configuration makes of it
         raise NMSolveError(f"{folder}: the configuration cannot be loaded: {_told(error)}") from None
     named = read_config(folder)[0].get("architectures")
@@ -60,7 +59,7 @@ def load_model(folder: Path, dtype: str | None = None) -> Any:
     if transformers.PreTrainedModel not in getattr(kind, "__mro__", ()):
         raise NMSolveError(f"{folder}: transformers {transformers.__version__} has no model {named[0]}")
     try:
-        _check_parameters(checkpoint, kind, config)
+        _check_parameters(checkpoint, named[0])
         model, found = kind.from_pretrained(
             folder,
             use_safetensors=True,
@@ -85,17 +84,17 @@ def _check_size(checkpoint: Checkpoint) -> None:
         raise NMSolveError(f"{checkpoint.root}: the configuration is not that of the weights: {why}")
 
 
-def _check_parameters(checkpoint: Checkpoint, kind: Any, config: Any) -> None:
+def _check_parameters(checkpoint: Checkpoint, named: str) -> None:
     """Raises if a model has far more parameters than the files hold, before there is memory for them."""
-    import torch
-
-    with torch.device("meta"):
-        model = kind(copy.deepcopy(config))
+    try:
+        model, _ = build(checkpoint.root, named)
+    except Exception:  # loading it will say what is wrong
+        return
     wanted = sum(parameter.numel() for parameter in model.parameters())
     held = sum(entry.size for _, entry in checkpoint.entries())
     if wanted > _MORE * held:
         raise NMSolveError(
-            f"{checkpoint.root}: the configuration is not that of the weights: {kind.__name__} would have "
+            f"{checkpoint.root}: the configuration is not that of the weights: {named} would have "
             f"{wanted:,} parameters, the files hold {held:,}"
         )
 
