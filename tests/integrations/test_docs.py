@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import re
 import shlex
 import sys
@@ -55,6 +56,19 @@ def test_every_adapter_has_a_page():
     assert adapters - {"client", "weights"} == named
 
 
+def test_the_page_says_which_transformers_llmcompressor_brings():
+    pytest.importorskip("llmcompressor")
+    (range_,) = [
+        line.removeprefix("transformers")
+        for line in importlib.metadata.requires("llmcompressor")
+        if re.match(r"transformers\b", line)
+    ]
+    page = (ROOT / "docs" / "integrations" / "llmcompressor.md").read_text(encoding="utf-8")
+    low, high = (re.search(rf"{sign}=([\d.]+)", range_)[1] for sign in (">", "<"))
+    version = importlib.metadata.version("llmcompressor")
+    assert f"version {version} asks for {low} to {high}" in page
+
+
 def test_tutorial(monkeypatch, tmp_path, capsys):
     """Python and command lines together; the last section, with a real model, is left out."""
     monkeypatch.chdir(tmp_path)
@@ -79,6 +93,7 @@ def test_tutorial(monkeypatch, tmp_path, capsys):
     assert tuned < sparse
     assert perplexities["tiny"] == pytest.approx(dense, rel=1e-3)
     assert dense < perplexities["tiny-alps"] < perplexities["tiny-wanda"]
+    assert perplexities["tiny-tuned"] == pytest.approx(tuned, rel=1e-3)
     weights = load_file(tmp_path / "tiny-tuned" / "model.safetensors")
     masks = nmsolve.load_masks(tmp_path / "tiny-tuned")
     assert len(masks) == 14

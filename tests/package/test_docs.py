@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import nmsolve
+from nmsolve.cli import COMMANDS
 from nmsolve.integrations.client import MissingClientError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,6 +109,14 @@ def test_command_lines_use_options_that_exist(document):
             ).stdout
             for option in re.findall(r"--[\w-]+", command[2]):
                 assert option in shown, f"{line}: {option}"
+
+
+def test_the_page_of_the_command_line_has_every_command():
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    lines = "\n".join(block for block in re.findall(r"^```bash\n(.*?)^```", page, re.M | re.S))
+    for command in COMMANDS:
+        assert f"| `nmsolve {command.name}` |" in page
+        assert re.search(rf"^nmsolve {command.name}\b", lines, re.M), command.name
 
 
 def test_tables_show_what_the_results_say():
