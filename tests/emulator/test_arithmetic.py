@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
+import math
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from emulator import arithmetic as a
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+unhurried = settings(deadline=None)  # another process may have the core
 words = st.integers(0, 2**32 - 1)
 small = st.integers(0, 300)
 
@@ -55,6 +59,7 @@ def floats(bits: int) -> st.SearchStrategy[float]:
 
 
 @given(floats(32), floats(32), floats(32))
+@unhurried
 @example(1 + 2.0**-12, 1 + 2.0**-12, 2.0**-60)  # rounding twice makes a tie
 @example(1 + 2.0**-12, 1 + 3 * 2.0**-12, -(2.0**-60))
 @example(2.0**-100, 2.0**-49, 2.0**-149)  # a subnormal result
@@ -72,6 +77,7 @@ def test_rounding_twice_would_be_noticed() -> None:
 
 
 @given(floats(64), floats(64), floats(64), st.integers(-2, 2))
+@unhurried
 @example(1.5 * 2.0**600, 2.0**300, 0.0, 1)  # too large to be split
 @example(2.0**-600, 1.25 * 2.0**-450, 2.0**-1060, 1)
 def test_fma64_is_rounded_once(x: float, y: float, z: float, cancel: int) -> None:
@@ -80,6 +86,69 @@ def test_fma64_is_rounded_once(x: float, y: float, z: float, cancel: int) -> Non
     expected = nearest(Fraction(x) * Fraction(y) + Fraction(third), np.float64)
     found = a.fma64(one(np.float64, x), one(np.float64, y), one(np.float64, third))[0]
     assert expected is None or found == expected
+
+
+halves = st.integers(0, 0xFFFF)
+
+
+def half_value(bits: int, kind: str) -> float:
+    if kind == "f16":
+        return float(np.array([bits], np.uint16).view(np.float16)[0])
+    return float(word(bits << 16, np.float32)[0])
+
+
+@functools.cache
+def half_values(kind: str) -> list[float]:
+    """All that are finite and not negative, at the numbers of their bits."""
+    return [half_value(bits, kind) for bits in range(0x7C00 if kind == "f16" else 0x7F80)]
+
+
+def nearest_half(exact: Fraction, kind: str) -> float:
+    """``exact`` rounded to the nearest half number, ties to even."""
+    values, size = half_values(kind), abs(exact)
+    k = max(1, min(len(values) - 1, bisect.bisect_left(values, size)))
+    near = min((k - 1, k), key=lambda at: (abs(Fraction(values[at]) - size), at & 1))
+    return math.copysign(values[near], -1 if exact < 0 else 1)
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@given(halves, halves, halves)
+@unhurried
+@example(0x3C01, 0x3C01, 0x8001)
+@example(0x0001, 0x3800, 0x0000)  # half of the smallest subnormal number: a tie
+@example(0x7BFF, 0x3C00, 0x0001)
+@example(0x3F81, 0x3F81, 0x0080)  # bf16: rounded to float32 first it would be a tie
+def test_halves_are_rounded_once(kind: str, x: int, y: int, z: int) -> None:
+    numbers = [half_value(bits, kind) for bits in (x, y, z)]
+    if not all(map(math.isfinite, numbers)):
+        return
+    a_, b, c = (one(np.uint16, bits) for bits in (x, y, z))
+    p, q, r = map(Fraction, numbers)
+    top = Fraction(65504) if kind == "f16" else Fraction(2) ** 127
+    for exact, found in (
+        (p * q + r, a.fma_half(a_, b, c, kind)),
+        (p + q, a.arithmetic_half("add", a_, b, kind)),
+        (p - q, a.arithmetic_half("sub", a_, b, kind)),
+        (p * q, a.arithmetic_half("mul", a_, b, kind)),
+    ):
+        if abs(exact) < top:
+            assert half_value(int(found[0]), kind) == nearest_half(exact, kind)
+
+
+def test_halves_of_zeros_infinities_and_nan() -> None:
+    """-0 - 0 is -0, 0 - 0 is 0, inf - inf and inf 0 are NaN."""
+    for kind, inf in (("f16", 0x7C00), ("bf16", 0x7F80)):
+        x, y = np.array([0x8000, 0, inf, inf], np.uint16), np.array([0, 0, inf, 0], np.uint16)
+        assert a.arithmetic_half("sub", x, y, kind).tolist() == [0x8000, 0, 0x7FFF, inf]
+        assert a.arithmetic_half("mul", x, y, kind).tolist() == [0x8000, 0, inf, 0x7FFF]
+        assert a.arithmetic_half("add", x, x ^ 0x8000, kind).tolist() == [0, 0, 0x7FFF, 0x7FFF]
+
+
+def test_both_halves_of_a_word() -> None:
+    found = a.both_halves(
+        lambda x, y: a.arithmetic_half("add", x, y, "f16"), word(0x3C004000), word(0x3C00C000)
+    )
+    assert found.tolist() == [0x40000000]
 
 
 def test_fma_of_infinities_nan_and_zeros() -> None:
@@ -158,6 +227,7 @@ def test_approximate_division_of_large_divisors() -> None:
 
 
 @given(st.floats(width=32), st.sampled_from(["s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64"]))
+@unhurried
 @example(float(2**31), "s32")
 @example(float(2**63), "s64")
 @example(float(2**64), "u64")
@@ -175,6 +245,7 @@ def test_conversions_to_integers_saturate(x: float, name: str) -> None:
 
 
 @given(words)
+@unhurried
 @example(0x7F800001)
 @example(0x3F808000)
 @example(0x3F818000)
@@ -189,6 +260,7 @@ def test_bfloat16_rounds_to_even(bits: int) -> None:
 
 
 @given(st.integers(0, 2**16 - 1))
+@unhurried
 def test_float16_and_back(bits: int) -> None:
     x = a.from_f16(np.array([bits], np.uint32))
     assert np.isnan(x[0]) or a.to_f16(x.astype(np.float32))[0] == bits
@@ -198,6 +270,7 @@ def test_float16_and_back(bits: int) -> None:
 
 
 @given(words, words, st.booleans(), st.sampled_from([np.uint16, np.uint32, np.uint64, np.int32, np.int64]))
+@unhurried
 @example(0x80000000, 31, False, np.int32)
 @example(0x80000000, 32, False, np.int32)
 @example(1, 32, True, np.uint32)
@@ -212,6 +285,7 @@ def test_shifts_past_the_width(value: int, amount: int, left: bool, kind: type) 
 
 
 @given(st.integers(0, 2**64 - 1), small, small, st.sampled_from([np.uint32, np.int32, np.uint64, np.int64]))
+@unhurried
 @example(0x80000000, 31, 1, np.int32)
 @example(0x80000000, 40, 3, np.int32)
 @example(0xFF, 3, 0, np.int32)
@@ -228,6 +302,7 @@ def test_bfe(value: int, position: int, length: int, kind: type) -> None:
 
 
 @given(words, words, small, small)
+@unhurried
 def test_bfi(x: int, y: int, position: int, length: int) -> None:
     expected, p, n = y, position & 255, length & 255
     for i in range(n):
@@ -237,6 +312,7 @@ def test_bfi(x: int, y: int, position: int, length: int) -> None:
 
 
 @given(words, words, words)
+@unhurried
 def test_prmt(x: int, y: int, selector: int) -> None:
     source = [*x.to_bytes(4, "little"), *y.to_bytes(4, "little")]
     expected = []
@@ -248,6 +324,7 @@ def test_prmt(x: int, y: int, selector: int) -> None:
 
 
 @given(words, words)
+@unhurried
 @example(0, 0)
 @example(2**32 - 1, 2**32 - 1)
 @example(0x80000000, 0xFFFFFFFF)
@@ -264,12 +341,14 @@ def test_words(x: int, y: int) -> None:
 
 
 @given(st.integers(-(2**63) + 1, 2**63 - 1), st.integers(-(2**63), 2**63 - 1).filter(bool))
+@unhurried
 def test_division_is_towards_zero(x: int, y: int) -> None:
     expected = abs(x) // abs(y) * (1 if (x < 0) == (y < 0) else -1)
     assert int(a.div_trunc(one(np.int64, x), one(np.int64, y))[0]) == expected
 
 
 @given(floats(32), floats(32), floats(32), floats(32))
+@unhurried
 def test_pairs_are_two_of_each(x: float, y: float, z: float, w: float) -> None:
     first, second = (np.array(pair, np.float32) for pair in ((x, y), (z, w)))
     found = a.in_pairs(a.fma32, *(pair.view(np.uint64) for pair in (first, second, first)))

@@ -171,6 +171,48 @@ def test_matrices_come_back_as_they_were_stored() -> None:
     assert run(body)[:32].tolist() == [2 * t for t in range(32)]
 
 
+COPIED = """
+	cp.async.ca.shared.global [%r6 + 0], [%rd3 + 0], 0x4, {read};
+	cp.async.commit_group;
+	cp.async.ca.shared.global [%r6 + 128], [%rd3 + 0], 0x4;
+	cp.async.commit_group;
+	cp.async.wait_group {but};
+	bar.warp.sync -1;
+	xor.b32 %r7, %r6, 4;
+	ld.shared.b32 %r8, [%r7 + {offset}];
+"""
+
+
+def test_copies_are_there_once_they_are_waited_for() -> None:
+    store = "add.s64 %rd4, %rd3, 128; st.global.b32 [%rd4], %r8;"
+    for read, but, offset in ((4, 1, 0), (4, 0, 0), (4, 0, 128)):
+        found = run(COPIED.format(read=read, but=but, offset=offset) + store)
+        assert found[32:].tolist() == [100 + (t ^ 1) for t in range(32)]
+    assert not run(COPIED.format(read=0, but=1, offset=0) + store)[32:].any(), (
+        "nothing is read, zeros are written"
+    )
+    for but in (1, 2):
+        with pytest.raises(PtxError, match="shared memory read before it is written"):
+            run(COPIED.format(read=4, but=but, offset=128 * (2 - but)) + store)
+
+
+def test_halves_of_registers() -> None:
+    body = """
+	mov.b32 %r7, 0x3C004000;
+	mov.b32 {{ %rs1, %rs2 }}, %r7;
+	{instruction}
+	st.global.b32 [%rd3], %r8;
+"""
+    for instruction, expected in (
+        ("add.f16x2 %r8, %r7, %r7;", 0x40004400),
+        ("fma.rn.f16x2 %r8, %r7, %r7, %r7;", 0x40004600),
+        ("sub.f16 %rs3, %rs1, %rs2; mov.b32 %r8, { %rs3, %rs1 };", 0x40003C00),
+        ("add.rn.f32.f16 %r8, %rs1, 0f3F800000;", 0x40400000),
+        ("sub.rn.f32.f16 %r8, %rs2, 0f40000000;", 0xBF800000),
+    ):
+        assert run(body.format(instruction=instruction))[0] == expected, instruction
+
+
 def test_registers_nobody_wrote_hold_anything() -> None:
     found = run("st.global.b32 [%rd3], %r17;")
     assert len(set(found[:32].tolist())) > 16

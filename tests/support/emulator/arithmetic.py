@@ -103,6 +103,39 @@ def _odd_sum(a: Array, b: Array) -> Array:
     return np.where(even, (total.view(s64) + step).view(f64), total)
 
 
+def _odd_single(x: Array) -> Array:
+    """float64 as float32, rounded to odd: rounded once more, to a half type, it is rounded once."""
+    near = x.astype(f32)
+    wide = near.astype(f64)
+    bits = near.view(u32) - (np.abs(wide) > np.abs(x)).astype(u32)  # towards zero
+    odd = np.where((wide != x) & np.isfinite(x), bits | u32(1), bits)
+    return np.where(np.isnan(x) | (wide == x), near, odd.view(f32))
+
+
+def fma_half(a: Array, b: Array, c: Array, kind: str) -> Array:
+    """``a b + c`` of f16 or bf16 bits rounded once, as bits; every NaN becomes the canonical one."""
+    wide, narrow = (from_f16, to_f16) if kind == "f16" else (from_bf16, to_bf16)
+    x, y, z = (wide(operand).astype(f64) for operand in (a, b, c))
+    rounded = narrow(_odd_single(_odd_sum(x * y, z)))
+    return np.where(np.isnan(x * y + z), u16(0x7FFF), rounded)
+
+
+def arithmetic_half(how: str, a: Array, b: Array, kind: str) -> Array:
+    """The sum, difference or product of f16 or bf16 bits."""
+    one = np.full_like(a, 0x3C00 if kind == "f16" else 0x3F80)
+    sign = u16(0x8000)
+    if how == "mul":
+        return fma_half(a, b, np.full_like(a, sign), kind)  # -0, which changes no product
+    return fma_half(b ^ sign if how == "sub" else b, one, a, kind)
+
+
+def both_halves(function: Callable[..., Array], *operands: Array) -> Array:
+    """A function of 16 bits on both halves of 32."""
+    low = function(*((operand & u32(0xFFFF)).astype(u16) for operand in operands))
+    high = function(*((operand >> u32(16)).astype(u16) for operand in operands))
+    return low.astype(u32) | (high.astype(u32) << u32(16))
+
+
 def fmax(a: Array, b: Array) -> Array:
     """``max``: the number where the other is NaN; +0 is larger than -0."""
     result = np.fmax(a, b)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -79,14 +79,14 @@ class Machine:
 
     def _bind(self) -> dict[str, Any]:
         """What a block's function can name."""
-        names: dict[str, Any] = {"np": np, "copyto": np.copyto, "both": _both}
+        names: dict[str, Any] = {"np": np, "copyto": np.copyto, "both": _both, "applied": _applied}
         names |= {name: getattr(arithmetic, name) for name in dir(arithmetic) if not name.startswith("_")}
         names |= {kind.__name__: kind for kind in TYPES.values()}
         for function in (
             self.ld_global, self.st_global, self.ld_shared, self.st_shared, self.ld_local, self.st_local,
             self.ld_generic, self.st_generic, self.ldmatrix, self.stmatrix, self.shuffle_bfly,
             self.shuffle_idx, self.shuffle_up, self.shuffle_down, self.reduce, self.warp_barrier, self.arrive,
-            self.divide, self.parameter,
+            self.divide, self.parameter, self.copy_async, self.commit_copies, self.wait_for_copies,
         ):  # fmt: skip
             names[function.__name__] = function
         translation = self.kernel.translation
@@ -142,6 +142,8 @@ class Machine:
         seed = first + 5
         self.shared = SharedMemory(self.ctas, launch.shared, self._cta, self._warp, seed)
         self.local = LocalMemory(self.threads, self.program.local_bytes, seed)
+        self._copies: list[_Copy] = []
+        self._groups = np.zeros(self.threads, s64)
         across, down, _ = launch.grid
         number = first + self._cta
         places = number % across, number // across % down, number // (across * down)
@@ -354,6 +356,40 @@ class Machine:
     def _is_local(self, at: Array, mask: Mask) -> bool:
         return bool((at[self._active(mask)] >= LOCAL).all())
 
+    def copy_async(self, to: Array, source: Array, size: int, read: Array, mask: Mask, place: Place) -> None:
+        """The copy is made when it is waited for: who reads too early reads what was there before."""
+        threads, self._here = self._active(mask), place
+        words = np.zeros((len(threads), size // 4), u32)
+        partial = (read[threads] != 0) & (read[threads] != size)
+        if partial.any():
+            raise Fault("a copy of a part is not known", threads[partial])
+        reading = read[threads] == size
+        if reading.any():
+            who = threads[reading]
+            words[reading] = np.stack(self._global.load(source[who], 4, size // 4, who), 1)
+        self._copies.append(_Copy(threads, to[threads], words, self._groups[threads]))
+
+    def commit_copies(self, mask: Mask) -> None:
+        """What was copied so far is a group, of each thread."""
+        self._groups[self._active(mask)] += 1
+
+    def wait_for_copies(self, but: int, mask: Mask, place: Place) -> None:
+        """All groups but the last so many are there."""
+        self._here = place
+        here = np.zeros(self.threads, bool)
+        here[self._active(mask)] = True
+        rest = []
+        for copy in self._copies:
+            done = here[copy.threads] & (copy.group < self._groups[copy.threads] - but)
+            if done.any():
+                words = copy.words[done]
+                columns = [np.ascontiguousarray(words[:, k]) for k in range(words.shape[1])]
+                same = self.shared.store(copy.to[done], 4, columns, copy.threads[done])
+                self._launch.same_shared_stores += same
+            if not done.all():
+                rest.append(_Copy(*(part[~done] for part in copy)))
+        self._copies = rest
+
     def ldmatrix(self, at: Array, registers: list[Array], mask: Mask, place: Place) -> None:
         """Matrices of 8 rows of 16 bytes, row r of matrix q where lane 8 q + r says; a lane gets 4 bytes."""
         self._here = place
@@ -374,6 +410,19 @@ class Machine:
         self._whole_warps(mask)
         warps = self._warp[self._active(mask)[::32]]
         return warps, (warps[:, None] * 32 + np.arange(8 * matrices)).ravel()
+
+
+class _Copy(NamedTuple):
+    """A copy from global to shared memory under way, by these threads, each in a group of its own."""
+
+    threads: Array
+    to: Array
+    words: Array
+    group: Array
+
+
+def _applied(function: Callable[..., Array], *operands: Array) -> Array:
+    return function(*operands)
 
 
 def _both(mask: Mask, condition: Array) -> Array:

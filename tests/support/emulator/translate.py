@@ -66,7 +66,10 @@ class Translation:
         for b, block in enumerate(program.blocks):
             writer = _Writer(self)
             for k, instruction in enumerate(block):
-                writer.translate(instruction, f"({b}, {k})")
+                try:
+                    writer.translate(instruction, f"({b}, {k})")
+                except PtxError as error:
+                    raise PtxError(f"{program.name}: {error}") from error
             source += [f"def block{b}(M):", *(f"    {line}" for line in writer.lines)]
         self.source = "\n".join(source)
         self.code = compile(self.source, f"<PTX of {program.name}>", "exec")
@@ -154,7 +157,7 @@ class _Writer:
 def _rule_of(opcode: str) -> tuple[Rule, re.Match[str]]:
     found = [(function, match) for pattern, function in _RULES if (match := pattern.fullmatch(opcode))]
     if len(found) != 1:
-        raise PtxError(f"{len(found)} ways to translate the instruction {opcode}")
+        raise PtxError(f"unknown instruction {opcode}" if not found else f"{len(found)} rules for {opcode}")
     return found[0]
 
 
@@ -253,6 +256,32 @@ def _fma(w: _Writer, match: re.Match[str], i: Instruction) -> None:
 def _fma_ftz(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     x, y, z = (f"ftz({w.value(operand, 'f32')})" for operand in i.operands[1:])
     w.put(i.operands[0], "f32", f"ftz(fma32({x}, {y}, {z}))")
+
+
+@rule(r"(add|sub|mul|fma)(?:\.rn)?\.(bf16|f16)(x2)?")
+def _half(w: _Writer, match: re.Match[str], i: Instruction) -> None:
+    kind = "u32" if match[3] else "u16"
+    operands = [w.value(operand, kind) for operand in i.operands[1:]]
+    names = "abc"[: len(operands)]
+    how = "fma_half(" if match[1] == "fma" else f"arithmetic_half({match[1]!r}, "
+    function = f"lambda {', '.join(names)}: {how}{', '.join(names)}, {match[2]!r})"
+    w.put(
+        i.operands[0], kind, f"{'both_halves' if match[3] else 'applied'}({function}, {', '.join(operands)})"
+    )
+
+
+@rule(r"(add|sub|fma)\.rn\.f32\.(bf16|f16)")
+def _mixed(w: _Writer, match: re.Match[str], i: Instruction) -> None:
+    """float32 from terms, or factors, of which the first are halves; from sm_100 on."""
+    *halves, last = i.operands[1:]
+    terms = [f"from_{match[2]}({w.value(operand, 'u16')}).astype(f32)" for operand in halves]
+    c = w.value(last, "f32")
+    sign = "-" if match[1] == "sub" else "+"
+    w.put(
+        i.operands[0],
+        "f32",
+        f"fma32({', '.join(terms)}, {c})" if match[1] == "fma" else f"{terms[0]} {sign} {c}",
+    )
 
 
 @rule(r"(mul|mad)\.wide\.([us])(16|32)")
@@ -494,6 +523,26 @@ def _matrices(w: _Writer, match: re.Match[str], i: Instruction) -> None:
         raise PtxError(f"{len(names)} registers for {i.opcode}")
     values = ", ".join(w.value(name, "u32") for name in names)
     w.lines.append(f"{match[1]}matrix({_address(w, address)}, [{values}], {w.mask}, {w.place})")
+
+
+@rule(r"cp\.async\.(?:ca|cg)\.shared\.global(?:\.L2::\d+B)?")
+def _copy(w: _Writer, match: re.Match[str], i: Instruction) -> None:
+    """Bytes past the last operand, how many are read, are zeros."""
+    to, source, size, *read = i.operands
+    count = w.value(read[0] if read else size, "u32")
+    w.lines.append(
+        f"copy_async({_address(w, to)}, {_address(w, source)}, {int(size, 0)}, {count}, {w.mask}, {w.place})"
+    )
+
+
+@rule(r"cp\.async\.commit_group")
+def _commit(w: _Writer, match: re.Match[str], i: Instruction) -> None:
+    w.lines.append(f"commit_copies({w.mask})")
+
+
+@rule(r"cp\.async\.wait_group")
+def _wait(w: _Writer, match: re.Match[str], i: Instruction) -> None:
+    w.lines.append(f"wait_for_copies({int(i.operands[0], 0)}, {w.mask}, {w.place})")
 
 
 # --- threads together ---------------------------------------------------------------------------------------
