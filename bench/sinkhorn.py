@@ -10,6 +10,7 @@ loop in the log domain, for logits that ``exp`` can take.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import nmsolve
 
 SHAPES = ((16, 256), (64, 64), (128, 16), (512, 1))
 TEMPERATURE, ITERATIONS = 0.1, 20
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 LOG_DOMAIN = "PyTorch loop, log domain"
 
 
@@ -51,7 +53,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=common.RESULTS / "sinkhorn.csv")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: the work of this process, on a machine that is busy",
+    )
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    clock = CLOCKS[arguments.clock]
     rows = []
     for m, batch in SHAPES:
         logits = torch.randn(batch, m, m, generator=torch.Generator().manual_seed(m))
@@ -82,10 +93,12 @@ def main() -> None:
         taken = common.interleaved(
             {name: lambda f=function, x=logits: both(f, x) for name, function in contenders.items()},
             arguments.repeats,
+            clock=clock,
         )
         forward = common.interleaved(
             {name: lambda f=function, x=logits: f(x) for name, function in contenders.items()},
             arguments.repeats,
+            clock=clock,
         )
         source = logits.clone().requires_grad_(True)
         for name, function in contenders.items():
@@ -96,7 +109,8 @@ def main() -> None:
                     "iterations": ITERATIONS,
                     "temperature": TEMPERATURE,
                     "method": name,
-                    "threads": torch.get_num_threads(),
+                    "threads": arguments.threads,
+                    "clock": arguments.clock,
                     "forward_ms": 1e3 * forward[name].median,
                     "both_ms": 1e3 * taken[name].median,
                     "both_ms_least": 1e3 * taken[name].least,
