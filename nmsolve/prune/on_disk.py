@@ -182,7 +182,7 @@ sequence_length, batch_size, seed, bos, iterations, damping
         kept = f"finished layers are in {resume}; " if resume.exists() else ""
         raise KeyboardInterrupt(f"{kept}the same command goes on") from None
     except (NMSolveError, OSError) as error:
-        if not resume.exists():
+        if not resume.exists() or str(error).startswith("resume: "):  # which says what to do with it
             raise
         what = getattr(error, "strerror", None) or error
         raise WorkFailed(f"{what}; finished layers are in {resume}") from error
