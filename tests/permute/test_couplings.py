@@ -7,7 +7,7 @@ import tiny_models
 import torch
 from torch import nn
 
-from nmsolve.permute import find_couplings
+from nmsolve.permute import apply_permutations, find_couplings
 from nmsolve.permute.model_couplings import _elementwise
 
 ELEMENTWISE = [
@@ -85,3 +85,11 @@ def test_models_with_a_tanh_gelu_fold_their_down_projections(kind):
     found = [c for c in find_couplings(model) if c.name.endswith(names)]
     assert len(found) == 2
     assert all(c.folds for c in found), [c.reason for c in found]
+    tokens = tiny_models.tokens()
+    model = model.double().eval()
+    with torch.no_grad():
+        before = model(tokens).logits
+        for coupling in found:
+            apply_permutations(model, {coupling.name: torch.arange(coupling.size).flip(0)})
+        after = model(tokens).logits
+    torch.testing.assert_close(after, before, rtol=1e-8, atol=1e-8)
