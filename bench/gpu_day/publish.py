@@ -31,9 +31,7 @@ def publish(out: Path, folder: Path = DAYS) -> list[Path]:
     found = {name: read_csv(out / name) for name in FILES if (out / name).exists()}
     checks = found.get("checks.csv", [])
     if not any(row["check"] == "suite" and row["outcome"] == "passed" for row in checks):
-        raise NMSolveError(
-            f"publish: expected a day whose tests ran; {out / 'checks.csv'} has none that passed"
-        )
+        raise NMSolveError(f"publish: no test has passed in {out}: the suite comes first")
     failed = [row["name"] for row in checks if row["outcome"] not in ("passed", "skipped")]
     if failed:
         raise NMSolveError(f"publish: {len(failed)} checks of {out} did not pass, the first {failed[0]}")
