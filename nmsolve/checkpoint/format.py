@@ -210,7 +210,7 @@ def open_checkpoint(root: Path) -> Checkpoint:
         If there is no such file, a shard is missing or damaged, or the folder has no safetensors weights, or
         such as cannot be masked: quantised ones, those of an adapter, or of several models.
     """
-    if not root.exists():
+    if not os.path.exists(root):  # False for a name that is too long, too
         raise NMSolveError(
             f"{root}: no such file or folder; models are read from this machine only, so one of the Hugging "
             "Face Hub has to be downloaded first: hf download NAME --local-dir FOLDER"

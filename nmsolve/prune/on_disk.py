@@ -16,7 +16,7 @@ from nmsolve.backends.devices import check_device, chosen_device
 from nmsolve.backends.dispatch import AUTO, check_backend, check_mask_method
 from nmsolve.checkpoint.format import REPORT_NAME, SUFFIX, open_checkpoint
 from nmsolve.errors import NMSolveError, NMSolveWarning, WorkFailed, counted
-from nmsolve.files import Interrupts, Staging, check_out, check_space
+from nmsolve.files import Interrupts, Staging, check_out, check_space, is_regular
 from nmsolve.prune.methods import PRUNING_METHODS, check_pruning_method
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ def evaluate_checkpoint(
     check_device(device)
     _check_dtype(dtype)
     file = Path(text)
-    if not file.is_file():
+    if not is_regular(file):
         raise NMSolveError(f"text: {file} is not a file")
     device = chosen_device(device)
 
@@ -360,6 +360,6 @@ def _calibration_file(calibration: str | os.PathLike[str] | None, method: str) -
             raise NMSolveError(f"calibration: needed for method {method!r}")
         return None
     file = Path(calibration)
-    if not file.is_file():
+    if not is_regular(file):
         raise NMSolveError(f"calibration: {file} is not a file")
     return file

@@ -311,4 +311,7 @@ def test_a_folder_that_is_no_model(tmp_path, capsys):
     assert f"--text: {tmp_path / 'x'} is not a file" in capsys.readouterr().err
     (tmp_path / "x").touch()
     assert run("eval-ppl", tmp_path, "--text", tmp_path / "x") == 2
+    assert "expected .safetensors weights, found none in this folder" in capsys.readouterr().err
+    save_file({"fc.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
+    assert run("eval-ppl", tmp_path, "--text", tmp_path / "x") == 2
     assert "expected a checkpoint folder with a config.json" in capsys.readouterr().err

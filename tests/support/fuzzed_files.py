@@ -154,7 +154,7 @@ def _file(place: Place) -> Work:
     return _mask_or_permute(place, path, "out.safetensors")
 
 
-_NONE_ANY_MORE = (ValueError, LookupError, TypeError, AttributeError, struct.error)
+_NONE_ANY_MORE = (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error)
 
 
 def _change_file(random: Random, path: Path) -> None:
