@@ -71,6 +71,19 @@ def test_warm_starts_pay_where_the_page_says_so():
         assert saves < 0.95 if change <= 1e-3 else saves > (1.5 if change >= 0.1 else 0.95), row
 
 
+def test_sinkhorn_is_compared_with_loops_of_both_forms():
+    rows = read_csv(RESULTS / "sinkhorn.csv")
+    for m in {row["m"] for row in rows}:
+        ours, log_domain, permllm = (
+            next(row for row in rows if row["m"] == m and row["method"] == name)
+            for name in ("nmsolve, cpu", "PyTorch loop, log domain", "PyTorch loop, PermLLM's form")
+        )
+        assert 3 * float(permllm["forward_ms"]) < float(log_domain["forward_ms"])
+        assert 1 / 2 < float(ours["forward_ms"]) / float(permllm["forward_ms"]) < 2
+        assert float(ours["both_ms"]) < min(float(row["both_ms"]) for row in (log_domain, permllm))
+        assert 10 * int(ours["held_bytes"]) < int(permllm["held_bytes"])
+
+
 def test_every_sweep_is_there():
     rows = read_csv(RESULTS / "scaling.csv")
     sweeps = {row["sweep"] for row in rows}
