@@ -1,4 +1,4 @@
-"""Every kernel and variant from its PTX: the smallest size for sm_90; ``-m slow`` runs all."""
+"""Kernels and variants from their PTX: the smallest size for sm_90; ``-m slow`` runs all."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 FILE = "tests/emulator/emulated_variants.py"
+TUTORIALS = "tests/emulator/emulated_tutorials.py"
 TARGETS = (80, 90, 100)
 GROUPS = {
     "exact": [
@@ -21,7 +22,8 @@ GROUPS = {
     ],
     "approximate": ["greedy-4", "greedy, edge-4", "tsenor-4", "nm-4"],
     "permutations": [
-        "sinkhorn, forward-4", "sinkhorn, backward-4", "permute_columns-64", "rms_norm_permute-64",
+        "sinkhorn, forward-4", "sinkhorn, tolerance-4", "sinkhorn, training-4", "sinkhorn, backward-4",
+        "permute_columns-64", "rms_norm_permute-64",
     ],
 }  # fmt: skip
 
@@ -38,12 +40,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("group", GROUPS)
 def test_one_case_of_every_variant(group: str, cache: Path) -> None:
     names = [f"{FILE}::test_variant[{name}-float32]" for name in GROUPS[group]]
+    if group == "approximate":  # and kernels that are not ours, in the same child
+        names += [
+            f"{TUTORIALS}::{name}" for name in ("test_softmax[2-8]", "test_what_it_does_not_know_is_named")
+        ]
     assert f"{len(names)} passed" in emulated.run(90, *names, cache=cache, timeout=600)
 
 
 @pytest.mark.slow
 def test_no_variant_is_left_out(cache: Path) -> None:
-    found = emulated.run(90, "--collect-only", FILE, cache=cache, timeout=100)
+    found = emulated.run(90, "--collect-only", FILE, cache=cache, timeout=600)
     default = {line.partition("::")[2] for line in found.splitlines() if "::" in line}
     assert default == {f"test_variant[{name}-float32]" for names in GROUPS.values() for name in names}
 
@@ -68,6 +74,12 @@ def test_mutations_are_noticed(cache: Path) -> None:
 def test_scores_that_are_not_finite(cache: Path) -> None:
     selected = ("-m", "slow", "-k", "public_functions_refuse")
     assert "6 passed" in emulated.run(90, *selected, FILE, cache=cache, timeout=3600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_that_are_not_ours(target: int, cache: Path) -> None:
+    assert "10 passed" in emulated.run(target, TUTORIALS, cache=cache, timeout=3600)
 
 
 @pytest.mark.slow

@@ -173,24 +173,27 @@ class SharedMemory:
             raise Fault(f"shared memory misaligned ({total} bytes at {at[bad][0]})", threads[bad])
         return (at + self._cta[threads] * self.size)[:, None] + np.arange(total)
 
-    def _epochs(self, thread: Array) -> tuple[Array, Array]:
-        return self.cta_epoch[self._cta[thread]], self.warp_epoch[self._warp[thread]]
+    def _epochs(self, threads: Array) -> tuple[Array, Array]:
+        """Of the CTA and of the warp of each thread, as columns."""
+        return self.cta_epoch[self._cta[threads], None], self.warp_epoch[self._warp[threads], None]
 
     def _note_read(self, place: Array, threads: Array) -> None:
         unwritten = (self._writer.thread[place] < 0).any(1)
         if unwritten.any():
             raise Fault("shared memory read before it is written", threads[unwritten])
-        self._check(place, threads, self._writer, "read after write", False, False)
-        thread = np.broadcast_to(threads[:, None], place.shape)
-        cta_epoch, warp_epoch = self._epochs(thread)
-        last = self._reader
-        before = last.thread[place]
-        same_cta = (before >= 0) & (last.cta_epoch[place] == cta_epoch)
-        far = self._warp[before] != self._warp[thread]
-        same_warp = same_cta & (last.warp_epoch[place] == warp_epoch) & ~far
-        self._other_warps[place] = same_cta & (self._other_warps[place] | far)
-        self._other_lanes[place] = same_warp & (self._other_lanes[place] | (before != thread))
-        last.put(place, thread, cta_epoch, warp_epoch)
+        epochs = self._epochs(threads)
+        self._check(place, threads, epochs, self._writer, "read after write")
+        last, thread = self._reader, threads[:, None]
+        since_cta = last.cta_epoch[place] == epochs[0]
+        if since_cta.any():
+            before = last.thread[place]
+            far = self._warp[before] != self._warp[thread]
+            same_warp = since_cta & (last.warp_epoch[place] == epochs[1]) & ~far
+            self._other_warps[place] = since_cta & (self._other_warps[place] | far)
+            self._other_lanes[place] = same_warp & (self._other_lanes[place] | (before != thread))
+        else:
+            self._other_warps[place] = self._other_lanes[place] = False
+        last.put(place, thread, epochs)
         # Several threads of this very access.
         beside = last.thread[place] != thread
         if beside.any():
@@ -199,52 +202,47 @@ class SharedMemory:
             self._other_warps[place[far]] = True
 
     def _note_write(self, place: Array, data: Array, threads: Array, number: type) -> int:
+        epochs = self._epochs(threads)
         # Copies of one value that threads store are harmless.
         changes = _differ(self._bytes[place].view(number), data.view(number)).any(1)
         if changes.any():
-            self._check(place[changes], threads[changes], self._writer, "write after write", False, False)
-        others = self._other_warps[place], self._other_lanes[place]
-        self._check(place, threads, self._reader, "write after read", *others)
+            which = place[changes], threads[changes], tuple(epoch[changes] for epoch in epochs)
+            self._check(*which, self._writer, "write after write")
+        self._check(place, threads, epochs, self._reader, "write after read")
         self._bytes[place] = data
         differ = _differ(self._bytes[place].view(number), data.view(number)).any(1)
         if differ.any():
             raise Fault("race in shared memory: threads store different values at once", threads[differ])
-        thread = np.broadcast_to(threads[:, None], place.shape)
-        self._writer.put(place, thread, *self._epochs(thread))
-        return int((self._writer.thread[place] != thread).any(1).sum())
+        self._writer.put(place, threads[:, None], epochs)
+        return int((self._writer.thread[place] != threads[:, None]).any(1).sum())
 
-    def _check(
-        self,
-        place: Array,
-        threads: Array,
-        last: _Last,
-        what: str,
-        other_warps: Array | bool,
-        other_lanes: Array | bool,
-    ) -> None:
+    def _check(self, place: Array, threads: Array, epochs: tuple[Array, ...], last: _Last, what: str) -> None:
         """No other thread's access since the barrier: of the CTA, or of the warp for those of one warp."""
-        thread = np.broadcast_to(threads[:, None], place.shape)
+        since_cta = last.cta_epoch[place] == epochs[0]
+        if not since_cta.any():  # as between barriers: what follows is for the rest
+            return
+        thread = threads[:, None]
         before = last.thread[place]
-        cta_epoch, warp_epoch = self._epochs(thread)
         far = self._warp[before] != self._warp[thread]
-        since_cta = (before >= 0) & (last.cta_epoch[place] == cta_epoch)
-        between = since_cta & (other_warps | far)
+        several = last is self._reader  # of whom the last does not tell all
+        between = since_cta & ((self._other_warps[place] | far) if several else far)
         if between.any():
             raise Fault(f"race in shared memory between warps: {what}", threads[between.any(1)])
-        since_warp = since_cta & ~far & (last.warp_epoch[place] == warp_epoch)
-        within = since_warp & (other_lanes | (before != thread))
+        since_warp = since_cta & ~far & (last.warp_epoch[place] == epochs[1])
+        other = before != thread
+        within = since_warp & ((self._other_lanes[place] | other) if several else other)
         if within.any():
             raise Fault(f"race in shared memory within a warp: {what}", threads[within.any(1)])
 
 
 class _Last:
-    """The last thread (-1: nobody) that did something to each byte, and its epochs."""
+    """The last thread that did something to each byte, and its epochs; -1: nobody."""
 
     def __init__(self, n: int) -> None:
         self.thread, self.cta_epoch, self.warp_epoch = (np.full(n, -1, s64) for _ in range(3))
 
-    def put(self, place: Array, thread: Array, cta_epoch: Array, warp_epoch: Array) -> None:
-        self.thread[place], self.cta_epoch[place], self.warp_epoch[place] = thread, cta_epoch, warp_epoch
+    def put(self, place: Array, thread: Array, epochs: tuple[Array, Array]) -> None:
+        self.thread[place], (self.cta_epoch[place], self.warp_epoch[place]) = thread, epochs
 
 
 class LocalMemory:
