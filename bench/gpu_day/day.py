@@ -26,6 +26,8 @@ from nmsolve.files import locked, write_text
 FORMAT = "nmsolve-gpu-day"
 PART = 3
 """Exit code of a step that has no more time, and would go on where it ended."""
+REFUSED = 2
+"""Exit code of a step that cannot run here at all."""
 GRACE = 5.0
 """Seconds beyond its time after which a step is ended, and then killed."""
 
@@ -117,6 +119,11 @@ def run_day(
 
     ``command(step, seconds)`` is what runs a step. Its exit code says how it ended, its last line what was
     found. day.json is written after each.
+
+    Raises
+    ------
+    NMSolveError
+        If the folder is not to be used, or the first step finds that this is no machine for a day.
     """
     end = time.monotonic() + seconds
     day = begin(out, rehearsal)
@@ -149,6 +156,8 @@ def run_day(
             day["steps"][step.name] = found
             day["written"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             write_text(out / "day.json", json.dumps(day, indent=1) + "\n")
+            if found.get("code") == REFUSED and not position:
+                raise NMSolveError(found["line"].partition("error: ")[2] or found["line"])
     return states
 
 
@@ -168,7 +177,8 @@ def _run_step(out: Path, command: Sequence[str], step: Step, budget: float) -> d
         log.seek(begin_at)
         lines = [line for line in log.read().splitlines() if line.strip()]
     line = note + (lines[-1].strip() if lines else "nothing was said")
-    return {"state": state, "seconds": round(time.monotonic() - start, 1), "line": line[:500]}
+    seconds = round(time.monotonic() - start, 1)
+    return {"state": state, "code": child.returncode, "seconds": seconds, "line": line[:500]}
 
 
 @contextlib.contextmanager

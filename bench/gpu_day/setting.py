@@ -49,7 +49,7 @@ class Setting:
             cpu = torch.device("cpu")
             return Setting(out, deadline, True, cpu, 32, 32, (4, 8), (4, 8), few, (2, 2), 0)
         if not torch.cuda.is_available():
-            raise NMSolveError(f"gpu_day: torch {torch.__version__} sees no GPU")
+            raise NMSolveError(f"torch {torch.__version__} sees no GPU")
         many = {"iterations": 300, "tau": 150.0}
         sizes = (4, 8, 16, 32, 64)
         gpu = torch.device("cuda", torch.cuda.current_device())

@@ -25,6 +25,7 @@ from nmsolve.permute.couplings import Coupling, Site
 from nmsolve.permute.model_couplings import find_couplings
 from nmsolve.permute.norm import PermutedRMSNorm
 from nmsolve.permute.orders import check_permutation
+from nmsolve.prune.arguments import check_in_memory, check_plain
 
 __all__ = [
     "Applied",
@@ -170,6 +171,7 @@ def apply_permutations(
     """
     if how not in ("auto", "fold", "gather"):
         raise NMSolveError(f"how: expected 'auto', 'fold' or 'gather', got {how!r}")
+    check_in_memory(model)
     known = {coupling.name: coupling for coupling in couplings or find_couplings(model)}
     planned = [(_coupling(name, known), order) for name, order in permutations.items()]
     norms = norms or {}
@@ -180,6 +182,9 @@ def apply_permutations(
         if way == "norm"
     }
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for coupling, _, way in plans:
+        for site in (*coupling.consumers, *(coupling.producers if way == "fold" else ())):
+            check_plain(site.tensor, tensors[site.tensor].data)
     for path, norm in permuted.items():
         model.set_submodule(path, norm)
     for coupling, order, way in plans:

@@ -22,6 +22,7 @@ from nmsolve.permute.orders import check_permutation
 from nmsolve.permute.pruned_model import Part, PrunedModel
 from nmsolve.permute.training import Trainer, TrainingPlan
 from nmsolve.permute.training_state import LearnedPermutations
+from nmsolve.prune.arguments import check_in_memory
 
 __all__ = ["LearnedPermutations", "learn_permutation"]
 
@@ -105,6 +106,7 @@ def learn_permutation(
     """
     pattern = NMPattern.of(n, m)
     check_strategy(strategy)
+    check_in_memory(model)
     train, test = _split(list(calibration), held_out)
     if steps < 0 or check_every < 1 or patience < 1:
         raise NMSolveError("steps, check_every, patience: expected at least 0, 1 and 1")

@@ -25,6 +25,7 @@ __all__ = [
     "PruneSettings",
     "check_in_memory",
     "check_initial_masks",
+    "check_plain",
     "check_settings",
     "check_tokens",
     "check_weights",
@@ -100,12 +101,22 @@ def used_settings(settings: PruneSettings, calibrated: bool) -> dict[str, object
 
 
 def check_in_memory(model: nn.Module) -> None:
-    """Raises if accelerate holds a part of the model elsewhere: what is pruned here would not get there."""
+    """Raises if accelerate holds a part of the model elsewhere: what is changed here would not get there."""
     away = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
     if away and any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise NMSolveError(
             f"model: {len(away)} of its parameters are offloaded ({away[0]}, ...); load it without "
             "device_map, or with memory for all of it"
+        )
+
+
+def check_plain(name: str, tensor: Tensor) -> None:
+    """Raises if a model's tensor is stored in another form, as quantisation libraries do."""
+    kind = type(tensor)
+    if kind is not Tensor:
+        raise NMSolveError(
+            f"model: {name} is a {kind.__module__}.{kind.__name__}, not a plain tensor: prune first, then "
+            "quantise or wrap"
         )
 
 
@@ -120,12 +131,7 @@ def check_weights(selected: Selected) -> int:
         If one is not finite: a model may be right and hold such weights.
     """
     for layer in selected.layers:
-        kind = type(layer.weight.data)
-        if kind is not Tensor:
-            raise NMSolveError(
-                f"model: {layer.weight_name} is a {kind.__module__}.{kind.__name__}, not a plain tensor: "
-                "prune first, then quantise or wrap"
-            )
+        check_plain(layer.weight_name, layer.weight.data)
     zeros = 0
     for layer in selected.layers:
         weight = layer.weight.detach()

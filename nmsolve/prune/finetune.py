@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern, PatternLike
+from nmsolve.prune.arguments import check_in_memory
 from nmsolve.prune.layers import Layer, find_layers, uncompiled
 
 __all__ = ["FixedMasks", "Operands", "to_semi_structured"]
@@ -73,6 +74,7 @@ class FixedMasks:
         if not isinstance(masks, Mapping):
             raise NMSolveError(f"masks: expected names and bool tensors, got {type(masks).__name__}")
         model = uncompiled(model)
+        check_in_memory(model)
         self._layers = {layer.weight_name: layer for layer in find_layers(model)}
         self._held: dict[str, _Held] = {}
         for name, mask in masks.items():

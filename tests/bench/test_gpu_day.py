@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ pytest.importorskip("triton")
 
 from common import read_csv, write_whole
 from gpu_day import cases, clock, launches, peers, publish, sanitizer, suite, tiles, times
+from gpu_day.compiled import compile_ahead
 from gpu_day.day import PART, Step, begin, read_day, run_day
 from gpu_day.recorder import LOST
 from gpu_day.setting import Setting, Sheet
@@ -130,6 +132,16 @@ def alive(pid: int) -> bool:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").exists()
     return False
+
+
+def test_a_machine_without_a_gpu_ends_the_day(tmp_path: Path) -> None:
+    refused = "print('gpu_day: error: torch sees no GPU'); raise SystemExit(2)"
+    command = python(a=refused, b=SAYS.format("", 0))
+    with pytest.raises(NMSolveError, match=r"^torch sees no GPU$"):
+        run_day(tmp_path / "a", 30, command, steps=steps("a", "b"), say=str)
+    assert list(read_day(tmp_path / "a")["steps"]) == ["a"]
+    states = run_day(tmp_path / "b", 30, python(a="", b=refused, c=""), steps=steps("a", "b", "c"), say=str)
+    assert states == {"a": "done", "b": "failed", "c": "done"}
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -300,6 +312,34 @@ def test_a_wrong_result_is_not_timed(setting: Setting, monkeypatch) -> None:
     monkeypatch.setattr(cases, "CASES", (cases.Case("exact", lambda setting: (4,), worst),))
     assert "wrong: exact 4 float32; exact 4 bfloat16" in times.run(setting)[1]
     assert [row["ms"] for row in read_csv(setting.out / "times.csv")] == ["", ""]
+
+
+def test_kernels_are_compiled_in_other_processes(setting: Setting) -> None:
+    jobs = [("nm", 4, "float32"), ("none", 4, "float32")]
+    assert compile_ahead(setting, times.compile_one, jobs, 100) == {}, "a rehearsal compiles when it runs"
+    found = compile_ahead(dataclasses.replace(setting, processes=1), times.compile_one, jobs, 500)
+    assert found.keys() == {0, 1}
+    assert found[0] == ""
+    assert found[1].startswith("ValueError")
+
+
+@pytest.mark.slow
+def test_a_compiler_that_crashes_takes_only_its_own_job(
+    setting: Setting, tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "some_work.py").write_text(
+        "import os, time\n"
+        "def work(setting, job):\n"
+        "    if job == 'crash': os.abort()\n"
+        "    if job == 'hang': time.sleep(1000)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    work = importlib.import_module("some_work").work
+    one = dataclasses.replace(setting, processes=1)
+    assert compile_ahead(one, work, ["", "", "crash"], 300) == {0: "", 1: ""}
+    start = time.monotonic()
+    assert compile_ahead(one, work, ["", "hang"], 30) == {0: ""}
+    assert time.monotonic() - start < 120
 
 
 def test_quartiles() -> None:

@@ -12,7 +12,8 @@ from torch import nn
 import nmsolve
 from nmsolve.checkpoint.mask_files import load_masks
 from nmsolve.errors import WorkFailed
-from nmsolve.prune import prune_model
+from nmsolve.permute import apply_permutations, learn_permutation
+from nmsolve.prune import FixedMasks, prune_model
 from nmsolve.prune.calibration import make_batches
 from nmsolve.prune.methods import PRUNING_METHODS
 
@@ -78,7 +79,7 @@ def test_an_earlier_mask_is_kept(method, tmp_path):
         ({"transposable": False, "mask_method": "greedy"}, "needs transposable=True"),
         ({"pattern": "2/4"}, "pattern: expected 'N:M'"),
         ({"pattern": {}}, "pattern: expected at least one"),
-        ({"pattern": {"*": 3}}, "pattern: expected 'N:M' or a mapping"),
+        ({"pattern": {"*": 3}}, "pattern: expected 'N:M' with N kept of M"),
         ({"pattern": {"nothing.*": "2:4"}}, "pattern: 'nothing.*' matches none of the model's 3 layers"),
         ({"dense": ["nothing"]}, "dense: 'nothing' matches none"),
         ({"dense": "nothing"}, "dense: 'nothing' matches none"),
@@ -179,6 +180,8 @@ def test_weights_of_quantisation_libraries_are_refused():
     model = mlp()
     model[2].weight = torch.nn.Parameter(model[2].weight.detach().as_subclass(Packed))
     with pytest.raises(nmsolve.NMSolveError, match=r"2\.weight is a .*Packed, not a plain tensor"):
+        apply_permutations(model, {"2": torch.arange(model[2].in_features).flip(0)})
+    with pytest.raises(nmsolve.NMSolveError, match=r"2\.weight is a .*Packed, not a plain tensor"):
         prune(model, torch.randn(8, 16))
 
 
@@ -191,3 +194,10 @@ def test_models_that_are_partly_elsewhere_are_refused(tmp_path):
     model = accelerate.dispatch_model(mlp(), places, "cpu", offload_dir=tmp_path, force_hooks=True)
     with pytest.raises(nmsolve.NMSolveError, match=r"model: 2 of its parameters are offloaded \(2\.bias"):
         prune(model, torch.randn(64, 16))
+    masks = {"0.weight": torch.ones(model[0].weight.shape, dtype=torch.bool)}
+    with pytest.raises(nmsolve.NMSolveError, match="model: 2 of its parameters are offloaded"):
+        FixedMasks(model, masks)
+    with pytest.raises(nmsolve.NMSolveError, match="model: 2 of its parameters are offloaded"):
+        apply_permutations(model, {"2": torch.arange(model[2].in_features).flip(0)})
+    with pytest.raises(nmsolve.NMSolveError, match="model: 2 of its parameters are offloaded"):
+        learn_permutation(model, [torch.randn(4, 16)] * 3, 2, 4)
