@@ -56,15 +56,7 @@ def inputs_to_rotate(setting: Setting, size: int) -> int:
 
 def timed(setting: Setting, calls: Sequence[Callable[[], object]], seconds: float) -> Times:
     """``calls`` do the same on different inputs; about ``seconds`` are spent, after one call of each."""
-    for call in calls:
-        call()
-    setting.synchronize()
-    start = time.perf_counter()
-    calls[0]()
-    setting.synchronize()
-    once = time.perf_counter() - start
-    least, most = setting.repeats
-    repeats = max(least, min(most, int(seconds / max(once, 1e-6))))
+    repeats = _repeats(setting, calls, seconds)
     if setting.device.type != "cuda":
         return _by_wall_clock(setting, calls, repeats)
     taken: list[float] = []
@@ -86,15 +78,20 @@ def timed(setting: Setting, calls: Sequence[Callable[[], object]], seconds: floa
 
 def whole(setting: Setting, calls: Sequence[Callable[[], object]], seconds: float) -> Times:
     """The same by the host's clock, from the call until the GPU is done: where the host's share matters."""
+    return _by_wall_clock(setting, calls, _repeats(setting, calls, seconds))
+
+
+def _repeats(setting: Setting, calls: Sequence[Callable[[], object]], seconds: float) -> int:
+    """How often a call fits into the seconds, after one of each."""
     for call in calls:
         call()
     setting.synchronize()
     start = time.perf_counter()
     calls[0]()
     setting.synchronize()
-    least, most = setting.repeats
     once = time.perf_counter() - start
-    return _by_wall_clock(setting, calls, max(least, min(most, int(seconds / max(once, 1e-6)))))
+    least, most = setting.repeats
+    return max(least, min(most, int(seconds / max(once, 1e-6))))
 
 
 def _by_wall_clock(setting: Setting, calls: Sequence[Callable[[], object]], repeats: int) -> Times:

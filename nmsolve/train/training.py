@@ -54,13 +54,13 @@ class SparseTraining:
 
     Parameters
     ----------
-    model : nn.Module In memory, dense or pruned already. Under FSDP2 and tensor parallelism it is
-    distributed first; DDP and
-        ``torch.compile`` may wrap it before or after.
-    pattern : str, NMPattern or mapping of glob to either or None ``"2:4"`` keeps 2 of 4. As in
-    :func:`nmsolve.prune.prune_model`: the last glob that matches a layer decides, None leaves it dense;
-    ``"*"`` leaves out heads, embeddings, routers and what is smaller than a
-        block.
+    model : nn.Module
+        In memory, dense or pruned already. Under FSDP2 and tensor parallelism it is distributed first; DDP
+        and ``torch.compile`` may wrap it before or after.
+    pattern : str, NMPattern or mapping of glob to either or None
+        ``"2:4"`` keeps 2 of 4. As in :func:`nmsolve.prune.prune_model`: the last glob that matches a layer
+        decides, None leaves it dense; ``"*"`` leaves out heads, embeddings, routers and what is smaller
+        than a block.
     include : str or iterable of str, optional
         With one pattern: only the layers that these globs match.
     dense : str or iterable of str

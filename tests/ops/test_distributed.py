@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
-import time
-from pathlib import Path
 
 import pytest
 import spread
 import torch
 import torch.multiprocessing
+from gloo import Outcomes, outcomes
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -19,37 +17,23 @@ from nmsolve.ops.distributed import Span, _split
 LIMIT_S = 300
 
 
-def outcomes(processes: int, folder: Path) -> dict[str, dict[int, str | None]]:
-    """Case -> process -> traceback or None, of one group that runs all cases of its size."""
-    context = torch.multiprocessing.spawn(spread.work, (processes, str(folder)), nprocs=processes, join=False)
-    end = time.monotonic() + LIMIT_S
-    try:
-        while not context.join(timeout=max(1.0, end - time.monotonic())):
-            assert time.monotonic() < end, "the processes hang"
-    finally:
-        for process in context.processes:
-            process.kill()
-    found = {rank: json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)}
-    return {name: {rank: found[rank][name] for rank in found} for name in spread.CASES[processes]}
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return outcomes(spread.work, 2, tmp_path_factory.mktemp("two"), spread.CASES[2], LIMIT_S)
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, str | None]]:
-    return outcomes(2, tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, str | None]]:
-    return outcomes(4, tmp_path_factory.mktemp("four"))
+def four(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return outcomes(spread.work, 4, tmp_path_factory.mktemp("four"), spread.CASES[4], LIMIT_S)
 
 
 @pytest.mark.parametrize("case", spread.CASES[2])
-def test_two_processes(two: dict[str, dict[int, str | None]], case: str) -> None:
+def test_two_processes(two: Outcomes, case: str) -> None:
     assert two[case] == dict.fromkeys(range(2))
 
 
 @pytest.mark.parametrize("case", spread.CASES[4])
-def test_four_processes(four: dict[str, dict[int, str | None]], case: str) -> None:
+def test_four_processes(four: Outcomes, case: str) -> None:
     assert four[case] == dict.fromkeys(range(4))
 
 

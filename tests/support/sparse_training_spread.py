@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
-import json
-import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from gloo import run_cases
 from sparse_training import STEPS, Net, batches, network, train
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,24 +28,7 @@ def case(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def work(rank: int, processes: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=processes,
-        timeout=datetime.timedelta(seconds=120),
-    )
-    outcome: dict[str, str | None] = {}
-    for name, function in CASES.items():
-        try:
-            function()
-            outcome[name] = None
-        except Exception:
-            outcome[name] = traceback.format_exc()
-        Path(folder, f"{rank}.json").write_text(json.dumps(outcome))
-        distributed.barrier()
-    distributed.destroy_process_group()
+    run_cases(CASES, rank, processes, folder, patience=120)
 
 
 def own_batches() -> Iterator[tuple[Tensor, Tensor]]:

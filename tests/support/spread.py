@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import re
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from gloo import run_cases
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -37,26 +34,7 @@ def case(processes: int, name: str = "") -> Callable[[Callable[[], None]], Calla
 
 
 def work(rank: int, processes: int, folder: str) -> None:
-    """Run every case; write for each what it raised here, or null."""
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=processes,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    outcome: dict[str, str | None] = {}
-    for name, function in CASES[processes].items():
-        torch.manual_seed(0)
-        try:
-            function()
-            outcome[name] = None
-        except Exception:
-            outcome[name] = traceback.format_exc()
-        Path(folder, f"{rank}.json").write_text(json.dumps(outcome))
-        distributed.barrier()
-    distributed.destroy_process_group()
+    run_cases(CASES[processes], rank, processes, folder, patience=60)
 
 
 def line() -> DeviceMesh:
