@@ -60,9 +60,6 @@ class BlockSolution:
     scale : Tensor
         float64, as ``objective``: sum of the absolute kept scores, what ``gap`` is relative to. It equals the
         objective where no score is negative.
-
-    Kept scores near the largest float64 may sum to more than a float64 holds. The three numbers of such a
-    block are then all divided by the smallest power of two that makes them fit, so that its gap is right.
     """
 
     mask: Tensor
@@ -76,7 +73,8 @@ class BlockSolution:
     def gap(self) -> Tensor:
         """``(bound - objective) / scale`` of each block: 0 proves that the block's mask is optimal.
 
-        That of an optimal block is at most 1e-6 (1e-12 for float64 scores), which is rounding.
+        That of an optimal block is at most 1e-6 (1e-12 for float64 scores), which is rounding, unless its
+        scores are so large that what it keeps is no float64: then it is NaN.
         """
         return relative_gap(self.bound - self.objective, self.scale)
 
