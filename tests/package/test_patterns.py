@@ -16,6 +16,7 @@ from torch import nn
 import nmsolve
 import nmsolve.permute
 import nmsolve.prune
+import nmsolve.train
 from nmsolve import NMPattern, NMSolveError
 from nmsolve.integrations.client import MissingClientError
 
@@ -53,6 +54,10 @@ def pruned(given: object) -> dict[str, torch.Tensor]:
     )
     assert nmsolve.prune.FixedMasks(model, result.masks).operands(given)
     return dict(result.masks)
+
+
+def trained(given: object) -> dict[str, torch.Tensor]:
+    return nmsolve.train.SparseTraining(nn.Sequential(layer()), given, backend="torch").masks
 
 
 def sparsified(given: object) -> torch.Tensor:
@@ -110,14 +115,19 @@ IN_ONE = {
     "nmsolve.save_masks": saved,
     "nmsolve.prune.MaskRule": lambda given: nmsolve.prune.MaskRule(given, backend="torch").choose(SCORES),
     "nmsolve.prune.prune_model": pruned,
+    "nmsolve.train.SparseTraining": trained,
     "nmsolve.integrations.torch_ao.NMSparsifier": sparsified,
     "nmsolve.integrations.torch_prune.NMPruning": lambda given: from_torch_prune(given, "NMPruning"),
     "nmsolve.integrations.torch_prune.nm_structured": lambda given: from_torch_prune(given, "nm_structured"),
     "nmsolve.checkpoint.mask_checkpoint": lambda given, tmp_path: checkpoint(given, tmp_path, "mask"),
     "nmsolve.permute.permute_checkpoint": lambda given, tmp_path: checkpoint(given, tmp_path, "permute"),
 }
-# Those that speak as their clients do: apex's names of patterns, and calculators of its own.
-OTHERS = {"nmsolve.integrations.apex_asp.create_mask", "nmsolve.integrations.apex_asp.mask_calculator"}
+# Those that speak as their clients do: apex's names of patterns, and calculators of its own. And a result.
+OTHERS = {
+    "nmsolve.integrations.apex_asp.create_mask",
+    "nmsolve.integrations.apex_asp.mask_calculator",
+    "nmsolve.train.LayerMetrics",
+}
 
 FORMS = ("2:4", " 2 : 4 ", (2, 4), [2, 4], NMPattern(2, 4))
 WRONG = ("half", "2-4", "4:2", (2, 4, 8), (2.0, 4), ("2", "4"), 2.5, None, b"2:4", (True, 4))
