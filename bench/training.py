@@ -38,7 +38,7 @@ from nmsolve.train import SparseTraining
 PATTERNS = ("2:4", "8:16", "16:32")
 REFRESHES = (1, 40, 200)
 PILOT_SEED = 1000
-PILOT = {"dense": (2e-3, 4e-3, 8e-3), "sr-ste": (0.1, 1.0, 10.0), "gradient decay": (1e-4, 1e-3, 1e-2)}
+PILOT = {"dense": (4e-3, 8e-3, 1.6e-2), "sr-ste": (0.1, 1.0, 10.0), "gradient decay": (1e-4, 1e-3, 1e-2)}
 
 WIDTH, HEADS, BLOCKS, BYTES = 64, 2, 2, 256
 WINDOW, BATCH = 64, 8
@@ -70,7 +70,7 @@ class Run:
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.before, self.between = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
+        self.before, self.between = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
         self.up, self.down = (
             nn.Linear(WIDTH, 4 * WIDTH, bias=False),
@@ -91,7 +91,7 @@ class Model(nn.Module):
         super().__init__()
         self.bytes, self.places = nn.Embedding(BYTES, WIDTH), nn.Embedding(WINDOW, WIDTH)
         self.blocks = nn.Sequential(*(Block() for _ in range(BLOCKS)))
-        self.last = nn.RMSNorm(WIDTH)
+        self.last = nn.LayerNorm(WIDTH)
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -247,7 +247,7 @@ def comparison(seed: int, steps: int, rate: float, sr_ste: float, gradient_decay
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2000, help="a multiple of 20")
+    parser.add_argument("--steps", type=int, default=1600, help="a multiple of 20")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "training.csv")
     arguments = parser.parse_args()
