@@ -38,7 +38,7 @@ from nmsolve.train import SparseTraining
 PATTERNS = ("2:4", "8:16", "16:32")
 REFRESHES = (1, 40, 200)
 PILOT_SEED = 1000
-PILOT = {"dense": (4e-3, 8e-3, 1.6e-2), "sr-ste": (0.1, 1.0, 10.0), "gradient decay": (1e-4, 1e-3, 1e-2)}
+PILOT = {"dense": (2e-3, 4e-3, 8e-3), "sr-ste": (0.1, 1.0, 10.0), "gradient decay": (1e-4, 1e-3, 1e-2)}
 
 WIDTH, HEADS, BLOCKS, BYTES = 64, 2, 2, 256
 WINDOW, BATCH = 64, 8
@@ -175,6 +175,7 @@ def train(run: Run, learned: Tensor, test: Tensor) -> dict[str, object]:
     for step, batch in enumerate(batches(learned, run.seed, run.steps), 1):
         optimizer.zero_grad()
         model.loss(batch).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % (run.steps // POINTS):
