@@ -27,7 +27,10 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def quotient(x, y):
-    """x / y for positive float32 numbers to about 2 units in the last place: a reciprocal and a product."""
+    """x / y for float32 and y > 0 to about 2 units in the last place: a reciprocal and a product.
+
+    Where the reciprocal overflows (y below 2^-126) or vanishes (above 2^126), it is infinite or 0.
+    """
     return x / y if INTERPRETED else libdevice.fast_dividef(x, y)
 
 

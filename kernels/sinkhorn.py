@@ -30,6 +30,7 @@ from nmsolve.kernels._tile import (
     max_rows,
     min_cols,
     min_rows,
+    quotient,
     row_index,
     sum_cols,
     sum_rows,
@@ -136,10 +137,10 @@ def sinkhorn_forward_kernel(
         total = sum_rows(kernel * v)
         if TOLERANCE:
             error = max_cols(tl.where(live_row, tl.abs(u * total - a), 0.0))
-            going = going & ((error > tolerance) | (t == 0))
-        new_u = tl.where(total == 0.0, 1.0, a / total)
+            going = going & tl.where(t > 0, error > tolerance, True)
+        new_u = tl.where(total == 0.0, 1.0, quotient(a, total))
         total = sum_cols(kernel * new_u)
-        new_v = tl.where(total == 0.0, 1.0, b / total)
+        new_v = tl.where(total == 0.0, 1.0, quotient(b, total))
         low = tl.minimum(min_cols(new_u), min_rows(new_v))
         high = tl.maximum(max_cols(new_u), max_rows(new_v))
         safe = (t > 0) & (low > 1.0 / (1 << 30)) & (high < 1 << 30)
@@ -248,7 +249,8 @@ def sinkhorn_backward_kernel(
         place = block * iterations + t
         f = load_scattered(row_scalings_ptr + place * rows + i, row_mask, -INF)
         g = load_scattered(col_scalings_ptr + place * cols + j, col_mask, 0.0)
-        before = load_scattered(col_scalings_ptr + (place - 1) * cols + j, col_mask & (t > 0), 0.0)
+        later = tl.where(t > 0, col_mask, False)
+        before = load_scattered(col_scalings_ptr + (place - 1) * cols + j, later, 0.0)
         if RELOAD:
             row = i + t * (one - 1)
             col = j + t * (one - 1)
@@ -261,8 +263,8 @@ def sinkhorn_backward_kernel(
         dg = tl.where(newest, dg_plan, dg)
         of_col = sum_cols(kernel)
         of_row = sum_rows(kernel * v)
-        y = dg / tl.where(of_col == 0.0, 1.0, of_col)
-        z = (df - sum_rows(kernel * y)) / tl.where(of_row == 0.0, 1.0, of_row)
+        y = quotient(dg, tl.where(of_col == 0.0, 1.0, of_col))
+        z = quotient(df - sum_rows(kernel * y), tl.where(of_row == 0.0, 1.0, of_row))
         dg = 0.0 - v * sum_cols(kernel * z)
         total -= kernel * (y + z * v)
     out = (total * inverse_temperature).to(out_ptr.dtype.element_ty)

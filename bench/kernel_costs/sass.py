@@ -113,6 +113,27 @@ def reachable(blocks: list[Block], start: int = 0, without: int | None = None) -
     return seen
 
 
+def straight_runs(blocks: list[Block]) -> list[list[int]]:
+    """The blocks that are reached, in runs that are executed from end to end.
+
+    In a run a block's only successor has no other block before it. Shuffles of warps that may have diverged
+    end a block, so that a branch of the source is several.
+    """
+    hot = reachable(blocks)
+    before = Counter(after for b in hot for after in blocks[b].successors)
+    follows = {}
+    for b in hot:
+        if len(blocks[b].successors) == 1 and before[blocks[b].successors[0]] == 1:
+            follows[b] = blocks[b].successors[0]
+    runs = []
+    for b in sorted(hot - set(follows.values())):
+        run = [b]
+        while run[-1] in follows:
+            run.append(follows[run[-1]])
+        runs.append(run)
+    return runs
+
+
 class Loop(NamedTuple):
     """A natural loop: its first block, all its blocks, and the index of the loop around it."""
 

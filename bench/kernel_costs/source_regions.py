@@ -149,18 +149,15 @@ def phases(code: list[sass.Instruction], sources: Sources) -> dict[str, dict[str
     """
     blocks = sass.basic_blocks(code)
     loops = sass.natural_loops(blocks)
-    hot = sass.reachable(blocks)
     innermost = sass.innermost(loops)
     region_of = regions_of_loops(code, blocks, loops, sources)
     lines: dict[str, list[sass.Instruction]] = defaultdict(list)
-    for b in sorted(hot):
-        loop_region = region_of[innermost.get(b)]
-        name = region_of_block(code, blocks[b], loop_region, sources)
-        if any(
-            line.name == "CALL" and line.target is None for line in code[blocks[b].first : blocks[b].last]
-        ):
-            continue  # the slow way of a 64-bit division
-        lines[name] += code[blocks[b].first : blocks[b].last]
+    for run in sass.straight_runs(blocks):
+        name = region_of_run(code, [blocks[b] for b in run], region_of[innermost.get(run[0])], sources)
+        for b in run:
+            here = code[blocks[b].first : blocks[b].last]
+            if not any(line.name == "CALL" and line.target is None for line in here):
+                lines[name] += here  # what calls is the slow way of a 64-bit division
     peeled = peeled_loops(code, blocks, loops, region_of, sources)
     return {name: sass.count(found) | {"peeled": name in peeled} for name, found in lines.items()}
 
@@ -222,12 +219,13 @@ def regions_of_loops(
     return region_of
 
 
-def region_of_block(code: list[sass.Instruction], block: sass.Block, around: str, sources: Sources) -> str:
-    """The region that most of a block's instructions are of: the loop ``around`` it, or an ``if`` inside."""
+def region_of_run(code: list[sass.Instruction], run: list[sass.Block], around: str, sources: Sources) -> str:
+    """The region that most instructions of a run are of: the loop ``around`` it, or an ``if`` in that."""
     tally: Counter[str] = Counter()
-    for chain, n in _chains(code, block, sources).items():
-        inside = chain[: chain.index(around)] if around in chain else ()
-        tally[next((name for name in inside if _branch(sources.regions[name])), around)] += n
+    for block in run:
+        for chain, n in _chains(code, block, sources).items():
+            inside = chain[: chain.index(around)] if around in chain else ()
+            tally[next((name for name in inside if _branch(sources.regions[name])), around)] += n
     return max(tally, key=lambda name: (tally[name], name)) if tally else around
 
 

@@ -194,6 +194,24 @@ def test_a_call_of_a_label_leaves_a_loop(sources: source_regions.Sources) -> Non
         assert kinds == before
 
 
+def test_a_branch_in_several_pieces_is_one(sources: source_regions.Sources) -> None:
+    """What the branch begins with is moved into it from the loop, and a shuffle cuts it in two."""
+    moved = """\t//## File "/somewhere/k.py", line 6
+        /*0061*/                   IMAD R4, R3, R3, RZ ;
+        /*0062*/                   IMAD R5, R3, R3, RZ ;
+\t//## File "/somewhere/k.py", line 9
+        /*0063*/                   BRA.DIV UR7, `(.L_x_9) ;
+"""
+    line_9 = '\t//## File "/somewhere/k.py", line 9\n'
+    code = sass.parse(LISTING.replace(line_9, moved))
+    blocks = sass.basic_blocks(code)
+    branch = next(run for run in sass.straight_runs(blocks) if code[blocks[run[0]].first].address == 0x61)
+    assert [blocks[b].last - blocks[b].first for b in branch] == [3, 2]
+    found = source_regions.phases(code, sources)
+    sizes = {name: sum(counts["kinds"].values()) for name, counts in found.items()}
+    assert sizes == {"kernel": 3, "kernel.while1": 5, "kernel.while1.while1": 3, "kernel.while1.if1": 5}
+
+
 def test_a_loop_that_the_source_does_not_have_is_an_error(sources: source_regions.Sources) -> None:
     with pytest.raises(ValueError, match="none of the source's"):
         source_regions.phases(sass.parse(LISTING.replace("line 7", "line 3")), sources)
