@@ -1,6 +1,6 @@
 """Sparse training from scratch: how the masks are chosen and refreshed against the loss on held-out text.
 
-A small language model of bytes (2 blocks of width 64) learns the Wikipedia text of smollm2_model.py: dense,
+A small Llama of bytes (2 blocks of width 64) learns the Wikipedia text of smollm2_model.py: dense,
 under masks that stay as they were, and under masks that follow the weights in every way that SparseTraining
 has. The runs of a seed begin with the same weights and see the same batches, so that they can be compared in
 pairs. Every run is a row of results/training.csv, written when it ends; what is there already is not run
@@ -32,6 +32,7 @@ from common import RESULTS, append_csv, read_csv
 from smollm2_model import texts
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from nmsolve.train import SparseTraining
 
@@ -40,7 +41,7 @@ REFRESHES = (1, 40, 200)
 PILOT_SEED = 1000
 PILOT = {"dense": (2e-3, 4e-3, 8e-3), "sr-ste": (0.1, 1.0, 10.0), "gradient decay": (1e-4, 1e-3, 1e-2)}
 
-WIDTH, HEADS, BLOCKS, BYTES = 64, 2, 2, 256
+WIDTH, HEADS, BLOCKS = 64, 2, 2
 WINDOW, BATCH = 64, 8
 POINTS = 20
 SMALL, LARGE = 128, 2048  # windows of held-out text: along the run, and at its end
@@ -67,45 +68,27 @@ class Run:
 # --- the model and the text ---------------------------------------------------------------------------------
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.before, self.between = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
-        self.up, self.down = (
-            nn.Linear(WIDTH, 4 * WIDTH, bias=False),
-            nn.Linear(4 * WIDTH, WIDTH, bias=False),
+def decoder(seed: int) -> nn.Module:
+    """A Llama whose head is its embedding, which stays dense."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256,
+            hidden_size=WIDTH,
+            intermediate_size=3 * WIDTH,
+            num_hidden_layers=BLOCKS,
+            num_attention_heads=HEADS,
+            max_position_embeddings=WINDOW,
+            initializer_range=0.08,
+            tie_word_embeddings=True,
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.before(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(seen.transpose(1, 2).flatten(2))
-        return x + self.down(functional.gelu(self.up(self.between(x))))
+    )
 
 
-class Model(nn.Module):
-    """A decoder whose head is its embedding."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.bytes, self.places = nn.Embedding(BYTES, WIDTH), nn.Embedding(WINDOW, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(BLOCKS)))
-        self.last = nn.LayerNorm(WIDTH)
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                std = 0.02 if name.startswith(("bytes", "places")) else parameter.shape[1] ** -0.5
-                nn.init.normal_(parameter, std=std, generator=generator)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(
-            self.last(self.blocks(self.bytes(x) + self.places.weight)), self.bytes.weight
-        )
-
-    def loss(self, windows: Tensor) -> Tensor:
-        """Nats a byte; windows: (batch, WINDOW + 1) int64."""
-        return functional.cross_entropy(self(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+def loss(model: nn.Module, windows: Tensor) -> Tensor:
+    """Nats a byte; windows: (batch, WINDOW + 1) int64."""
+    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+    return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
 def as_bytes(text: str) -> Tensor:
@@ -119,18 +102,18 @@ def batches(text: Tensor, seed: int, steps: int) -> Iterator[Tensor]:
         yield text[starts + torch.arange(WINDOW + 1)]
 
 
-def held_out(model: Model, text: Tensor, windows: int) -> float:
+def held_out(model: nn.Module, text: Tensor, windows: int) -> float:
     """The loss on so many windows, spread evenly over the text."""
     starts = torch.linspace(0, len(text) - WINDOW - 1, windows).long().unsqueeze(1)
     drawn = text[starts + torch.arange(WINDOW + 1)]
     with torch.no_grad():
-        return float(torch.stack([model.loss(part) for part in drawn.split(64)]).mean())
+        return float(torch.stack([loss(model, part) for part in drawn.split(64)]).mean())
 
 
 # --- one run ------------------------------------------------------------------------------------------------
 
 
-def sparse_training(model: Model, run: Run) -> SparseTraining | None:
+def sparse_training(model: nn.Module, run: Run) -> SparseTraining | None:
     if run.method == "dense":
         return None
     gradients = {"fixed": "masked", "sr-ste": "sr-ste"}
@@ -162,7 +145,7 @@ def moved(before: dict[str, Tensor], now: dict[str, Tensor]) -> float:
 def train(run: Run, learned: Tensor, test: Tensor) -> dict[str, object]:
     """Trains a model and returns its row."""
     began = time.process_time()
-    model = Model(run.seed)
+    model = decoder(run.seed)
     sparse = sparse_training(model, run)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=run.rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
@@ -174,7 +157,7 @@ def train(run: Run, learned: Tensor, test: Tensor) -> dict[str, object]:
     curve, flips, kept = [], [], 1.0
     for step, batch in enumerate(batches(learned, run.seed, run.steps), 1):
         optimizer.zero_grad()
-        model.loss(batch).backward()
+        loss(model, batch).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -248,7 +231,7 @@ def comparison(seed: int, steps: int, rate: float, sr_ste: float, gradient_decay
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1600, help="a multiple of 20")
+    parser.add_argument("--steps", type=int, default=1200, help="a multiple of 20")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "training.csv")
     arguments = parser.parse_args()
@@ -262,7 +245,7 @@ def main() -> None:
         for run in runs:
             if run.key() not in done:
                 row = train(run, learned, test)
-                append_csv(arguments.out, row, "gensim")
+                append_csv(arguments.out, row, "transformers", "gensim")
                 print(", ".join(f"{name} {row[name]}" for name in (*asdict(run), "held_out")), flush=True)
 
     def rows() -> list[dict[str, str]]:
