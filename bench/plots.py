@@ -1,6 +1,7 @@
-"""The pictures of docs/benchmarks.md, from bench/results/peers.csv and bench/results/scaling.csv.
+"""The pictures of docs/benchmarks.md and docs/training.md, from the files in bench/results.
 
 docs/benchmarks_peers.png: time against error. docs/benchmarks_growth.png: how exact's time grows.
+docs/training.png: sparse training, its losses and its masks' flips.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from common import RESULTS, ROOT, read_csv
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from tables import training as training_tables
 
 from nmsolve.files import writing
 
@@ -21,8 +23,8 @@ FLOOR = 1e-7  # errors below the resolution of the scores, float32, are drawn he
 SIZE = "8192"
 
 # Okabe and Ito's colours, apart for every kind of colour vision; the shape alone identifies a method.
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK, GREY = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999999",
 )  # fmt: skip
 STYLES = {
     "nmsolve exact (cpu)": (RED, "*"),
@@ -45,6 +47,16 @@ STYLES = {
     "torch-linear-assignment": (BLACK, "2"),
 }
 UNFILLED = ("|", "x", "1", "2", "3")
+TRAINING_STYLES = {
+    training_tables.DENSE: (BLACK, "_"),
+    training_tables.FIXED: (ORANGE, "s"),
+    training_tables.EVERY_STEP: (SKY, "o"),
+    training_tables.EVERY_40: (BLUE, "o"),
+    training_tables.EVERY_200: (GREEN, "o"),
+    training_tables.SR_STE: (RED, "^"),
+    training_tables.GRADIENT_DECAY: (PINK, "v"),
+    training_tables.ORDINARY: (GREY, "x"),
+}
 PATTERN_STYLES = {"2:4": (SKY, "o"), "4:8": (BLUE, "s"), "8:16": (RED, "^"), "16:32": (BLACK, "D")}
 
 
@@ -169,6 +181,51 @@ def growth(rows: list[Row], file: Path) -> None:
     save(figure, file)
 
 
+def training(rows: list[Row], file: Path) -> None:
+    """Losses along the runs and at their end, and how far masks move, as means over the seeds."""
+    rows = [row for row in rows if row["part"] == "comparison"]
+    patterns = [row["pattern"] for row in rows if row["method"] == "fixed" and row["seed"] == rows[0]["seed"]]
+    ways = dict.fromkeys((row["method"], row["mask"], row["refresh"]) for row in rows)
+
+    def of(way: tuple[str, ...], pattern: str) -> list[Row]:
+        found = [row for row in rows if (row["method"], row["mask"], row["refresh"]) == way]
+        return [row for row in found if row["pattern"] in (pattern, "dense")]
+
+    def mean(found: list[Row], column: str) -> list[float]:
+        along = zip(*([float(v) for v in row[column].split()] for row in found), strict=True)
+        return [sum(values) / len(values) for values in along]
+
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    curve, ends, masks = figure.subplots(1, 3)
+    for k, way in enumerate(ways):
+        colour, shape = TRAINING_STYLES[way]
+        label = training_tables.NAMES[way]
+        steps = int(rows[0]["steps"])
+        losses = mean(of(way, patterns[0]), "curve")
+        every = steps // len(losses)
+        late = len(losses) // 4
+        along = [every * (i + 1) for i in range(late, len(losses))]
+        curve.plot(along, losses[late:], color=colour, label=label, linewidth=1.3)
+        for place, pattern in enumerate(patterns):
+            here = [float(row["held_out"]) for row in of(way, pattern)]
+            x = [place + 0.1 * (k - len(ways) / 2)] * len(here)
+            ends.plot(x, here, shape, color=colour, markersize=4)
+        moves = mean(of(way, patterns[0]), "moved")
+        if any(moves):
+            tenths = [(i + 1) * steps // 10 for i in range(len(moves))]
+            masks.plot(tenths, [100 * share for share in moves], color=colour, label=label, linewidth=1.3)
+    curve.set(xlabel="optimizer step", ylabel="nats a byte", title=f"held-out loss, {patterns[0]}")
+    ends.set(ylabel="nats a byte", title="at the end, each seed")
+    ends.set_xticks(range(len(patterns)), patterns)
+    masks.set(xlabel="optimizer step", ylabel="%", title=f"mask entries changed in a tenth, {patterns[0]}")
+    masks.set_ylim(bottom=0)
+    for axis in figure.axes:
+        axis.grid(alpha=0.3)
+    handles, labels = curve.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    save(figure, file)
+
+
 def save(figure: Figure, file: Path) -> None:
     """Write the picture; the same results give the same bytes."""
     with writing(file) as picture:
@@ -183,6 +240,7 @@ def main() -> None:
     arguments = parser.parse_args()
     peers(read_csv(arguments.results / "peers.csv"), arguments.out / "benchmarks_peers.png")
     growth(read_csv(arguments.results / "scaling.csv"), arguments.out / "benchmarks_growth.png")
+    training(read_csv(arguments.results / "training.csv"), arguments.out / "training.png")
 
 
 if __name__ == "__main__":

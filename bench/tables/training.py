@@ -1,0 +1,216 @@
+"""The tables of docs/training.md, from what bench/training.py and the scripts beside it wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+from scipy.stats import t as student
+
+from tables.columns import Row, left, listing, markdown, number, percent, results, right, share, source
+
+FILE = "training.csv"
+REFRESH = "training_refresh.csv"
+
+Way = tuple[str, str, str]  # method, kind of mask, refresh
+
+DENSE: Way = ("dense", "none", "0")
+FIXED: Way = ("fixed", "transposable", "0")
+EVERY_STEP: Way = ("straight-through", "transposable", "1")
+EVERY_40: Way = ("straight-through", "transposable", "40")
+EVERY_200: Way = ("straight-through", "transposable", "200")
+SR_STE: Way = ("sr-ste", "transposable", "1")
+GRADIENT_DECAY: Way = ("gradient decay", "transposable", "40")
+ORDINARY: Way = ("straight-through", "ordinary", "40")
+
+NAMES = {
+    DENSE: "dense",
+    FIXED: "fixed mask",
+    EVERY_STEP: "straight-through, refresh 1",
+    EVERY_40: "straight-through, refresh 40",
+    EVERY_200: "straight-through, refresh 200",
+    SR_STE: "SR-STE, refresh 1",
+    GRADIENT_DECAY: "decay of gradients, refresh 40",
+    ORDINARY: "ordinary masks, straight-through, refresh 40",
+}
+PAIRS = (
+    (FIXED, EVERY_40),
+    (EVERY_STEP, EVERY_40),
+    (EVERY_200, EVERY_40),
+    (SR_STE, EVERY_STEP),
+    (GRADIENT_DECAY, EVERY_40),
+    (EVERY_40, ORDINARY),
+    (EVERY_40, DENSE),
+)
+
+
+class Difference(NamedTuple):
+    """Of the losses of two ways, seed by seed."""
+
+    mean: float
+    half: float
+    """Half the width of the 95 % interval, Student's t."""
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return abs(self.mean) > self.half
+
+
+def runs() -> dict[tuple[Way, str], dict[str, Row]]:
+    """The compared rows: way and pattern -> seed -> row."""
+    found: dict[tuple[Way, str], dict[str, Row]] = {}
+    for row in results(FILE):
+        if row["part"] == "comparison":
+            way = (row["method"], row["mask"], row["refresh"])
+            found.setdefault((way, row["pattern"]), {})[row["seed"]] = row
+    return found
+
+
+def patterns() -> list[str]:
+    return [pattern for way, pattern in runs() if way == FIXED]
+
+
+def held_out(way: Way, pattern: str) -> dict[str, float]:
+    """Seed -> held-out loss."""
+    rows = runs()[way, "dense" if way == DENSE else pattern]
+    return {seed: float(row["held_out"]) for seed, row in rows.items()}
+
+
+def difference(first: dict[str, float], second: dict[str, float]) -> Difference:
+    """``first - second`` over the seeds that both have; at least two."""
+    values = [first[seed] - second[seed] for seed in first if seed in second]
+    half = student.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
+    return Difference(fmean(values), float(half))
+
+
+def spread(values: Iterable[float], digits: int = 3) -> str:
+    values = list(values)
+    return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def cell(found: Difference) -> str:
+    text = f"{found.mean:+.3f} ± {found.half:.3f}"
+    return f"**{text}**" if found.clear else text
+
+
+def first_row() -> Row:
+    return next(row for row in results(FILE) if row["part"] == "comparison")
+
+
+def losses() -> str:
+    """Mean over the seeds and standard deviation."""
+    sizes = patterns()
+    dense = spread(held_out(DENSE, "").values())
+    lines = [
+        [name, *(spread(held_out(way, size).values()) for size in sizes)]
+        for way, name in NAMES.items()
+        if way != DENSE
+    ]
+    return markdown(
+        ["nats a byte", *sizes], [["dense", *[dense] * len(sizes)], *lines], "l" + "r" * len(sizes)
+    ) + source(FILE, first_row())
+
+
+def pairs() -> str:
+    """Paired differences of the loss with their 95 % intervals; bold where those leave 0 out."""
+    sizes = patterns()
+    lines = [
+        [
+            f"{NAMES[a]}, against {NAMES[b]}",
+            *(cell(difference(held_out(a, size), held_out(b, size))) for size in sizes),
+        ]
+        for a, b in PAIRS
+    ]
+    return markdown(["difference, nats a byte", *sizes], lines, "l" + "r" * len(sizes))
+
+
+def across() -> str:
+    """The same between patterns."""
+    sizes = patterns()
+    steps = [(sizes[0], sizes[1]), (sizes[1], sizes[2]), (sizes[0], sizes[2])]
+    lines = [
+        [NAMES[way], *(cell(difference(held_out(way, a), held_out(way, b))) for a, b in steps)]
+        for way in NAMES
+        if way != DENSE
+    ]
+    heads = [f"{a} against {b}" for a, b in steps]
+    return markdown(["difference, nats a byte", *heads], lines, "l" + "r" * len(heads))
+
+
+def flips() -> str:
+    """How far masks move: in a tenth of the run, between the first and the last, and what they keep."""
+    lines = []
+    for (way, pattern), rows in runs().items():
+        if way in (DENSE, FIXED):
+            continue
+        tenths = [[float(value) for value in row["moved"].split()] for row in rows.values()]
+        lines.append(
+            [
+                pattern,
+                NAMES[way],
+                *(percent(fmean(tenth[k] for tenth in tenths), 1) for k in (0, 4, 8)),
+                percent(fmean(float(row["moved_in_all"]) for row in rows.values()), 1),
+                percent(fmean(float(row["kept"]) for row in rows.values()), 1),
+            ]
+        )
+    head = ["pattern", "masks", "moved in the 1st tenth", "5th", "9th", "first to last", "kept share"]
+    return markdown(head, lines, "llrrrrr")
+
+
+def pilot() -> str:
+    """The runs that chose the learning rate and the decays."""
+    rows = [row for row in results(FILE) if row["part"] == "pilot"]
+    best = {
+        method: min((row for row in rows if row["method"] == method), key=lambda row: float(row["held_out"]))
+        for method in dict.fromkeys(row["method"] for row in rows)
+    }
+
+    def value(row: Row) -> str:
+        text = f"{float(row['rate' if row['method'] == 'dense' else 'decay']):g}"
+        return f"**{text}**" if row is best[row["method"]] else text
+
+    lines = [
+        [
+            {"dense": "learning rate, dense", "sr-ste": "decay, SR-STE, 2:4"}.get(
+                method, "decay of gradients, 2:4"
+            ),
+            ", ".join(
+                f"{value(row)}: {float(row['held_out']):.3f}" for row in rows if row["method"] == method
+            ),
+        ]
+        for method in best
+    ]
+    return markdown(["chosen", "value: held-out loss"], lines, "ll")
+
+
+def refresh() -> str:
+    """Milliseconds of the processor: a step and what masks cost beside it."""
+    return listing(
+        REFRESH,
+        results(REFRESH),
+        [
+            left("blocks x width", "model"),
+            left("pattern"),
+            right("masked weights", lambda row: f"{int(row['weights']) / 1e6:.2f} M"),
+            right("tokens a step", lambda row: f"{int(row['tokens']):,}"),
+            right("dense step, ms", number("dense_step_ms")),
+            right("step, ms", number("step_ms")),
+            right("ordinary masks, ms", number("ordinary_ms")),
+            right("transposable, ms", number("transposable_ms")),
+            right("transposable / ordinary", number("over_ordinary")),
+            right("refresh, ms", number("refresh_ms")),
+            right("of a step", share("of_a_step", 1)),
+        ],
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "training": losses,
+    "training-pairs": pairs,
+    "training-across": across,
+    "training-flips": flips,
+    "training-pilot": pilot,
+    "training-refresh": refresh,
+}
