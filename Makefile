@@ -95,6 +95,8 @@ bench: $(MODEL)
 	$(BENCH) microbenchmarks
 	$(BENCH) demo --results
 	$(BENCH) permutation
+	$(BENCH) training
+	$(BENCH) training_refresh
 	$(BENCH) perplexity
 	$(BENCH) perplexity --sequential block --matmul float32 --methods wanda sparsegpt alps \
 		--patterns 2:4 16:32 --masks ordinary exact
