@@ -231,7 +231,7 @@ def comparison(seed: int, steps: int, rate: float, sr_ste: float, gradient_decay
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1200, help="a multiple of 20")
+    parser.add_argument("--steps", type=int, default=800, help="a multiple of 20")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "training.csv")
     arguments = parser.parse_args()
