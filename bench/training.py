@@ -39,7 +39,11 @@ from nmsolve.train import SparseTraining
 PATTERNS = ("2:4", "8:16", "16:32")
 REFRESHES = (1, 40, 200)
 PILOT_SEED = 1000
-PILOT = {"dense": (2e-3, 4e-3, 8e-3), "sr-ste": (0.1, 1.0, 10.0), "gradient decay": (1e-4, 1e-3, 1e-2)}
+PILOT = {
+    "dense": (2e-3, 4e-3, 8e-3),
+    "sr-ste": (0.1, 1.0, 10.0, 100.0),
+    "gradient decay": (1e-4, 1e-3, 1e-2, 1e-1),
+}
 
 WIDTH, HEADS, BLOCKS = 64, 2, 2
 WINDOW, BATCH = 64, 8
