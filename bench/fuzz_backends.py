@@ -159,8 +159,8 @@ class Blocks:
         kept = self.scores * masks
         return kept.sum((1, 2)), kept.abs().sum((1, 2))
 
-    def gap(self, solution: nmsolve.BlockSolution, n: int) -> Tensor:
-        """What the duals prove, relative to the kept scores; or what the solution says, if that is more."""
+    def gaps(self, solution: nmsolve.BlockSolution, n: int) -> tuple[Tensor, Tensor]:
+        """What the duals prove, relative to the kept scores, and what the solution says."""
         rows, cols = self.scores.shape[1:]
         u = scaled(solution.row_duals.flatten(0, -2)[:, :rows], self.exponent)
         v = scaled(solution.col_duals.flatten(0, -2)[:, :cols], self.exponent)
@@ -172,10 +172,8 @@ class Blocks:
             left = left + (prices * (n - held)).sum(1)
             left = left.masked_fill((prices < 0).any(1), torch.inf)
         _, size = self.kept(masks)
-        proven = relative_gap(left, size)
         said = solution.gap.flatten()
-        said = torch.where(said >= 0, said, torch.inf)  # neither NaN nor negative
-        return torch.maximum(proven, said)
+        return relative_gap(left, size), torch.where(said >= 0, said, torch.inf)  # neither NaN nor negative
 
 
 # --- a row --------------------------------------------------------------------------------------------------
@@ -187,7 +185,9 @@ class Row:
     def __init__(self, part: str, dtype: str, m: int) -> None:
         self.key = {"part": part, "dtype": dtype, "m": str(m)}
         self.m, self.limit = m, LIMITS.get(dtype, 1e-6)
-        self.counts = dict.fromkeys(("blocks", "partial", "compared", "warm", "infeasible", "beyond"), 0)
+        self.counts = dict.fromkeys(
+            ("blocks", "partial", "compared", "warm", "infeasible", "beyond", "rounded"), 0
+        )
         self.worst = dict.fromkeys(("difference", "gap", "gap_of_second", "gap_warm"), 0.0)
         self.mixed_counts = {"mixed": 0, "mixed_beyond": 0}
         self.mixed_worst = {"mixed_difference": 0.0, "mixed_gap": 0.0}
@@ -226,7 +226,10 @@ class Row:
         objective, size = blocks.kept(solution.mask)
         mixed = (blocks.largest > size) & (n > 0)
         self.counts["infeasible"] += infeasible(solution.mask, n)
-        found = blocks.gap(solution, n)
+        proven, said = blocks.gaps(solution, n)
+        rounded = (proven > self.limit) & (said <= self.limit)
+        found = torch.where(rounded, said, torch.maximum(proven, said))
+        self.counts["rounded"] += int(rounded.sum())
         self._note(gap, "mixed_gap", found, mixed)
         beyond = ~(found <= self.limit)
         self.counts["beyond"] += int((beyond & ~mixed).sum())

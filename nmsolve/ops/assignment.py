@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nmsolve.backends.dispatch import AUTO, BACKENDS, REFERENCE, Backend, check_backend, select
 from nmsolve.errors import BackendError, NMSolveError
-from nmsolve.ops.certificates import tighten
+from nmsolve.ops.certificates import fit, tighten
 from nmsolve.ops.registration import register
 from nmsolve.ops.validation import check_finite, check_scores, describe
 from nmsolve.pattern import NMPattern
@@ -165,6 +165,7 @@ def _tighten(
     duals = u.view(batch, 1, 1, m), v.view(batch, 1, 1, m)
     value, least, size = (one.view(batch, 1, 1) for one in (objective, bound, scale))
     tighten(matrices, mask, duals, value, least, size, NMPattern(1, m))
+    fit(matrices, mask, mask, duals, value, least, size, NMPattern(1, m))
 
 
 def _blank(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:

@@ -11,27 +11,38 @@ and duals that leave nothing are potentials of the graph of augmenting paths: wi
 entry says ``p_j <= u_i - A_ij`` and a kept one ``u_i <= p_j + A_ij``. They are found in float64 by
 Bellman-Ford's relaxation, twice, as the largest potentials up to 0 and as the smallest from 0. The mean of
 the two has room on both sides of a condition where there is any, so that rounding it to the duals' type costs
-little.
+little. Where it costs too much, as prices are far larger than what is kept or beyond the largest number of
+that type, the bound is that of the prices in float64.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nmsolve.blocks import batched_matrices, grid_of, split_blocks
 from nmsolve.pattern import NMPattern
+from nmsolve.solution import kept_score
 
-__all__ = ["tighten"]
-
-# Gaps that are small enough, of float64 scores and of others: the documents promise 1e-12 and 1e-6.
-_ENOUGH = (2.0**-40, 2.0**-20)
+__all__ = ["fit", "tighten"]
 
 # Elements of blocks worked on together.
 _CHUNK = 1 << 18
 
-# Row duals, column duals, and the shortfall in float64 of the bound that they give.
+# The largest number that sums of blocks may reach, as a power of two.
+_LARGEST = 1023
+
+# Row duals, column duals, and the shortfall of the bound that they give: float64, and a multiple of the power
+# of two that normalises the block (:func:`_exponent`).
 Certificate = tuple[Tensor, Tensor, Tensor]
+
+
+def _enough(dtype: torch.dtype) -> float:
+    """A gap that is small enough: the documents promise 1e-12 of float64 scores and 1e-6 of others."""
+    return 2.0**-40 if dtype == torch.float64 else 2.0**-20
 
 
 def tighten(
@@ -50,21 +61,67 @@ def tighten(
     """
     if bound.numel() == 0:
         return
-    enough = _ENOUGH[0] if scores.dtype == torch.float64 else _ENOUGH[1]
-    short = ~(bound - objective <= enough * scale)
+    short = ~(bound - objective <= _enough(scores.dtype) * scale)
     for prices in duals:
         if not torch.isfinite(torch.stack(prices.aminmax())).all():
             short |= ~torch.isfinite(prices).all(-1)
-    if short.any():
-        grid = grid_of(scores, pattern)
-        for a, s, *rest in batched_matrices(scores, mask, short, *duals, objective, bound):
-            for b, i, j, r, c in grid.tiles(a.shape[0], _CHUNK):
-                at = (b, *grid.block_slices(i, j))
-                wanted, u, v, reached, proven = (part[at] for part in rest)
-                if wanted.any():
-                    blocks, kept = (split_blocks(part[b, i, j], r, c)[wanted] for part in (a, s))
-                    _replace(blocks, kept, pattern.n, wanted, (u[..., :r], v[..., :c]), reached, proven)
+    for blocks, (kept,), at, u, v, reached, proven in _chosen(
+        short, pattern, (scores, mask), (*duals, objective, bound)
+    ):
+        _replace(blocks, kept, pattern.n, at, (u, v), reached, proven)
     torch.maximum(bound, objective, out=bound)
+
+
+def fit(
+    scores: Tensor,
+    best: Tensor,
+    mask: Tensor,
+    duals: tuple[Tensor, Tensor],
+    objective: Tensor,
+    bound: Tensor,
+    scale: Tensor,
+    pattern: NMPattern,
+) -> None:
+    """Replace, in place, duals and numbers of blocks whose absolute scores sum to more than float64 holds.
+
+    ``best`` is an optimal mask, and ``mask`` the one that objective, bound and scale are of. Whatever it
+    keeps, these three are divided by the least power of two with which that sum is below 2^1023.
+    """
+    if scores.dtype != torch.float64 or bound.numel() == 0:
+        return
+    if float(torch.stack(scores.aminmax()).abs().max()) <= torch.finfo(torch.float64).max / pattern.m**2:
+        return
+    _, total = kept_score(scores, torch.ones_like(mask), pattern)
+    for blocks, (optimal, kept), at, u, v, reached, proven, size in _chosen(
+        ~torch.isfinite(total), pattern, (scores, best, mask), (*duals, objective, bound, scale)
+    ):
+        u[at], v[at], left = _certificate(blocks, optimal, pattern.n, u.dtype)
+        a = _ldexp(blocks, -_exponent(blocks))
+        unit = _LARGEST - torch.frexp(a.abs().sum((1, 2))).exponent
+        proven[at] = _ldexp((a * optimal).sum((1, 2)) + left, unit)
+        reached[at], size[at] = (_ldexp((x * kept).sum((1, 2)), unit) for x in (a, a.abs()))
+    torch.maximum(bound, objective, out=bound)
+
+
+def _chosen(
+    wanted: Tensor, pattern: NMPattern, matrices: tuple[Tensor, ...], per_block: tuple[Tensor, ...]
+) -> Iterator[tuple[Any, ...]]:
+    """The ``wanted`` blocks ``(B, R, C)`` of scores and of masks, in chunks of blocks of one shape.
+
+    Yields the blocks, their masks, which blocks of a tile they are, and views of the tile in each tensor that
+    has something for each block; of the first two, which are duals, as many as there are lines.
+    """
+    if not wanted.any():
+        return
+    grid = grid_of(matrices[0], pattern)
+    count = len(matrices)
+    for parts in batched_matrices(*matrices, wanted, *per_block):
+        for b, i, j, r, c in grid.tiles(parts[0].shape[0], _CHUNK):
+            where = (b, *grid.block_slices(i, j))
+            at, u, v, *numbers = (part[where] for part in parts[count:])
+            if at.any():
+                blocks, *masks = (split_blocks(part[b, i, j], r, c)[at] for part in parts[:count])
+                yield blocks, masks, at, u[..., :r], v[..., :c], *numbers
 
 
 def _replace(
@@ -77,7 +134,8 @@ def _replace(
     bound: Tensor,
 ) -> None:
     """Write the new duals and bounds of the ``wanted`` blocks where they are better."""
-    u, v, shortfall = _certificate(blocks, masks, n, duals[0].dtype)
+    u, v, left = _certificate(blocks, masks, n, duals[0].dtype)
+    shortfall = _ldexp(left, _exponent(blocks))
     finite = torch.isfinite(duals[0][wanted]).all(1) & torch.isfinite(duals[1][wanted]).all(1)
     better = ~(finite & (bound[wanted] - objective[wanted] <= shortfall))
     where = tuple(index[better] for index in wanted.nonzero(as_tuple=True))
@@ -91,9 +149,8 @@ def _certificate(blocks: Tensor, masks: Tensor, n: int, dtype: torch.dtype) -> C
         u, v, shortfall = _certificate(blocks.mT, masks.mT, n, dtype)
         return v, u, shortfall
     rows, cols = blocks.shape[1:]
-    wide = blocks.double()
-    _, exponent = torch.frexp(wide.abs().amax((1, 2)))
-    a = _ldexp(wide, -exponent)
+    exponent = _exponent(blocks)
+    a = _ldexp(blocks.double(), -exponent)
     potentials = _potentials(a, masks, n)
     if rows < cols:
         shifts = [potentials.amax(1, keepdim=True)]
@@ -111,7 +168,18 @@ def _certificate(blocks: Tensor, masks: Tensor, n: int, dtype: torch.dtype) -> C
     best = torch.stack([left for *_, left in found]).argmin(0)
     block = torch.arange(len(a), device=a.device)
     u, v, left = (torch.stack(parts)[best, block] for parts in zip(*found, strict=True))
-    return _ldexp(u, exponent).to(dtype), _ldexp(v, exponent).to(dtype), _ldexp(left, exponent)
+    short = left > _enough(dtype) * (a * masks).abs().sum((1, 2))
+    if short.any():  # the prices themselves, before the duals' type rounds them or cuts them off
+        exact_v = shifts[-1] - potentials
+        exact_u, exact_left = _row_duals(a, masks, exact_v, torch.zeros_like(exponent), torch.float64)
+        if rows < cols:
+            exact_left = exact_left + (exact_v * (n - masks.sum(1))).sum(1)
+        short &= exact_left < left
+        u, v = torch.where(short[:, None], exact_u, u), torch.where(short[:, None], exact_v, v)
+        left = torch.where(short, exact_left, left)
+    largest = torch.finfo(dtype).max
+    u, v = (_ldexp(prices, exponent).clamp(-largest, largest).to(dtype) for prices in (u, v))
+    return u, v, left
 
 
 def _potentials(a: Tensor, masks: Tensor, n: int) -> Tensor:
@@ -171,6 +239,11 @@ def _rounded(x: Tensor, exponent: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     below, above = (nearest.nextafter(end) for end in ends)
     nearest, below, above = (_ldexp(y.double(), -exponent) for y in (nearest, below, above))
     return nearest, below, above
+
+
+def _exponent(blocks: Tensor) -> Tensor:
+    """The powers of two that ``(B, R, C)`` blocks are divided by, for their largest entry to be below 1."""
+    return torch.frexp(blocks.double().abs().amax((1, 2))).exponent
 
 
 def _ldexp(x: Tensor, exponent: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nmsolve.backends.dispatch import MASK_METHODS, Backend, GroupMaskSolver, select
 from nmsolve.blocks import batched_matrices
-from nmsolve.ops.certificates import tighten
+from nmsolve.ops.certificates import fit, tighten
 from nmsolve.ops.registration import register
 from nmsolve.ops.validation import check_all_finite, check_finite_duals
 from nmsolve.pattern import NMPattern
@@ -112,10 +112,12 @@ def _solutions(
         else:
             objective, scale = kept_score(matrix, mask, pattern)
         tighten(matrix, mask, (u, v), objective, bound, scale, pattern)
+        best = mask
         if masks is not None:
             mask = masks[i]
             objective, scale = kept_score(matrix, mask, pattern)
             bound = torch.maximum(bound, objective)
+        fit(matrix, best, mask, (u, v), objective, bound, scale, pattern)
         solutions.append((mask, u, v, objective, bound, scale))
     return solutions
 
