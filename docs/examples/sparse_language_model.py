@@ -2,7 +2,7 @@
 
     python docs/examples/sparse_language_model.py
 
-needs nothing but `pip install '.[cpu,hf]'` and, on one core, a couple of minutes. The text is Python's own
+needs nothing but `pip install '.[cpu,hf]'` and, on one core, about two minutes. The text is Python's own
 documentation, which every Python brings; --text takes another file. The folder of --out gets the pruned model
 (config.json, model.safetensors), its masks (model.masks.safetensors) and a picture of the run (curves.png).
 """
@@ -68,9 +68,10 @@ def train(arguments: argparse.Namespace) -> None:
             now = {"loss": loss.item()}
             if step % max(1, arguments.steps // 40) == 0 or step == arguments.steps:
                 now["held-out loss"] = held_out_loss(model, test)
-                numbers = sparse.metrics().numbers(prefix="")
-                now["kept share"] = numbers["kept_share"]
-                now["flips per step"] = numbers.get("flip_rate_per_step", 0.0)
+                metrics = sparse.metrics()
+                now["kept share"] = metrics.kept_share
+                if metrics.flip_rate_per_step is not None:  # None until the first refresh
+                    now["flips per step"] = metrics.flip_rate_per_step
                 progress.set_postfix_str(", ".join(f"{name} {value:.3g}" for name, value in now.items()))
             for name, value in now.items():
                 history.setdefault(name, []).append((step, value))
@@ -101,7 +102,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--gradient", choices=GRADIENTS, default=GRADIENTS[0], help="of pruned weights")
     parser.add_argument("--decay", type=float, default=1e-4, help="of pruned weights")
     parser.add_argument("--text", type=Path, help="a text file to learn; by default Python's documentation")
-    parser.add_argument("--steps", type=positive, default=1000, help="optimizer steps")
+    parser.add_argument("--steps", type=positive, default=600, help="optimizer steps")
     parser.add_argument("--batch", type=positive, default=8, help=f"windows of {WINDOW} bytes in a step")
     parser.add_argument("--width", type=positive, default=128, help=f"of the model, a multiple of {HEAD}")
     parser.add_argument("--blocks", type=positive, default=2, help="of the model")
@@ -186,7 +187,8 @@ def draw(history: dict[str, list[tuple[int, float]]], pattern: str, file: Path) 
         (kept, ("kept share",)),
     ):
         for name in names:
-            steps, values = zip(*history[name], strict=True)
+            steps = [step for step, _ in history.get(name, [])]
+            values = [value for _, value in history.get(name, [])]
             axis.plot(steps, values, label=name, linewidth=0.7 if name == "loss" else 1.5)
         axis.set(xlabel="optimizer step", title=names[-1])
         axis.grid(alpha=0.3)

@@ -66,8 +66,8 @@ def test_what_it_printed_is_the_saved_models_loss(example, run, tmp_path):
     text.write_bytes(
         bytes(torch.randint(97, 105, (8000,), generator=torch.Generator().manual_seed(0)).tolist())
     )
-    _, first, _ = run("--text", text, "--out", tmp_path / "model")
-    _, second, _ = run("--text", text, "--out", tmp_path / "model")
+    _, first, _ = run("--text", text, "--refresh", 40, "--out", tmp_path / "model")  # never refreshed
+    _, second, _ = run("--text", text, "--refresh", 40, "--out", tmp_path / "model")
     assert first == second
     model = example.LlamaForCausalLM.from_pretrained(tmp_path / "model")
     loss = example.held_out_loss(model, example.read(text)[1])
