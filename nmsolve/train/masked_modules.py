@@ -25,7 +25,17 @@ from nmsolve.checkpoint.roles import is_conv1d
 from nmsolve.errors import NMSolveError
 from nmsolve.ops.distributed import shard_of
 
-__all__ = ["MASK", "finish_model", "is_masked", "mask_module", "masked_weight", "unmask_module", "unmaskable"]
+__all__ = [
+    "MASK",
+    "finish_model",
+    "is_masked",
+    "leave_out_of_ddp",
+    "mask_module",
+    "masked_weight",
+    "put_back_into_ddp",
+    "unmask_module",
+    "unmaskable",
+]
 
 # The name of the buffer. It is not one that layers have.
 MASK = "nmsolve_mask"
@@ -221,3 +231,24 @@ def finish_model(model: nn.Module) -> list[str]:
         shard_of(weight).masked_fill_(~shard_of(mask), 0)
         unmask_module(module)
     return [f"{name}.weight" if name else "weight" for name in found]
+
+
+# Where DDP looks for names of what it leaves alone.
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+
+
+def leave_out_of_ddp(model: nn.Module) -> None:
+    """DDP sends every buffer at every forward pass; masks are alike on every process already."""
+    names = {f"{n}.{MASK}" if n else MASK for n, module in model.named_modules() if is_masked(module)}
+    if names:
+        known = set(getattr(model, _DDP_IGNORES, ()))
+        setattr(model, _DDP_IGNORES, [*known, *sorted(names - known)])
+
+
+def put_back_into_ddp(model: nn.Module) -> None:
+    """The inverse of :func:`leave_out_of_ddp`."""
+    known = [n for n in getattr(model, _DDP_IGNORES, ()) if n.rpartition(".")[2] != MASK]
+    if known:
+        setattr(model, _DDP_IGNORES, known)
+    elif hasattr(model, _DDP_IGNORES):
+        delattr(model, _DDP_IGNORES)

@@ -19,9 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nmsolve.errors import NMSolveError, WorkFailed
-from nmsolve.ops.distributed import shard_of
-from nmsolve.ops.masks import check_mask, nm_mask, transposable_masks
+from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
 from nmsolve.prune.arguments import Patterns
 from nmsolve.train.arguments import (
@@ -34,14 +32,15 @@ from nmsolve.train.arguments import (
     inner_model,
     interval_at,
 )
-from nmsolve.train.masked_modules import MASK, is_masked
-from nmsolve.train.metrics import LayerMetrics, SparseMetrics
-from nmsolve.train.packed import pack_rows, unpack_rows
+from nmsolve.train.masked_modules import leave_out_of_ddp, put_back_into_ddp
+from nmsolve.train.measuring import measure
+from nmsolve.train.metrics import SparseMetrics
+from nmsolve.train.optimizers import decay_weights, stepping_optimizers, with_decayed_gradients
+from nmsolve.train.solving import check_finite, solve_masks, write_masks
+from nmsolve.train.state import packed_state, unpacked_masks
 from nmsolve.train.weights import GatheredWeight, MaskedWeight, ModuleWeight, check_fsdp, fsdp_parameters
 
 __all__ = ["SparseTraining"]
-
-_STATE_VERSION = 1
 
 
 class SparseTraining:
@@ -143,7 +142,7 @@ class SparseTraining:
             if fsdp is not None:
                 check_fsdp(fsdp, item.layer.weight_name)
             check_layout(item.layer, item.pattern, transposable, fsdp is not None)
-        _check_finite([(item.layer.weight_name, item.layer.weight) for item in chosen])
+        check_finite([(item.layer.weight_name, item.layer.weight) for item in chosen])
 
         self._model, self._refresh, self._decay = model, refresh, decay
         self.patterns: dict[str, NMPattern] = {item.layer.weight_name: item.pattern for item in chosen}
@@ -162,7 +161,7 @@ class SparseTraining:
         self._handles: list[Any] = []
         if any(isinstance(weight, GatheredWeight) for weight in self._weights):
             self._handles.append(model.register_forward_pre_hook(self._bind, prepend=True))
-        self._leave_out_of_ddp()
+        leave_out_of_ddp(self._model)
         if self.phase == "sparse":
             try:
                 self._solve()
@@ -186,27 +185,10 @@ class SparseTraining:
         self._must_be_going("attach")
         if self._counts:
             raise NMSolveError("optimizer: attach() takes all optimizers at once, and was called already")
-        inner = [_unwrapped(optimizer) for optimizer in optimizers]
-        held = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in inner]
-        missing = [
-            weight.name
-            for weight in self._weights
-            if weight.parameter.requires_grad and not any(id(weight.parameter) in ids for ids in held)
-        ]
-        if missing:
-            raise NMSolveError(
-                f"optimizer: expected one that holds the masked weights, got none with {missing[0]}"
-                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            )
-        if self._settings.gradient == "sr-ste" and any(
-            "lr" not in group for o in inner for group in o.param_groups
-        ):
-            raise NMSolveError("optimizer: 'sr-ste' needs a learning rate 'lr' in its param_groups, got none")
-        for optimizer, ids in zip(inner, held, strict=True):
-            if any(id(weight.parameter) in ids for weight in self._weights):
-                self._counts[id(optimizer)] = self.step
-                self._handles.append(optimizer.register_step_pre_hook(self._before))
-                self._handles.append(optimizer.register_step_post_hook(self._after))
+        for optimizer in stepping_optimizers(optimizers, self._weights, self._settings.gradient):
+            self._counts[id(optimizer)] = self.step
+            self._handles.append(optimizer.register_step_pre_hook(self._before))
+            self._handles.append(optimizer.register_step_post_hook(self._after))
         if self.phase == "sparse" and not self.step:
             # Wrappers may have brought other weights since the masks were made, and alike on every process.
             self._solve()
@@ -280,7 +262,7 @@ class SparseTraining:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._put_back_into_ddp()
+        put_back_into_ddp(self._model)
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -296,26 +278,8 @@ class SparseTraining:
         Of sharded weights they are those of the whole weight: every process has to ask for them.
         """
         self._must_be_going("metrics")
-        columns = []
-        for k, weight in enumerate(self._weights):
-            magnitude = weight.local.abs()
-            total = magnitude.sum(dtype=torch.float64)
-            kept = magnitude.masked_fill_(~weight.mask, 0).sum(dtype=torch.float64)
-            flips = torch.zeros_like(total) if self._flips is None else self._flips[k].to(total)
-            columns.append(_summed(torch.stack([flips, kept, total]), weight.groups_that_share()))
-        flips, kept, total = (row.tolist() for row in torch.stack([c.cpu() for c in columns]).T)
-        sizes = [weight.parameter.numel() for weight in self._weights]
-        return SparseMetrics(
-            self.step,
-            self.phase,
-            self._refreshes,
-            *self._rates(sum(flips), sum(sizes)),
-            _share(sum(kept), sum(total)),
-            tuple(
-                LayerMetrics(weight.name, str(weight.pattern), *self._rates(f, size), _share(k, t))
-                for weight, f, size, k, t in zip(self._weights, flips, sizes, kept, total, strict=True)
-            ),
-        )
+        looked_back = self._looked_back if self._flips is not None else None
+        return measure(self._weights, self._flips, looked_back, self.step, self.phase, self._refreshes)
 
     # --- saving and resuming --------------------------------------------------------------------------------
 
@@ -326,14 +290,14 @@ class SparseTraining:
         DTensors, which torch.distributed.checkpoint saves and spreads over any number of processes.
         """
         self._must_be_going("state_dict")
+        return packed_state(self._weights, self._settings, self._progress())
+
+    def _progress(self) -> dict[str, Any]:
         return {
-            "version": _STATE_VERSION,
-            "settings": self._signature(),
             "step": self.step,
             "phase": self.phase,
             "refreshed_at": self._refreshed_at,
             "refreshes": self._refreshes,
-            "masks": {weight.name: pack_rows(weight.mask, weight.parameter) for weight in self._weights},
         }
 
     @torch.no_grad()
@@ -346,48 +310,13 @@ class SparseTraining:
             If it is of other settings, other weights, or weights of another shape. Nothing is loaded then.
         """
         self._must_be_going("load_state_dict")
-        fields = {"version", "settings", "step", "phase", "refreshed_at", "refreshes", "masks"}
-        if not isinstance(state, Mapping) or not fields <= state.keys():
-            got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-            raise NMSolveError(f"state: expected what state_dict() returned, got {got}")
-        if state["version"] != _STATE_VERSION:
-            raise NMSolveError(f"state: expected version {_STATE_VERSION}, got {state['version']!r}")
-        for key, value in self._signature().items():
-            got = state["settings"].get(key)
-            if got != value:
-                raise NMSolveError(f"state: expected {key}={value!r}, as this run has, got {got!r}")
-        stored = state["masks"]
-        if stored.keys() != self.patterns.keys():
-            odd = sorted(stored.keys() ^ self.patterns.keys())[0]
-            raise NMSolveError(
-                f"state: expected the masks of {len(self.patterns)} weights, got others ({odd})"
-            )
-        masks = [unpack_rows(stored[w.name], w.name, w.parameter) for w in self._weights]
-        if state["phase"] in ("sparse", "frozen"):
-            for weight, mask in zip(self._weights, masks, strict=True):
-                self._check(weight, mask)
+        masks = unpacked_masks(state, self._weights, self._settings, self._progress())
         for weight, mask in zip(self._weights, masks, strict=True):
             weight.write(mask)
         self.step, self.phase = int(state["step"]), str(state["phase"])
         self._refreshed_at, self._refreshes = int(state["refreshed_at"]), int(state["refreshes"])
         self._flips = self._looked_back = None
         self._counts = dict.fromkeys(self._counts, self.step)
-
-    def _signature(self) -> dict[str, Any]:
-        return {
-            "transposable": self._settings.transposable,
-            "gradient": self._settings.gradient,
-            "patterns": {name: str(pattern) for name, pattern in self.patterns.items()},
-        }
-
-    def _check(self, weight: MaskedWeight, mask: Tensor) -> None:
-        if not mask.numel():
-            return
-        n, m = weight.pattern.n, weight.pattern.m
-        try:
-            check_mask(weight.matrices(mask), n, m, transposable=self._settings.transposable)
-        except NMSolveError as error:
-            raise NMSolveError(f"state: {weight.name}: {error}") from None
 
     # --- in the steps of optimizers -------------------------------------------------------------------------
 
@@ -400,46 +329,9 @@ class SparseTraining:
         if not strength:
             return None
         if self._settings.gradient == "sr-ste":
-            self._decay_weights(optimizer, strength)
+            decay_weights(optimizer, self._weights, strength)
             return None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._decay_gradients(optimizer, strength)
-            return None
-
-        @torch.no_grad()
-        def with_decay() -> Any:
-            with torch.enable_grad():
-                loss = closure()
-            self._decay_gradients(optimizer, strength)
-            return loss
-
-        if len(args) > 1:
-            return (args[0], with_decay, *args[2:]), kwargs
-        return args, {**kwargs, "closure": with_decay}
-
-    def _held_by(self, optimizer: Optimizer) -> Iterable[tuple[MaskedWeight, Mapping[str, Any]]]:
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        for weight in self._weights:
-            group = groups.get(id(weight.parameter))
-            if group is not None and weight.parameter.grad is not None:
-                yield weight, group
-
-    def _decay_gradients(self, optimizer: Optimizer, strength: float) -> None:
-        # GradScaler leaves the gradients of a fused optimizer scaled, and has it divide.
-        scale = getattr(optimizer, "grad_scale", None)
-        for weight, _ in self._held_by(optimizer):
-            gradient = weight.local_gradient
-            assert gradient is not None
-            pruned = weight.local.masked_fill(weight.mask, 0)
-            if scale is not None:
-                pruned = pruned * scale.to(pruned)
-            gradient.add_(pruned.to(gradient.dtype), alpha=strength)
-
-    def _decay_weights(self, optimizer: Optimizer, strength: float) -> None:
-        for weight, group in self._held_by(optimizer):
-            local = weight.local
-            local.sub_(local.masked_fill(weight.mask, 0) * (group["lr"] * strength))
+        return with_decayed_gradients(optimizer, self._weights, strength, args, kwargs)
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         skipped = getattr(optimizer, "found_inf", None)
@@ -464,90 +356,13 @@ class SparseTraining:
     @torch.no_grad()
     def _solve(self) -> None:
         """New masks for all weights, and how many entries changed; all are written or none."""
-        found: dict[int, Tensor] = {}
-        for pattern in dict.fromkeys(weight.pattern for weight in self._weights):
-            members = [k for k, weight in enumerate(self._weights) if weight.pattern == pattern]
-            members = [k for k in members if self._weights[k].local.numel()]
-            scores = [self._weights[k].matrices(self._weights[k].local.abs()) for k in members]
-            try:
-                if self._settings.transposable:
-                    masks = transposable_masks(scores, pattern.n, pattern.m, backend=self._settings.backend)
-                else:
-                    backend = self._settings.backend
-                    masks = [nm_mask(matrix, pattern.n, pattern.m, backend=backend) for matrix in scores]
-            except NMSolveError:
-                _check_finite([(self._weights[k].name, self._weights[k].local) for k in members])
-                raise
-            found.update(zip(members, masks, strict=True))
-        flips = []
-        for k, weight in enumerate(self._weights):
-            flips.append(torch.zeros((), dtype=torch.int64))
-            if k in found:
-                mask = weight.from_matrices(found[k])
-                flips[k] = (mask != weight.mask).sum()
-                weight.write(mask)
-        self._flips = torch.stack([count.to(flips[0].device) for count in flips])
+        self._flips = write_masks(self._weights, solve_masks(self._weights, self._settings))
 
     def _bind(self, model: nn.Module, args: Any) -> None:
         for weight in self._weights:
             if isinstance(weight, GatheredWeight):
                 weight.bind()
 
-    def _rates(self, flips: float, size: int) -> tuple[float | None, float | None]:
-        if self._looked_back is None or self._flips is None:
-            return None, None
-        return flips / size, flips / size / self._looked_back
-
     def _must_be_going(self, what: str) -> None:
         if self.phase == "finished":
             raise NMSolveError(f"{what}: expected a SparseTraining that goes on, got one that is finished")
-
-    def _leave_out_of_ddp(self) -> None:
-        """DDP sends every buffer at every forward pass; masks are alike on every process already."""
-        names = {
-            f"{n}.{MASK}" if n else MASK for n, module in self._model.named_modules() if is_masked(module)
-        }
-        if names:
-            known = set(getattr(self._model, _DDP_IGNORES, ()))
-            setattr(self._model, _DDP_IGNORES, [*known, *sorted(names - known)])
-
-    def _put_back_into_ddp(self) -> None:
-        known = [n for n in getattr(self._model, _DDP_IGNORES, ()) if n.rpartition(".")[2] != MASK]
-        if known:
-            setattr(self._model, _DDP_IGNORES, known)
-        elif hasattr(self._model, _DDP_IGNORES):
-            delattr(self._model, _DDP_IGNORES)
-
-
-# Where DDP looks for names of what it leaves alone.
-_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
-
-
-def _unwrapped(optimizer: object) -> Optimizer:
-    """The optimizer that steps: accelerate and Lightning wrap it."""
-    inner = getattr(optimizer, "optimizer", None)
-    if isinstance(inner, Optimizer):
-        return _unwrapped(inner)
-    if not isinstance(optimizer, Optimizer):
-        raise NMSolveError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    return optimizer
-
-
-def _check_finite(weights: Iterable[tuple[str, Tensor]]) -> None:
-    for name, weight in weights:
-        local = shard_of(weight)
-        wrong = local.numel() - int(torch.isfinite(local).sum())
-        if wrong:
-            raise WorkFailed(
-                f"model: {name}: expected finite values, got {wrong} NaN or infinite of {local.numel()}"
-            )
-
-
-def _summed(numbers: Tensor, groups: Iterable[Any]) -> Tensor:
-    for group in groups:
-        torch.distributed.all_reduce(numbers, group=group)
-    return numbers
-
-
-def _share(kept: float, total: float) -> float:
-    return kept / total if total else 1.0

@@ -71,16 +71,16 @@ def test_every_operand_of_every_step_has_the_pattern(pattern, transposable, monk
 
 
 def test_all_layers_are_solved_in_one_call(monkeypatch):
-    from nmsolve.train import training
+    from nmsolve.train import solving
 
     calls = []
-    solve = training.transposable_masks
+    solve = solving.transposable_masks
 
     def counted(scores, *args, **options):
         calls.append(len(scores))
         return solve(scores, *args, **options)
 
-    monkeypatch.setattr(training, "transposable_masks", counted)
+    monkeypatch.setattr(solving, "transposable_masks", counted)
     SparseTraining(nn.Sequential(*(nn.Linear(8, 8) for _ in range(5))), {"*": "2:4", "3": "4:8"})
     assert calls == [4, 1]
 
@@ -534,7 +534,7 @@ def test_masks_that_cannot_be_solved_leave_plain_layers(monkeypatch):
         raise nmsolve.BackendError("backend: there is none")
 
     model = network()
-    monkeypatch.setattr("nmsolve.train.training.transposable_masks", fails)
+    monkeypatch.setattr("nmsolve.train.solving.transposable_masks", fails)
     with pytest.raises(nmsolve.BackendError, match="there is none"):
         SparseTraining(model)
     assert type(model.up) is nn.Linear
