@@ -184,7 +184,7 @@ def growth(rows: list[Row], file: Path) -> None:
 def training(rows: list[Row], file: Path) -> None:
     """Losses along the runs and at their end, and how far masks move, as means over the seeds."""
     rows = [row for row in rows if row["part"] == "comparison"]
-    patterns = [row["pattern"] for row in rows if row["method"] == "fixed" and row["seed"] == rows[0]["seed"]]
+    patterns = training_tables.patterns()
     ways = dict.fromkeys((row["method"], row["mask"], row["refresh"]) for row in rows)
 
     def of(way: tuple[str, ...], pattern: str) -> list[Row]:

@@ -69,7 +69,8 @@ def runs() -> dict[tuple[Way, str], dict[str, Row]]:
 
 
 def patterns() -> list[str]:
-    return [pattern for way, pattern in runs() if way == FIXED]
+    found = [pattern for way, pattern in runs() if way == FIXED]
+    return sorted(found, key=lambda pattern: int(pattern.partition(":")[2]))
 
 
 def held_out(way: Way, pattern: str) -> dict[str, float]:
