@@ -8,15 +8,18 @@ largest kept score.** In a full block that is exactly N per row and column.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from nmsolve.pattern import NMPattern
 
-__all__ = ["BlockGrid", "Demand", "batched_matrices", "demand", "grid_of", "split_blocks"]
+__all__ = ["BlockGrid", "Demand", "batched_matrices", "chosen_blocks", "demand", "grid_of", "split_blocks"]
+
+# Elements that chosen_blocks looks at together.
+_CHUNK = 1 << 18
 
 
 class Demand(NamedTuple):
@@ -139,3 +142,24 @@ def batched_matrices(tensor: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, 
 def grid_of(scores: Tensor, pattern: NMPattern) -> BlockGrid:
     """The tiling of ``(..., rows, cols)`` scores under ``pattern``."""
     return BlockGrid(scores.shape[-2], scores.shape[-1], pattern.m)
+
+
+def chosen_blocks(
+    wanted: Tensor, pattern: NMPattern, matrices: Sequence[Tensor], per_block: Sequence[Tensor] = ()
+) -> Iterator[tuple[Any, ...]]:
+    """Where the ``wanted`` blocks of ``(..., rows, cols)`` matrices are: tiles of blocks that have any.
+
+    Yields views ``(b, g, h, R, C)`` of the tile's blocks in the first matrix and, in a list, in the others,
+    which of them are wanted ``(b, g, h)``, and views of the tile in each tensor with something per block.
+    """
+    if not wanted.any():
+        return
+    count = len(matrices)
+    grid = grid_of(matrices[0], pattern)
+    for parts in batched_matrices(*matrices, wanted, *per_block):
+        for b, i, j, r, c in grid.tiles(parts[0].shape[0], _CHUNK):
+            where = (b, *grid.block_slices(i, j))
+            at, *others = (part[where] for part in parts[count:])
+            if at.any():
+                first, *masks = (split_blocks(part[b, i, j], r, c) for part in parts[:count])
+                yield first, masks, at, *others

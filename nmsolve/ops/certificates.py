@@ -17,20 +17,14 @@ that type, the bound is that of the prices in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from nmsolve.blocks import batched_matrices, grid_of, split_blocks
+from nmsolve.blocks import chosen_blocks
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import kept_score
 
-__all__ = ["fit", "tighten"]
-
-# Elements of blocks worked on together.
-_CHUNK = 1 << 18
+__all__ = ["enough", "fit", "tighten"]
 
 # The largest number that sums of blocks may reach, as a power of two.
 _LARGEST = 1023
@@ -40,7 +34,7 @@ _LARGEST = 1023
 Certificate = tuple[Tensor, Tensor, Tensor]
 
 
-def _enough(dtype: torch.dtype) -> float:
+def enough(dtype: torch.dtype) -> float:
     """A gap that is small enough: the documents promise 1e-12 of float64 scores and 1e-6 of others."""
     return 2.0**-40 if dtype == torch.float64 else 2.0**-20
 
@@ -61,14 +55,16 @@ def tighten(
     """
     if bound.numel() == 0:
         return
-    short = ~(bound - objective <= _enough(scores.dtype) * scale)
+    short = ~(bound - objective <= enough(scores.dtype) * scale)
     for prices in duals:
         if not torch.isfinite(torch.stack(prices.aminmax())).all():
             short |= ~torch.isfinite(prices).all(-1)
-    for blocks, (kept,), at, u, v, reached, proven in _chosen(
+    for blocks, (kept,), at, u, v, reached, proven in chosen_blocks(
         short, pattern, (scores, mask), (*duals, objective, bound)
     ):
-        _replace(blocks, kept, pattern.n, at, (u, v), reached, proven)
+        rows, cols = blocks.shape[-2:]
+        lines = u[..., :rows], v[..., :cols]
+        _replace(blocks[at], kept[at], pattern.n, at, lines, reached, proven)
     torch.maximum(bound, objective, out=bound)
 
 
@@ -92,36 +88,17 @@ def fit(
     if float(torch.stack(scores.aminmax()).abs().max()) <= torch.finfo(torch.float64).max / pattern.m**2:
         return
     _, total = kept_score(scores, torch.ones_like(mask), pattern)
-    for blocks, (optimal, kept), at, u, v, reached, proven, size in _chosen(
+    for every, (best_masks, masks), at, u, v, reached, proven, size in chosen_blocks(
         ~torch.isfinite(total), pattern, (scores, best, mask), (*duals, objective, bound, scale)
     ):
-        u[at], v[at], left = _certificate(blocks, optimal, pattern.n, u.dtype)
+        blocks, optimal, kept = every[at], best_masks[at], masks[at]
+        rows, cols = blocks.shape[1:]
+        u[..., :rows][at], v[..., :cols][at], left = _certificate(blocks, optimal, pattern.n, u.dtype)
         a = _ldexp(blocks, -_exponent(blocks))
         unit = _LARGEST - torch.frexp(a.abs().sum((1, 2))).exponent
         proven[at] = _ldexp((a * optimal).sum((1, 2)) + left, unit)
         reached[at], size[at] = (_ldexp((x * kept).sum((1, 2)), unit) for x in (a, a.abs()))
     torch.maximum(bound, objective, out=bound)
-
-
-def _chosen(
-    wanted: Tensor, pattern: NMPattern, matrices: tuple[Tensor, ...], per_block: tuple[Tensor, ...]
-) -> Iterator[tuple[Any, ...]]:
-    """The ``wanted`` blocks ``(B, R, C)`` of scores and of masks, in chunks of blocks of one shape.
-
-    Yields the blocks, their masks, which blocks of a tile they are, and views of the tile in each tensor that
-    has something for each block; of the first two, which are duals, as many as there are lines.
-    """
-    if not wanted.any():
-        return
-    grid = grid_of(matrices[0], pattern)
-    count = len(matrices)
-    for parts in batched_matrices(*matrices, wanted, *per_block):
-        for b, i, j, r, c in grid.tiles(parts[0].shape[0], _CHUNK):
-            where = (b, *grid.block_slices(i, j))
-            at, u, v, *numbers = (part[where] for part in parts[count:])
-            if at.any():
-                blocks, *masks = (split_blocks(part[b, i, j], r, c)[at] for part in parts[:count])
-                yield blocks, masks, at, u[..., :r], v[..., :c], *numbers
 
 
 def _replace(
@@ -168,7 +145,7 @@ def _certificate(blocks: Tensor, masks: Tensor, n: int, dtype: torch.dtype) -> C
     best = torch.stack([left for *_, left in found]).argmin(0)
     block = torch.arange(len(a), device=a.device)
     u, v, left = (torch.stack(parts)[best, block] for parts in zip(*found, strict=True))
-    short = left > _enough(dtype) * (a * masks).abs().sum((1, 2))
+    short = left > enough(dtype) * (a * masks).abs().sum((1, 2))
     if short.any():  # the prices themselves, before the duals' type rounds them or cuts them off
         exact_v = shifts[-1] - potentials
         exact_u, exact_left = _row_duals(a, masks, exact_v, torch.zeros_like(exponent), torch.float64)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from math import inf
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from nmsolve.backends.dispatch import MASK_METHODS, Backend, GroupMaskSolver, select
 from nmsolve.blocks import batched_matrices
-from nmsolve.ops.certificates import fit, tighten
+from nmsolve.ops.certificates import enough, fit, tighten
 from nmsolve.ops.registration import register
 from nmsolve.ops.validation import check_all_finite, check_finite_duals
+from nmsolve.ops.wider import coarse_blocks, solve_wider
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import BlockResult, kept_score
 
@@ -84,9 +86,13 @@ def _masks(
 ) -> list[Tensor]:
     """One mask per matrix; ``warm`` are the duals of a single matrix, or nothing."""
     pattern = NMPattern(n, m)
-    runners, _ = _checked(scores, warm, backend, m)
+    runners, lowest = _checked(scores, warm, backend, m)
     if method == "exact":
-        return [result.mask for result in _exact(runners, scores, warm, pattern, False)]
+        masks = [result.mask for result in _exact(runners, scores, warm, pattern, False)]
+        for runner, matrix, low, mask in zip(runners, scores, lowest, masks, strict=True):
+            if low < 0:
+                solve_wider(runner.masks, matrix, mask, coarse_blocks(matrix, pattern), pattern)
+        return masks
     return _approximate(runners, scores, pattern, method, *options)
 
 
@@ -112,6 +118,14 @@ def _solutions(
         else:
             objective, scale = kept_score(matrix, mask, pattern)
         tighten(matrix, mask, (u, v), objective, bound, scale, pattern)
+        if matrix.dtype != torch.float64:
+            short = bound - objective > enough(matrix.dtype) * scale
+            if low < 0:
+                short |= coarse_blocks(matrix, pattern)
+            better = solve_wider(runners[i].masks, matrix, mask, short, pattern)
+            if better.any():
+                objective, scale = kept_score(matrix, mask, pattern)
+                tighten(matrix, mask, (u, v), objective, bound.masked_fill_(better, inf), scale, pattern)
         best = mask
         if masks is not None:
             mask = masks[i]

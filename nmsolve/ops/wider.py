@@ -1,0 +1,55 @@
+"""Blocks that float32 is too coarse for, solved once more in float64.
+
+The solvers scale a block by its largest score and work in float32 unless the scores are float64, so they tell
+apart what differs by more than some 2^-24 of that score. Where large negative scores stand for what must not
+be kept, the others are near that, and a mask can be short of the optimum by a large part of what it keeps.
+A block without negative scores keeps at least its largest one, and is short by a rounding error of that.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nmsolve.backends.dispatch import MaskSolver
+from nmsolve.blocks import chosen_blocks, grid_of
+from nmsolve.pattern import NMPattern
+
+__all__ = ["coarse_blocks", "solve_wider"]
+
+# A block is coarse whose lowest score is this many times the highest, on the other side of zero, and of whose
+# scores an eighth, zeros left out, are below this share of it.
+_TIMES = 8.0
+_SMALL = 2.0**-10
+
+
+def coarse_blocks(scores: Tensor, pattern: NMPattern) -> Tensor:
+    """Which blocks of ``(..., rows, cols)`` have negative scores that dwarf others, ``(..., GR, GC)``."""
+    grid = grid_of(scores, pattern)
+    shape = (*scores.shape[:-2], grid.block_rows, grid.block_cols)
+    coarse = torch.zeros(shape, dtype=torch.bool, device=scores.device)
+    if scores.dtype == torch.float64 or not 0 < pattern.n < pattern.m:
+        return coarse
+    for tile, _, _, found in chosen_blocks(~coarse, pattern, (scores,), (coarse,)):
+        low, high = tile.amin(-2).amin(-1), tile.amax(-2).amax(-1)  # the lines of all blocks at once first
+        found.copy_(-low > _TIMES * high.clamp(min=0))
+    for tile, _, at, found in chosen_blocks(coarse.clone(), pattern, (scores,), (coarse,)):
+        size = tile[at].abs().float()
+        small = (size < _SMALL * size.amax((1, 2), keepdim=True)) & (size > 0)
+        found[at] = 8 * small.sum((1, 2)) >= (size > 0).sum((1, 2))
+    return coarse
+
+
+def solve_wider(
+    solver: MaskSolver, scores: Tensor, mask: Tensor, wanted: Tensor, pattern: NMPattern
+) -> Tensor:
+    """Put better masks, in place, where float64 finds them among the ``wanted`` blocks; which those are."""
+    better = torch.zeros_like(wanted)
+    for tile, (masks,), at, improved in chosen_blocks(wanted, pattern, (scores, mask), (better,)):
+        blocks, before = tile[at].double(), masks[at]
+        found = solver.exact(blocks, pattern, warm=None, want_solution=False).mask
+        gain = (blocks * (found.double() - before.double())).sum((1, 2)) >= 0
+        gain &= (found != before).any(2).any(1)
+        masks[at] = torch.where(gain[:, None, None], found, before)
+        improved[at] = gain
+    return better
