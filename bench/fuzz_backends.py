@@ -268,24 +268,24 @@ class Plan(NamedTuple):
 def plan(part: str, dtype: str, m: int, n: int) -> Plan | None:
     """What is solved of a pattern in a dtype; most blocks where they are cheap.
 
-    Small blocks are compared in every dtype; larger ones in the two that they are solved in, then in one of
-    them for each N, the largest for every third N. Kernels that are not compiled take one dtype for each M
-    and a few N, the ends among them; the interpreter, which takes seconds for a large block, leaves out most
-    large M.
+    Blocks up to 8 are compared in every dtype, those up to 16 in the two that they are solved in, and larger
+    ones, for which torch takes milliseconds, in one of these and for every fourth N, another one for each M.
+    Kernels that are not compiled take one dtype for each M and a few N, the ends among them; the interpreter,
+    which takes seconds for a large block, leaves out most large M.
     """
-    turn = DTYPES[n % 2] == dtype and (m <= 40 or n % 3 == m % 3)
     if part == "torch":
         if m <= 8:
             return Plan(*[100_000 if m <= 4 else 20_000] * 2)
         if m <= 16:
-            return Plan(300, 300 if dtype in DTYPES[:2] else 0)
-        return Plan(300, (100 if m <= 40 else 30) if turn else 0)
+            return Plan(200, 200 if dtype in DTYPES[:2] else 0)
+        turn = n % 4 == m % 4 and DTYPES[n // 4 % 2] == dtype
+        return Plan(200, 100 if turn else 0) if m <= 40 else Plan(100, 30 if turn else 0)
     if DTYPES[m % len(DTYPES)] != dtype or n not in (0, 1, m // 2, m - 1, m):
         return None
     if part == "ptx":
         return Plan(*[64 if m <= 8 else 16 if m <= 32 else 4] * 2)
     if m <= 16:
-        return Plan(*[64 if m <= 8 else 8] * 2)
+        return Plan(*[32 if m <= 8 else 8] * 2)
     return Plan(1, 1) if m in (24, 32, 48, 64) and n == m // 2 else None
 
 
