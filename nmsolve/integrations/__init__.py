@@ -8,6 +8,8 @@
 ``llmcompressor``                   llmcompressor's ``oneshot``
 ``modelopt``                        nvidia-modelopt's ``modelopt.torch.sparsity``
 ``apex_asp``                        apex ASP
+``transformers``                    sparse training in transformers' ``Trainer``
+``lightning``                       sparse training in Lightning's ``Trainer``
 ``scripts``                         scripts that compute a ``W_metric``, such as those of Wanda and SparseGPT
 ==================================  ==========================================================================
 """

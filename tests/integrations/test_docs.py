@@ -18,7 +18,11 @@ from nmsolve.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs" / "integrations").glob("*.md"))
-CLIENTS = {"llmcompressor.md": "llmcompressor", "modelopt.md": "modelopt"}
+CLIENTS = {
+    "llmcompressor.md": "llmcompressor",
+    "modelopt.md": "modelopt",
+    "lightning.md": "pytorch_lightning",
+}
 
 pytest.importorskip("transformers")
 
@@ -53,7 +57,7 @@ def test_every_adapter_has_a_page():
         assert page.name == "README.md" or f"({page.name})" in index
     adapters = {path.stem for path in (ROOT / "nmsolve" / "integrations").glob("[a-z]*.py")}
     named = set(re.findall(r"^\| \[.*?\| `(\w+)\.\w+`", index, re.M))
-    assert adapters - {"client", "weights"} == named
+    assert adapters - {"callbacks", "client", "weights"} == named
 
 
 def test_the_page_says_which_transformers_llmcompressor_brings():
