@@ -23,6 +23,18 @@ from triton.language.extra import libdevice
 
 # The interpreter has no device library.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+# By what factor more entries are said to be adjacent along each axis of a tile than along the one before. The
+# compiler deals the axis with most of them to the lanes first; among equals Triton before 3.7 the first axis.
+MORE = tl.constexpr(1 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 2)
+
+
+@triton.jit
+def pointers_to(base_ptr, offsets):
+    """Pointers of a tile such that its last axes are dealt to the lanes, wherever they point.
+
+    No access gets wider by what is said, since no entry is known to be aligned.
+    """
+    return tl.max_contiguous(base_ptr + offsets, [1, MORE, MORE**2, MORE**3, MORE**4])
 
 
 @triton.jit
@@ -246,7 +258,7 @@ def load_scaled(scores_ptr, matrix, blocks, m, LAYOUT: tl.constexpr):
     offsets = strided(
         blocks, blocks.i, blocks.j, m, matrix.stride_batch, matrix.stride_row, matrix.stride_col, LAYOUT.SLACK
     )
-    raw = widen(tl.load(scores_ptr + offsets, mask=blocks.inside, other=0.0))
+    raw = widen(tl.load(pointers_to(scores_ptr, offsets), mask=blocks.inside, other=0.0))
     scale, unscale = power_of_two_scale(max_rows(max_cols(tl.abs(raw))))
     scores = (raw * scale).to(tl.float32)
     if LAYOUT.PADDED:
@@ -280,8 +292,8 @@ def store_mask(mask_ptr, kept, matrix, blocks, entries, m, unit, LAYOUT: tl.cons
             real = blocks.inside
             if real.shape[1] > 1:  # by column: some lie beyond the block
                 real = tl.max(tl.where(here & real, 1, 0), 1, keep_dims=True) > 0
-            tl.store(mask_ptr + out + k * unit, words, mask=real)
+            tl.store(pointers_to(mask_ptr, out + k * unit), words, mask=real)
     else:
         cols = matrix.cols.to(tl.int64)
         out = strided(blocks, i, j, m, matrix.rows * cols, matrix.cols, unit, LAYOUT.SLACK)
-        tl.store(mask_ptr + out, value.to(tl.uint8), mask=blocks.inside)
+        tl.store(pointers_to(mask_ptr, out), value.to(tl.uint8), mask=blocks.inside)

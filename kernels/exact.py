@@ -22,6 +22,7 @@ from nmsolve.kernels._tile import (
     max_cols,
     max_rows,
     place_blocks,
+    pointers_to,
     store_mask,
     strided,
     sum_cols,
@@ -73,18 +74,18 @@ def block_number(blocks, grid):
 @triton.jit
 def load_duals(row_ptr, col_ptr, lines, real, tall, SLACK: tl.constexpr):
     """Duals of a tile's rows from ``row_ptr``, of turned blocks from ``col_ptr`` (columns: exchanged)."""
-    duals = tl.load(row_ptr + lines, mask=real & (tall == 0), other=0.0)
+    duals = tl.load(pointers_to(row_ptr, lines), mask=real & (tall == 0), other=0.0)
     if SLACK:
-        duals += tl.load(col_ptr + lines, mask=real & tall, other=0.0)
+        duals += tl.load(pointers_to(col_ptr, lines), mask=real & tall, other=0.0)
     return duals
 
 
 @triton.jit
 def store_duals(row_ptr, col_ptr, lines, duals, mask, tall, SLACK: tl.constexpr):
     """The counterpart of :func:`load_duals`."""
-    tl.store(row_ptr + lines, duals, mask=mask & (tall == 0))
+    tl.store(pointers_to(row_ptr, lines), duals, mask=mask & (tall == 0))
     if SLACK:
-        tl.store(col_ptr + lines, duals, mask=mask & tall)
+        tl.store(pointers_to(col_ptr, lines), duals, mask=mask & tall)
 
 
 @triton.jit
@@ -165,7 +166,7 @@ def store_blocks(scores_ptr, outputs, found, n, m, part, LAYOUT: tl.constexpr, S
             again = strided(
                 blocks, row, j, m, matrix.stride_batch, matrix.stride_row, matrix.stride_col, SLACK
             )
-            original = widen(tl.load(scores_ptr + again, mask=here, other=0.0)).to(tl.float64)
+            original = widen(tl.load(pointers_to(scores_ptr, again), mask=here, other=0.0)).to(tl.float64)
             row_u = tl.sum(tl.where(row_in == r, u, 0.0), 0, keep_dims=True)
             surplus = tl.maximum((original - row_u) - v, 0.0)
             if PADDED:

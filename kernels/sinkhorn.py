@@ -15,7 +15,7 @@ Logits of -inf are entries that stay 0, and so are the lanes that a block leaves
 sums to exactly 0, which no other line does; its scaling is 1 and nothing divides by its sum. NaN equals
 nothing, so that a sum of NaN is no sum of 0.
 
-Loads say that they have no contiguity, lest the compiler deal the first axes of a tile over lanes (see
+Pointers say that they have no contiguity, lest the compiler deal the first axes of a tile over lanes (see
 _tile). The argument ``one`` is 1, which the compiler is not told: indices multiplied by it hide their
 contiguity too, and addresses that depend on the iteration t through ``t * (one - 1)`` are worked out where
 they are needed, not kept in registers over the loop.
@@ -30,6 +30,7 @@ from nmsolve.kernels._tile import (
     max_rows,
     min_cols,
     min_rows,
+    pointers_to,
     quotient,
     row_index,
     sum_cols,
@@ -43,9 +44,9 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def load_scattered(pointers, mask, default):
+def load_scattered(base_ptr, offsets, mask, default):
     """Load in the layout of the computation."""
-    return tl.load(tl.max_contiguous(pointers, [1, 1, 1, 1, 1]), mask=mask, other=default)
+    return tl.load(pointers_to(base_ptr, offsets), mask=mask, other=default)
 
 
 @triton.jit
@@ -53,8 +54,7 @@ def load_tile(base_ptr, matrix, block, i, j, default):
     """Entries (i, j) of the blocks as float32, ``default`` where there are none."""
     inside = (block < matrix.batch) & (i < matrix.rows) & (j < matrix.cols)
     rows = base_ptr + block * matrix.stride_batch + i.to(tl.int64) * matrix.stride_row
-    pointers = rows + j.to(tl.int64) * matrix.stride_col
-    return load_scattered(pointers, inside, default).to(tl.float32)
+    return load_scattered(rows, j.to(tl.int64) * matrix.stride_col, inside, default).to(tl.float32)
 
 
 @triton.jit
@@ -121,8 +121,8 @@ def sinkhorn_forward_kernel(
     j = col_index(COLS_IN, COLS_OUT)
     live_row = exists & (i < rows)
     live_col = exists & (j < cols)
-    a = load_scattered(row_marginals_ptr + block * row_marginals_stride + i, live_row, 1.0)
-    b = load_scattered(col_marginals_ptr + block * col_marginals_stride + j, live_col, 1.0)
+    a = load_scattered(row_marginals_ptr, block * row_marginals_stride + i, live_row, 1.0)
+    b = load_scattered(col_marginals_ptr, block * col_marginals_stride + j, live_col, 1.0)
 
     f = tl.zeros_like(a)
     g = tl.zeros_like(b)
@@ -166,14 +166,14 @@ def sinkhorn_forward_kernel(
             v = tl.where(reset, 1.0, v)
         if KEEP:
             place = block * iterations + t
-            tl.store(row_scalings_ptr + place * rows + i, f + tl.log2(u), mask=live_row & going)
-            tl.store(col_scalings_ptr + place * cols + j, g + tl.log2(v), mask=live_col & going)
+            tl.store(pointers_to(row_scalings_ptr, place * rows + i), f + tl.log2(u), mask=live_row & going)
+            tl.store(pointers_to(col_scalings_ptr, place * cols + j), g + tl.log2(v), mask=live_col & going)
         made += going.to(tl.int32)
         t += 1
         go = t < iterations
         if TOLERANCE:
             go = go & (tl.max(going.to(tl.int32)) > 0)
-    tl.store(plan_ptr + (block * rows + i) * cols + j, kernel * u * v, mask=live_row & live_col)
+    tl.store(pointers_to(plan_ptr, (block * rows + i) * cols + j), kernel * u * v, mask=live_row & live_col)
     tl.store(made_ptr + block, made, mask=exists)
 
 
@@ -225,7 +225,7 @@ def sinkhorn_backward_kernel(
     j = col_index(COLS_IN, COLS_OUT)
     live_row = exists & (i < rows)
     live_col = exists & (j < cols)
-    b = load_scattered(col_marginals_ptr + block * col_marginals_stride + j, live_col, 1.0)
+    b = load_scattered(col_marginals_ptr, block * col_marginals_stride + j, live_col, 1.0)
     made = tl.load(made_ptr + block, mask=exists, other=0)
     level = load_tile(logits_ptr, logits, block, i, j, -INF)
     level *= scale
@@ -233,8 +233,8 @@ def sinkhorn_backward_kernel(
     total = load_tile(gradient_ptr, gradient, block, i, j, 0.0)
 
     place = block * iterations + made - 1
-    f = load_scattered(row_scalings_ptr + place * rows + i, live_row, 0.0)
-    g = load_scattered(col_scalings_ptr + place * cols + j, live_col, 0.0)
+    f = load_scattered(row_scalings_ptr, place * rows + i, live_row, 0.0)
+    g = load_scattered(col_scalings_ptr, place * cols + j, live_col, 0.0)
     kernel = tl.exp2((level + f) + g)
     held = sum_cols(kernel)
     total *= kernel * tl.where(held == 0.0, 0.0, b / held)
@@ -247,10 +247,10 @@ def sinkhorn_backward_kernel(
         row_mask = live_row & (t < made)
         col_mask = live_col & (t < made)
         place = block * iterations + t
-        f = load_scattered(row_scalings_ptr + place * rows + i, row_mask, -INF)
-        g = load_scattered(col_scalings_ptr + place * cols + j, col_mask, 0.0)
+        f = load_scattered(row_scalings_ptr, place * rows + i, row_mask, -INF)
+        g = load_scattered(col_scalings_ptr, place * cols + j, col_mask, 0.0)
         later = tl.where(t > 0, col_mask, False)
-        before = load_scattered(col_scalings_ptr + (place - 1) * cols + j, later, 0.0)
+        before = load_scattered(col_scalings_ptr, (place - 1) * cols + j, later, 0.0)
         if RELOAD:
             row = i + t * (one - 1)
             col = j + t * (one - 1)
@@ -268,4 +268,4 @@ def sinkhorn_backward_kernel(
         dg = 0.0 - v * sum_cols(kernel * z)
         total -= kernel * (y + z * v)
     out = (total * inverse_temperature).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + (block * rows + i) * cols + j, out, mask=live_row & live_col)
+    tl.store(pointers_to(out_ptr, (block * rows + i) * cols + j), out, mask=live_row & live_col)
