@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nmsolve.integrations.client import importing
 from nmsolve.integrations.weights import sparsegpt_weight, weight_mask
 from nmsolve.pattern import NMPattern
+from nmsolve.prune.arguments import check_in_memory
 from nmsolve.prune.rule import MaskRule
 
 with importing("nvidia-modelopt"):
@@ -118,6 +119,7 @@ def sparsify(model: nn.Module, mode: Any, config: dict[str, Any] | None = None) 
     >>> nmsolve.check_mask(model[0].weight != 0, 4, 8)
     """
     _rule(config)
+    check_in_memory(model)
     model = apply_mode(model, mode, registry=SparsityModeRegistry)
     searcher = _SEARCHERS[get_mode(model).search_algorithm]()
     searcher.search(model, {}, (), config)

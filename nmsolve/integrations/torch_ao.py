@@ -9,6 +9,7 @@ from torch.ao.pruning import BaseSparsifier
 
 from nmsolve.integrations.weights import weight_mask
 from nmsolve.pattern import NMPattern, PatternLike
+from nmsolve.prune.arguments import check_in_memory
 from nmsolve.prune.layers import Layer, select_layers
 from nmsolve.prune.rule import MaskRule
 
@@ -68,6 +69,11 @@ class NMSparsifier(BaseSparsifier):
                 "regrow": regrow,
             }
         )
+
+    def prepare(self, model: nn.Module, config: Any) -> None:
+        """As in the base class; a model that is not there as numbers is refused."""
+        check_in_memory(model)
+        super().prepare(model, config)
 
     def make_config_from_model(self, model: nn.Module) -> None:  # type: ignore[override]
         """The config of ``prepare(model, config=None)``."""

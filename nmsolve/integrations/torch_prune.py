@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from nmsolve.integrations.weights import weight_mask
+from nmsolve.ops.validation import check_scores
 from nmsolve.pattern import PatternLike
 from nmsolve.prune.layers import Layer
 from nmsolve.prune.rule import MaskRule
@@ -78,6 +79,9 @@ class NMPruning(BasePruningMethod):
         """Prunes a parameter and adds the hook that keeps it pruned; returns the method."""
         layer = Layer("", module)
         layout = {"groups": layer.groups, "input_first": layer.input_first}
+        parameter = getattr(module, name, None)
+        if isinstance(parameter, Tensor):
+            check_scores(parameter.detach(), rank=0, name=name)
         return super().apply(module, name, pattern, importance_scores=importance_scores, **layout | options)
 
 

@@ -40,7 +40,7 @@ def register(
     Both take the schema's arguments in their order. The outputs of most operators are constants to autograd;
     under vmap, their tensors get a leading dimension more. An operator that is called ``in_function``, inside
     a :class:`torch.autograd.Function` that knows its gradient, has neither; differentiating through the bare
-    operator raises.
+    operator raises, backward and forward.
     """
     names = _TAGS if in_function else (*_TAGS, _WAITS)
     tags = [getattr(torch.Tag, tag) for tag in names if hasattr(torch.Tag, tag)]
@@ -51,6 +51,7 @@ def register(
     setup = None if in_function else _not_differentiable
     torch.library.register_autograd(operator, _no_gradient, setup_context=setup, lib=_LIBRARY)
     if in_function:
+        _LIBRARY.impl(name, _refusing_tangents(operator), "ADInplaceOrView", with_keyset=True)
         return operator
 
     def over_batches(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -80,6 +81,29 @@ def _hidden_from_compilers(real: Callable[..., Any]) -> Callable[..., Any]:
         return hidden(*args)
 
     return kernel
+
+
+def _refusing_tangents(operator: torch._ops.OpOverload) -> Callable[..., Any]:
+    """The kernel behind autograd's: tangents are an error, as PyTorch would drop them without a word.
+
+    A Function calls its operators with forward mode off, and has a jvp of its own.
+    """
+
+    def kernel(keys: Any, *args: Any) -> Any:
+        if torch._C._is_fwd_grad_enabled() and any(map(_has_tangent, args)):
+            _no_gradient(None)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return operator.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    return kernel
+
+
+def _has_tangent(arg: Any) -> bool:
+    """Whether a plain tensor, or one that torch.func wraps, has one; a compiler's stand-ins have none."""
+    if type(arg) not in (Tensor, torch.nn.Parameter):
+        return False
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+        return forward_ad.unpack_dual(arg).tangent is not None
 
 
 def may_be_differentiated(tensor: Tensor) -> bool:

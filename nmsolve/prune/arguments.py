@@ -101,7 +101,17 @@ def used_settings(settings: PruneSettings, calibrated: bool) -> dict[str, object
 
 
 def check_in_memory(model: nn.Module) -> None:
-    """Raises if accelerate holds a part of the model elsewhere: what is changed here would not get there."""
+    """Raises if what would be changed is not there as numbers.
+
+    What is changed here would not get to a part that accelerate holds elsewhere, and one byte is what is left
+    of a weight after quantisation.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.element_size() == 1:
+            raise NMSolveError(
+                f"model: {name} is {str(parameter.dtype).removeprefix('torch.')}, quantised: prune first, in "
+                "bfloat16 or wider, then quantise"
+            )
     away = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
     if away and any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise NMSolveError(

@@ -189,17 +189,27 @@ def test_masks_are_constants() -> None:
     assert torch.equal(found, 2 * scores.detach() * solution.mask)
 
 
+def bare_calls() -> dict[str, Callable[[Tensor], Tensor]]:
+    """Operators that public functions differentiate by Functions around them, of ``(1, 4, 4)``."""
+    op, order = torch.ops.nmsolve, ORDER
+    plans = op.sinkhorn(normal(1, 4, 4), None, None, 0.5, 3, -1.0, "torch", True)
+    return {
+        "sinkhorn": lambda x: op.sinkhorn(x, None, None, 0.5, 3, -1.0, "torch", True)[0],
+        "sinkhorn_backward": lambda x: op.sinkhorn_backward(x, x, None, None, *plans[1:], 0.5, "torch"),
+        "permute_columns": lambda x: op.permute_columns(x, order, False, "torch"),
+        "rms_norm_permute": lambda x: op.rms_norm_permute(x, x[0, 0], order, 0.1, "torch"),
+    }
+
+
 @pytest.mark.parametrize("name", ["sinkhorn", "sinkhorn_backward", "permute_columns", "rms_norm_permute"])
 def test_bare_operators_say_that_they_have_no_gradient(name: str) -> None:
-    x, order = normal(1, 4, 4).requires_grad_(), ORDER
-    plans = torch.ops.nmsolve.sinkhorn(x.detach(), None, None, 0.5, 3, -1.0, "torch", True)
-    call = {
-        "sinkhorn": lambda: torch.ops.nmsolve.sinkhorn(x, None, None, 0.5, 3, -1.0, "torch", True)[0],
-        "sinkhorn_backward": lambda: torch.ops.nmsolve.sinkhorn_backward(
-            x, x, None, None, *plans[1:], 0.5, "torch"
-        ),
-        "permute_columns": lambda: torch.ops.nmsolve.permute_columns(x, order, False, "torch"),
-        "rms_norm_permute": lambda: torch.ops.nmsolve.rms_norm_permute(x, x[0, 0], order, 0.1, "torch"),
-    }[name]
+    call, x = bare_calls()[name], normal(1, 4, 4)
     with pytest.raises(NotImplementedError, match="are not differentiable"):
-        call().sum().backward()
+        call(x.clone().requires_grad_()).sum().backward()
+    with pytest.raises(NotImplementedError, match="are not differentiable"), forward_ad.dual_level():
+        call(forward_ad.make_dual(x, x))
+    for transform in (lambda f: torch.func.jvp(f, (x,), (x,)), lambda f: torch.func.jacfwd(f)(x)):
+        with pytest.raises(NotImplementedError, match="are not differentiable"):
+            transform(call)
+    of_a_constant = torch.func.jvp(lambda y: call(x) * y.sum(), (x,), (x,))[1]
+    torch.testing.assert_close(of_a_constant, call(x) * x.sum())

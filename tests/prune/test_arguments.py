@@ -12,10 +12,13 @@ from torch import nn
 import nmsolve
 from nmsolve.checkpoint.mask_files import load_masks
 from nmsolve.errors import WorkFailed
+from nmsolve.integrations.torch_ao import NMSparsifier
+from nmsolve.integrations.torch_prune import nm_structured
 from nmsolve.permute import apply_permutations, learn_permutation
 from nmsolve.prune import FixedMasks, prune_model
 from nmsolve.prune.calibration import make_batches
 from nmsolve.prune.methods import PRUNING_METHODS
+from nmsolve.train import SparseTraining
 
 pytest.importorskip("transformers")
 
@@ -183,6 +186,32 @@ def test_weights_of_quantisation_libraries_are_refused():
         apply_permutations(model, {"2": torch.arange(model[2].in_features).flip(0)})
     with pytest.raises(nmsolve.NMSolveError, match=r"2\.weight is a .*Packed, not a plain tensor"):
         prune(model, torch.randn(8, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_one_byte_are_refused_by_everything_that_changes_a_model(dtype):
+    """Left to themselves they end in an error of PyTorch, or are left out without a word."""
+    model = mlp().requires_grad_(False)
+    quantised = model[2].weight.detach().to(dtype)
+    model[2].weight = torch.nn.Parameter(quantised, requires_grad=False)
+    refused = rf"model: 2\.weight is {str(dtype)[6:]}, quantised: prune first"
+    with pytest.raises(nmsolve.NMSolveError, match=refused):
+        prune(model, torch.randn(8, 16))
+    with pytest.raises(nmsolve.NMSolveError, match=refused):
+        prune_model(model, None, "2:4", method="magnitude")
+    with pytest.raises(nmsolve.NMSolveError, match=refused):
+        FixedMasks(model, {"2.weight": torch.ones(quantised.shape, dtype=torch.bool)})
+    with pytest.raises(nmsolve.NMSolveError, match=refused):
+        apply_permutations(model, {"2": torch.arange(model[2].in_features).flip(0)})
+    with pytest.raises(nmsolve.NMSolveError, match=refused):
+        learn_permutation(model, [torch.randn(4, 16)] * 3, 2, 4)
+    with pytest.raises(nmsolve.NMSolveError, match=refused):
+        SparseTraining(model, "2:4")
+    with pytest.raises(nmsolve.NMSolveError, match=r"weight: expected dtype float64.*got float8"):
+        nm_structured(model[2], "weight", "2:4")
+    with pytest.raises(nmsolve.NMSolveError, match=refused):
+        NMSparsifier("2:4").prepare(model, None)
+    assert torch.equal(model[2].weight.view(torch.uint8), quantised.view(torch.uint8))
 
 
 def test_models_that_are_partly_elsewhere_are_refused(tmp_path):
