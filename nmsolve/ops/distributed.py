@@ -17,7 +17,16 @@ from torch import Tensor
 
 from nmsolve.errors import NMSolveError
 
-__all__ = ["Sharding", "agree_over_mesh", "from_shards", "is_dtensor", "on_shards", "shard_of", "sharding_of"]
+__all__ = [
+    "Sharding",
+    "agree_over_mesh",
+    "from_shards",
+    "is_dtensor",
+    "on_shards",
+    "shard_of",
+    "sharding_of",
+    "spread_like",
+]
 
 # Consecutive global indices [start, stop) of one dimension.
 Span = tuple[int, int]
@@ -194,6 +203,24 @@ def _strides(shape: Sequence[int], inner: int) -> tuple[int, ...]:
         strides[dim] = step
         step *= max(1, shape[dim])
     return tuple(strides)
+
+
+def spread_like(whole: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor that every process has whole, or that lies otherwise, spread as ``tensor`` of its shape is.
+
+    Communicates where ``whole`` is a DTensor that lies otherwise; all have to call it then.
+    """
+    if not is_dtensor(tensor):
+        return (whole.full_tensor() if is_dtensor(whole) else whole).to(tensor.device)
+    if is_dtensor(whole):
+        if whole.device_mesh == tensor.device_mesh and tuple(whole.placements) == tuple(tensor.placements):
+            return whole
+        whole = whole.full_tensor()
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, on_device = tensor.device_mesh, whole.to(shard_of(tensor).device)
+    replicated = DTensor.from_local(on_device, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=tensor.placements)
 
 
 def on_shards(operator: Callable[..., Any], shardings: Sequence[Sharding | None], *args: Any) -> Any:

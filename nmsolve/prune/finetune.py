@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nmsolve.errors import NMSolveError
+from nmsolve.ops.distributed import is_dtensor, shard_of, spread_like
 from nmsolve.pattern import NMPattern, PatternLike
 from nmsolve.prune.arguments import check_in_memory
 from nmsolve.prune.layers import Layer, find_layers, uncompiled
@@ -39,11 +40,15 @@ class FixedMasks:
     nothing that an optimizer does (weight decay, noise, momentum of an earlier phase) survives. Parameters
     are looked up by name: one that is replaced (``load_state_dict(assign=True)``) is masked like the first.
 
+    Parameters may be DTensors: under FSDP2 (``fully_shard`` first) and tensor parallelism each process keeps
+    its part of every mask.
+
     Parameters
     ----------
     model : nn.Module
     masks : mapping of weight name to bool Tensor
-        Such as :attr:`PruneResult.masks`, or what :func:`nmsolve.load_masks` returns.
+        Such as :attr:`PruneResult.masks`, or what :func:`nmsolve.load_masks` returns; whole on every process,
+        or DTensors.
     optimizer : torch.optim.Optimizer, optional
         More can be attached later.
 
@@ -125,6 +130,8 @@ class FixedMasks:
         pattern : NMPattern, str, (int, int) or mapping of weight name to one of these
             One for all, or such as :attr:`PruneResult.patterns`. Groups with fewer than N weights pass, as
             they do in hardware.
+
+        Sharded weights are gathered one by one: every process has to ask.
         """
         one = None if isinstance(pattern, Mapping) else NMPattern.of(pattern)
         found = []
@@ -133,12 +140,16 @@ class FixedMasks:
             if given is None:
                 raise NMSolveError(f"pattern: expected one for {name!r}, got none")
             expected = NMPattern.of(given)
-            there = held.parameter.detach() != 0
+            there: Any = held.parameter.detach() != 0
+            mask = held.mask
+            if is_dtensor(there):
+                spread: Any = spread_like(mask, there)
+                there, mask = there.full_tensor(), spread.full_tensor()
             forward = backward = True
             for matrix in _matrices(there, self._layers.get(name)):
                 forward = forward and _holds(matrix, expected)
                 backward = backward and _holds(matrix.T, expected)
-            stray = int((there & ~held.mask.to(there.device)).sum())
+            stray = int((there & ~mask.to(there.device)).sum())
             found.append(Operands(name, str(expected), forward, backward, stray))
         return found
 
@@ -148,6 +159,7 @@ class _Held:
 
     def __init__(self, module: nn.Module, leaf: str, mask: Tensor) -> None:
         self.module, self.leaf, self.mask = module, leaf, mask
+        self._last: nn.Parameter | None = None
         self._hooked: nn.Parameter | None = None
         self._handle: Any = None
 
@@ -156,32 +168,40 @@ class _Held:
         parameter = self.module._parameters[self.leaf]
         if parameter is None:
             raise KeyError(self.leaf)
+        if is_dtensor(self._last) and not is_dtensor(parameter):
+            return self._last  # FSDP2 has gathered it, and the optimizer steps the shard
+        self._last = parameter
         return parameter
+
+    def local_mask(self) -> Tensor:
+        """The part of the mask that this process has, of the shape of the local parameter."""
+        parameter = self.parameter
+        self.mask = spread_like(self.mask, parameter)
+        return shard_of(self.mask).to(shard_of(parameter).device)
 
     def watch(self) -> None:
         parameter = self.parameter
         if parameter.requires_grad and parameter is not self._hooked:
             self.release()
             self._hooked = parameter
-            self._handle = parameter.register_post_accumulate_grad_hook(_clearing(self.mask))
+            self._handle = parameter.register_post_accumulate_grad_hook(self._clear)
+
+    def _clear(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        if is_dtensor(gradient) and is_dtensor(parameter) and gradient.placements != parameter.placements:
+            gradient = parameter.grad = gradient.redistribute(placements=parameter.placements)
+        local = shard_of(gradient)
+        local.masked_fill_(~self.local_mask().to(local.device), 0)
 
     def apply(self) -> None:
-        parameter = self.parameter
-        self.mask = self.mask.to(parameter.device)
-        parameter.masked_fill_(~self.mask, 0)
+        shard_of(self.parameter).masked_fill_(~self.local_mask(), 0)
 
     def release(self) -> None:
         if self._handle is not None:
             self._handle.remove()
         self._hooked = self._handle = None
-
-
-def _clearing(mask: Tensor) -> Any:
-    def hook(parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            parameter.grad.masked_fill_(~mask.to(parameter.grad.device), 0)
-
-    return hook
 
 
 def _matrices(tensor: Tensor, layer: Layer | None) -> list[Tensor]:

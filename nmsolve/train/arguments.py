@@ -239,13 +239,15 @@ def check_layout(layer: Layer, pattern: NMPattern, transposable: bool, fsdp: boo
     Raises
     ------
     NMSolveError
-        If a border between shards falls inside a block, or a grouped convolution is sharded.
+        If a border between shards falls inside a block, a grouped convolution is sharded, or a kernel is.
     """
     weight = layer.weight
     if not is_dtensor(weight):
         return
     if layer.groups > 1 and any(not placement.is_replicate() for placement in weight.placements):
         raise NMSolveError(f"model: {layer.weight_name}: a sharded convolution with groups cannot be masked")
+    if any(getattr(placement, "dim", 0) > 1 for placement in weight.placements):
+        raise NMSolveError(f"model: {layer.weight_name}: a kernel that is cut into shards cannot be masked")
     rows, cols = (1, 0) if layer.input_first else (0, 1)
     try:
         sharding_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from nmsolve.errors import NMSolveError
 from nmsolve.ops.masks import check_mask
 from nmsolve.train.arguments import TrainSettings
-from nmsolve.train.packed import pack_rows, unpack_rows
+from nmsolve.train.packed import pack_mask, unpack_mask
 from nmsolve.train.weights import MaskedWeight
 
 __all__ = ["packed_state", "unpacked_masks"]
@@ -26,7 +27,7 @@ def packed_state(
         "version": _VERSION,
         "settings": _signature(weights, settings),
         **progress,
-        "masks": {weight.name: pack_rows(weight.mask, weight.parameter) for weight in weights},
+        "masks": {w.name: pack_mask(w.mask, w.parameter, _unit(w, settings)) for w in weights},
     }
 
 
@@ -54,7 +55,7 @@ def unpacked_masks(
     if stored.keys() != names:
         odd = sorted(stored.keys() ^ names)[0]
         raise NMSolveError(f"state: expected the masks of {len(names)} weights, got others ({odd})")
-    masks = [unpack_rows(stored[w.name], w.name, w.parameter) for w in weights]
+    masks = [unpack_mask(stored[w.name], w.name, w.parameter, _unit(w, settings)) for w in weights]
     if state["phase"] in ("sparse", "frozen"):
         for weight, mask in zip(weights, masks, strict=True):
             _check(weight, mask, settings.transposable)
@@ -67,6 +68,13 @@ def _signature(weights: Sequence[MaskedWeight], settings: TrainSettings) -> dict
         "gradient": settings.gradient,
         "patterns": {weight.name: str(weight.pattern) for weight in weights},
     }
+
+
+def _unit(weight: MaskedWeight, settings: TrainSettings) -> int:
+    """How many entries of a row of a mask lie in a byte: no border between shards may split one."""
+    if weight.chosen.layer.input_first and not settings.transposable:
+        return 1  # rows are tiled then, columns may be cut anywhere
+    return math.gcd(weight.pattern.m, 8)
 
 
 def _check(weight: MaskedWeight, mask: Tensor, transposable: bool) -> None:

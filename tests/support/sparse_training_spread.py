@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,13 +12,17 @@ import torch
 from gloo import run_cases
 from sparse_training import STEPS, Net, batches, network, train
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import nmsolve
 from nmsolve import NMSolveError
+from nmsolve.ops.distributed import shard_of, spread_like
+from nmsolve.prune import FixedMasks
 from nmsolve.train import SparseTraining
 
 CASES: dict[str, Callable[[], None]] = {}
@@ -158,6 +165,130 @@ def ddp_equals_one_process() -> None:
     losses, flips, _ = run(compare_ddp(model), own_batches(), "masked")
     torch.testing.assert_close(torch.tensor(averaged(losses)), torch.tensor(expected), rtol=1e-6, atol=0)
     assert flips == expected_flips
+
+
+@case
+def fixed_masks_of_fsdp_equal_one_process() -> None:
+    """Plain masks and DTensors, decay and momentum of an optimizer that knows no masks."""
+    plain = network()
+    masks = {
+        name: nmsolve.transposable_mask(plain.get_parameter(name).detach().abs(), 2, 4, backend="torch")
+        for name in ("up.weight", "down.weight")
+    }
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.02, weight_decay=0.1)
+    FixedMasks(plain, masks, optimizer)
+    expected = train(plain, optimizer)
+    for options in (
+        {},
+        {"reshard_after_forward": False},
+        {"shard_placement_fn": lambda p: Shard(1) if p.ndim == 2 else Shard(0)},
+    ):
+        model = sharded(**options)
+        own = masks if options else {n: spread_like(m, model.get_parameter(n)) for n, m in masks.items()}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
+        fixed = FixedMasks(model, own, optimizer)
+        losses = train(model, optimizer, own_batches())
+        torch.testing.assert_close(torch.tensor(averaged(losses)), torch.tensor(expected), rtol=1e-6, atol=0)
+        assert [tuple(o) for o in fixed.operands("2:4")] == [(name, "2:4", True, True, 0) for name in masks]
+        for name, mask in masks.items():
+            assert torch.equal(model.get_parameter(name).full_tensor() != 0, mask)
+        shard_of(model.up.weight).fill_(1)
+        assert fixed.operands("2:4")[0][2:] == (False, False, 16 * 32 // 2)
+    model = network()
+    fixed = FixedMasks(model, masks)
+    fully_shard(model)  # after the masks
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
+    fixed.attach(optimizer)
+    losses = train(model, optimizer, own_batches())
+    torch.testing.assert_close(torch.tensor(averaged(losses)), torch.tensor(expected), rtol=1e-6, atol=0)
+    assert torch.equal(model.up.weight.full_tensor() != 0, masks["up.weight"])
+
+
+def resumed_on_others(first: int, second: int, placements: object, pattern: object, hidden: int) -> None:
+    """Half of a run on ``first`` processes, the rest on ``second``, by a checkpoint of DCP."""
+    folder = [tempfile.mkdtemp()]
+    distributed.broadcast_object_list(folder)
+
+    def begun(count: int) -> tuple[nn.Module, torch.optim.Optimizer, SparseTraining, object]:
+        model, group = network(hidden=hidden), None
+        if count > 1:
+            mesh = DeviceMesh("cpu", list(range(count)))
+            group = mesh.get_group()
+            for layer in (model.up, model.down, model):
+                fully_shard(layer, mesh=mesh, shard_placement_fn=placements)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+        sparse = SparseTraining(model, pattern, refresh=3, decay=0.05, backend="torch")
+        return model, optimizer, sparse, group
+
+    def parts(count: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        rank = distributed.get_rank()
+        return (
+            (x.chunk(count)[rank], y.chunk(count)[rank]) for x, y in itertools.islice(batches(), start, None)
+        )
+
+    def total(losses: list[float], count: int, group: object) -> Tensor:
+        summed = torch.tensor(losses, dtype=torch.float64)
+        if group is not None:
+            distributed.all_reduce(summed, group=group)
+        return summed / count
+
+    def state(
+        model: nn.Module, optimizer: torch.optim.Optimizer, sparse: SparseTraining
+    ) -> dict[str, object]:
+        weights, moments = get_state_dict(model, optimizer)
+        return {"model": weights, "optimizer": moments, "sparse": sparse.state_dict()}
+
+    # Groups are made by all processes, in the same order.
+    one = distributed.new_group([0])
+    runs = []
+    for count in (first, second):
+        if count == 1:
+            runs.append((*begun(1)[:3], one) if distributed.get_rank() == 0 else None)
+        else:
+            runs.append(
+                begun(count) if distributed.get_rank() < count else DeviceMesh("cpu", list(range(count)))
+            )
+    expected = masks = None
+    if distributed.get_rank() < first:
+        model, optimizer, sparse, group = runs[0]
+        sparse.attach(optimizer)
+        train(model, optimizer, itertools.islice(parts(first, 0), 4))  # between two refreshes
+        dcp.save(state(model, optimizer, sparse), checkpoint_id=folder[0], process_group=group)
+        expected = total(train(model, optimizer, parts(first, 4)), first, group if first > 1 else None)
+        masks = {name: mask.full_tensor() if first > 1 else mask for name, mask in sparse.masks.items()}
+    found = [expected, masks]
+    distributed.broadcast_object_list(found)
+    if distributed.get_rank() < second:
+        model, optimizer, sparse, group = runs[1]
+        loaded = state(model, optimizer, sparse)
+        dcp.load(loaded, checkpoint_id=folder[0], process_group=group)
+        set_state_dict(
+            model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"]
+        )
+        sparse.load_state_dict(loaded["sparse"])
+        sparse.attach(optimizer)
+        losses = total(train(model, optimizer, parts(second, 4)), second, group if second > 1 else None)
+        torch.testing.assert_close(losses, found[0], rtol=1e-6, atol=0)
+        assert (sparse.step, sparse.metrics().refreshes) == (STEPS, 2)
+        for name, mask in sparse.masks.items():
+            assert torch.equal(mask.full_tensor() if second > 1 else mask, found[1][name])
+    distributed.barrier()
+    if distributed.get_rank() == 0:
+        shutil.rmtree(folder[0])
+
+
+def columns(parameter: Tensor) -> Shard:
+    return Shard(1) if parameter.ndim == 2 else Shard(0)
+
+
+@case
+def a_checkpoint_is_resumed_by_other_numbers_of_processes() -> None:
+    most = distributed.get_world_size()
+    for first, second in ((most, 1), (1, most), (most, most // 2), (most // 2, most)):
+        resumed_on_others(first, second, None, "2:4", 32)
+    for first, second in ((most, 1), (1, most)):
+        resumed_on_others(first, second, columns, "2:4", 32)  # 16 columns: borders at 4 would split bytes
+        resumed_on_others(first, second, columns, {"down": "1:3"}, 36)
 
 
 @case

@@ -374,7 +374,7 @@ def test_a_resumed_run_goes_on_to_the_bit(gradient):
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     packed = saved["s"]["masks"]["up.weight"]
-    assert (packed.dtype, packed.shape) == (torch.uint8, (32, 2))
+    assert (packed.dtype, packed.shape) == (torch.uint8, (32, 4))  # 4 of 2:4 in a byte
 
     again = network(seed=5)
     resumed = adamw(again)
@@ -425,7 +425,7 @@ def test_a_state_that_does_not_fit_changes_nothing():
         ({}, r"state: expected what state_dict\(\) returned, got \[\]"),
         (3, "got int"),
         ({**state, "version": 2}, "expected version 1, got 2"),
-        ({**state, "masks": other["masks"]}, r"up.weight: expected a packed mask of shape \(32, 2\) uint8"),
+        ({**state, "masks": other["masks"]}, r"up.weight: expected a packed mask of shape \(32, 4\) uint8"),
         (
             {**state, "settings": {**state["settings"], "gradient": "masked"}},
             "expected gradient='straight-thr",
@@ -438,6 +438,31 @@ def test_a_state_that_does_not_fit_changes_nothing():
             sparse.load_state_dict(wrong)
         assert all(torch.equal(mask, masks[name]) for name, mask in sparse.masks.items())
         assert sparse.step == 0
+
+
+@pytest.mark.parametrize("kind", layers())
+@pytest.mark.parametrize("options", [{}, {"transposable": False}])
+@pytest.mark.parametrize("pattern", ["2:4", "1:3", "4:8", "3:6"])
+def test_masks_in_bytes_come_back(kind, options, pattern):
+    layer, _ = layers()[kind]
+    sparse = SparseTraining(nn.Sequential(layer), {"0": pattern}, backend="torch", **options)
+    (mask,), state = sparse.masks.values(), sparse.state_dict()
+    (packed,) = state["masks"].values()
+    unit = math.gcd(sparse.patterns["0.weight"].m, 8) if mask.ndim == 2 else 8
+    if kind == "gpt2" and options:
+        unit = 1
+    length = math.prod(mask.shape[2:]) if mask.ndim > 2 else mask.shape[1]
+    lead = mask.shape[:2] if mask.ndim > 2 else mask.shape[:1]
+    assert (packed.dtype, packed.shape) == (torch.uint8, (*lead, -(-length // unit)))
+    line = mask[0, 0].flatten() if mask.ndim > 2 else mask[0]
+    first = packed[0, 0, 0] if mask.ndim > 2 else packed[0, 0]
+    assert int(first) == sum(int(bit) << k for k, bit in enumerate(line[:unit]))
+    other, _ = layers()[kind]
+    other.weight.data.mul_(-1).add_(torch.randn_like(other.weight))
+    resumed = SparseTraining(nn.Sequential(other), {"0": pattern}, backend="torch", **options)
+    assert not torch.equal(resumed.masks["0.weight"], mask)
+    resumed.load_state_dict(state)
+    assert torch.equal(resumed.masks["0.weight"], mask)
 
 
 # --- arguments ----------------------------------------------------------------------------------------------
