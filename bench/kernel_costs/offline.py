@@ -30,20 +30,25 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 _JOBS_PER_PROCESS = 12
 
 
-def compile_all(jobs: Iterable[dict[str, Any]], *, processes: int = 2) -> Iterator[dict[str, Any]]:
-    """Compile every job; yields ``job | result``, where a result may be ``{"error": ...}``."""
+def compile_all(
+    jobs: Iterable[dict[str, Any]], *, processes: int = 2, triton: Path | None = None
+) -> Iterator[dict[str, Any]]:
+    """Compile every job; yields ``job | result``, where a result may be ``{"error": ...}``.
+
+    ``triton`` is the folder of another Triton than the one that is installed.
+    """
     queue = list(jobs)
     chunks = [queue[i : i + _JOBS_PER_PROCESS] for i in range(0, len(queue), _JOBS_PER_PROCESS)]
     with ThreadPoolExecutor(processes) as pool:
-        for results in pool.map(_compile_chunk, chunks):
+        for results in pool.map(lambda chunk: _compile_chunk(chunk, triton), chunks):
             yield from results
 
 
-def _compile_chunk(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _compile_chunk(jobs: list[dict[str, Any]], triton: Path | None) -> list[dict[str, Any]]:
     """One child for all of them; if it dies, a child for each."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environment |= {"TRITON_CACHE_DIR": cache, "TRITON_ALWAYS_COMPILE": "1"}
+        environment |= {"TRITON_CACHE_DIR": cache, "TRITON_ALWAYS_COMPILE": "1"} | with_triton(triton)
         child = subprocess.run(
             [sys.executable, "-m", "kernel_costs.offline"],
             cwd=ROOT / "bench",
@@ -57,8 +62,14 @@ def _compile_chunk(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if len(results) == len(jobs):
         return results
     if len(jobs) > 1:
-        return [result for job in jobs for result in _compile_chunk([job])]
+        return [result for job in jobs for result in _compile_chunk([job], triton)]
     return [jobs[0] | {"error": f"exit code {child.returncode}: {child.stderr[-2000:]}"}]
+
+
+def with_triton(folder: Path | None) -> dict[str, str]:
+    """What makes a child import the Triton in a folder, None being the one that is installed."""
+    path = os.environ.get("PYTHONPATH")
+    return {} if folder is None else {"PYTHONPATH": f"{folder}:{path}" if path else str(folder)}
 
 
 def jobs_of(
