@@ -183,7 +183,8 @@ def growth(rows: list[Row], file: Path) -> None:
 
 def training(rows: list[Row], file: Path) -> None:
     """Losses along the runs and at their end, and how far masks move, as means over the seeds."""
-    rows = [row for row in rows if row["part"] == "comparison"]
+    short = min(int(row["steps"]) for row in rows)
+    rows = [row for row in rows if row["part"] == "comparison" and int(row["steps"]) == short]
     patterns = training_tables.patterns()
     ways = dict.fromkeys((row["method"], row["mask"], row["refresh"]) for row in rows)
 

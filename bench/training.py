@@ -4,7 +4,8 @@ A small Llama of bytes (2 blocks of width 64) learns the Wikipedia text of smoll
 under masks that stay as they were, and under masks that follow the weights in every way that SparseTraining
 has. The runs of a seed begin with the same weights and see the same batches, so that they can be compared in
 pairs. Every run is a row of results/training.csv, written when it ends; what is there already is not run
-again, so the command can be stopped and given again.
+again, so the command can be stopped and given again. --steps 2400 --patterns 2:4 --methods fixed sr-ste adds
+longer runs of some.
 
 The learning rate and the two strengths of decay are those that did best in a run of a seed that is not among
 the others (part "pilot": dense for the rate, 2:4 for the decays).
@@ -37,7 +38,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nmsolve.train import SparseTraining
 
 PATTERNS = ("2:4", "16:32", "8:16")  # in the order in which they are run
+METHODS = ("dense", "fixed", "straight-through", "sr-ste", "gradient decay")
 REFRESHES = (1, 40, 200)
+STEPS = 800
 PILOT_SEED = 1000
 PILOT = {
     "dense": (2e-3, 4e-3, 8e-3),
@@ -238,12 +241,16 @@ def comparison(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=800, help="a multiple of 20")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"a multiple of {POINTS}")
+    parser.add_argument("--pilot-steps", type=int, default=STEPS, help="of the runs that choose values")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=PATTERNS, metavar="N:M")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "training.csv")
     arguments = parser.parse_args()
-    if arguments.steps < POINTS or arguments.steps % POINTS:
-        parser.error(f"--steps: expected a multiple of {POINTS}, got {arguments.steps}")
+    for option, steps in (("--steps", arguments.steps), ("--pilot-steps", arguments.pilot_steps)):
+        if steps < POINTS or steps % POINTS:
+            parser.error(f"{option}: expected a multiple of {POINTS}, got {steps}")
     torch.set_num_threads(arguments.threads)
     learned, test = (as_bytes(text) for text in texts())
 
@@ -259,10 +266,11 @@ def main() -> None:
         return read_csv(arguments.out) if arguments.out.exists() else []
 
     for method in PILOT:
-        have(pilot(rows(), arguments.steps, method)[0])
-    rate, sr_ste, gradient_decay = (pilot(rows(), arguments.steps, method)[1] for method in PILOT)
+        have(pilot(rows(), arguments.pilot_steps, method)[0])
+    rate, sr_ste, gradient_decay = (pilot(rows(), arguments.pilot_steps, method)[1] for method in PILOT)
     for runs in comparison(arguments.seeds, arguments.steps, rate, sr_ste, gradient_decay):
-        have(runs)
+        wanted = [run for run in runs if run.method in arguments.methods]
+        have([run for run in wanted if run.pattern in ("dense", *arguments.patterns)])
 
 
 if __name__ == "__main__":

@@ -58,11 +58,18 @@ class Difference(NamedTuple):
         return abs(self.mean) > self.half
 
 
-def runs() -> dict[tuple[Way, str], dict[str, Row]]:
-    """The compared rows: way and pattern -> seed -> row."""
+def lengths() -> list[str]:
+    """Steps of the compared runs, the shortest first."""
+    found = {row["steps"] for row in results(FILE) if row["part"] == "comparison"}
+    return sorted(found, key=int)
+
+
+def runs(steps: str | None = None) -> dict[tuple[Way, str], dict[str, Row]]:
+    """The compared rows of one length, by default the shortest: way and pattern -> seed -> row."""
+    steps = steps or lengths()[0]
     found: dict[tuple[Way, str], dict[str, Row]] = {}
     for row in results(FILE):
-        if row["part"] == "comparison":
+        if (row["part"], row["steps"]) == ("comparison", steps):
             way = (row["method"], row["mask"], row["refresh"])
             found.setdefault((way, row["pattern"]), {})[row["seed"]] = row
     return found
@@ -73,9 +80,9 @@ def patterns() -> list[str]:
     return sorted(found, key=lambda pattern: int(pattern.partition(":")[2]))
 
 
-def held_out(way: Way, pattern: str) -> dict[str, float]:
+def held_out(way: Way, pattern: str, steps: str | None = None) -> dict[str, float]:
     """Seed -> held-out loss."""
-    rows = runs()[way, "dense" if way == DENSE else pattern]
+    rows = runs(steps)[way, "dense" if way == DENSE else pattern]
     return {seed: float(row["held_out"]) for seed, row in rows.items()}
 
 
@@ -138,6 +145,24 @@ def across() -> str:
     ]
     heads = [f"{a} against {b}" for a, b in steps]
     return markdown(["difference, nats a byte", *heads], lines, "l" + "r" * len(heads))
+
+
+def longer() -> str:
+    """The runs that were made longer, beside the same ones: losses, and against the fixed mask."""
+    short, long = lengths()
+    lines = []
+    for way, pattern in sorted(runs(long), key=lambda key: list(NAMES).index(key[0])):
+        losses = [held_out(way, pattern, steps) for steps in (short, long)]
+        fixed = [held_out(FIXED, pattern, steps) for steps in (short, long)]
+        against = [
+            cell(difference(*pair)) if way != FIXED else "" for pair in zip(losses, fixed, strict=True)
+        ]
+        lines.append([pattern, NAMES[way], *(spread(found.values()) for found in losses), *against])
+    heads = [
+        *(f"{steps} steps" for steps in (short, long)),
+        *(f"{steps}, against fixed" for steps in (short, long)),
+    ]
+    return markdown(["pattern", "nats a byte", *heads], lines, "llrrrr")
 
 
 def flips() -> str:
@@ -211,6 +236,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": losses,
     "training-pairs": pairs,
     "training-across": across,
+    "training-longer": longer,
     "training-flips": flips,
     "training-pilot": pilot,
     "training-refresh": refresh,

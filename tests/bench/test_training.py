@@ -117,7 +117,8 @@ def test_what_is_in_the_file_is_not_run_again(monkeypatch, tmp_path):
     monkeypatch.setattr(training, "train", pretend)
     monkeypatch.setattr(training, "texts", lambda: ("a", "b"))
     monkeypatch.setattr(training, "append_csv", lambda path, row, *_: append(path, row))
-    monkeypatch.setattr("sys.argv", ["training", "--seeds", "2", "--steps", "20", "--out", str(out)])
+    command = ["training", "--seeds", "2", "--steps", "20", "--pilot-steps", "40", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", command)
     training.main()
     per_seed = 1 + 7 * len(training.PATTERNS)
     assert len(ran) == len(set(ran)) == sum(map(len, training.PILOT.values())) + 2 * per_seed
@@ -128,18 +129,29 @@ def test_what_is_in_the_file_is_not_run_again(monkeypatch, tmp_path):
     training.main()
     assert len(ran) == 3
     assert out.read_text().splitlines(keepends=True) == lines
+    ran.clear()
+    monkeypatch.setattr(
+        "sys.argv", [*command, "--steps", "60", "--patterns", "2:4", "--methods", "fixed", "dense"]
+    )
+    training.main()
+    assert {(run.method, run.pattern, run.steps) for run in ran} == {
+        ("fixed", "2:4", 60),
+        ("dense", "dense", 60),
+    }
+    assert len(ran) == 4
 
 
 def append(path, row):
     write_whole(path, [*(read_csv(path) if path.exists() else []), row])
 
 
+@pytest.mark.parametrize("option", ["--steps", "--pilot-steps"])
 @pytest.mark.parametrize("steps", ["0", "30", "-20"])
-def test_steps_that_do_not_divide_are_refused(monkeypatch, capsys, steps):
-    monkeypatch.setattr("sys.argv", ["training", "--steps", steps])
+def test_steps_that_do_not_divide_are_refused(monkeypatch, capsys, option, steps):
+    monkeypatch.setattr("sys.argv", ["training", option, steps])
     with pytest.raises(SystemExit):
         training.main()
-    assert "--steps: expected a multiple of 20" in capsys.readouterr().err
+    assert f"{option}: expected a multiple of 20" in capsys.readouterr().err
 
 
 def test_differences_are_those_of_a_paired_t_test():
