@@ -56,10 +56,16 @@ class BlockSolution:
     bound : Tensor
         float64, as ``objective``: no mask of this pattern keeps more. It follows from the duals alone
         (docs/internals/solver.md), so :func:`nmsolve.dual_bound` recomputes it, up to the rounding of that
-        sum. It is never below the objective.
+        sum. It is never below the objective. Where the duals' type is too coarse for the prices, or they are
+        beyond its largest number, it is that of the prices before they were rounded.
     scale : Tensor
         float64, as ``objective``: sum of the absolute kept scores, what ``gap`` is relative to. It equals the
         objective where no score is negative.
+
+    Notes
+    -----
+    Of a block whose absolute scores sum to more than float64 holds, objective, bound and scale are divided by
+    the least power of two with which that sum is below 2^1023.
     """
 
     mask: Tensor
@@ -73,8 +79,8 @@ class BlockSolution:
     def gap(self) -> Tensor:
         """``(bound - objective) / scale`` of each block: 0 proves that the block's mask is optimal.
 
-        That of an optimal block is at most 1e-6 (1e-12 for float64 scores), which is rounding, unless its
-        scores are so large that what it keeps is no float64: then it is NaN.
+        That of an optimal block is at most 1e-6 (1e-12 for float64 scores), which is rounding, unless what it
+        keeps is smaller than a rounding error of its largest score in float64: then it says so.
         """
         return relative_gap(self.bound - self.objective, self.scale)
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any
+
+import oracles
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import nmsolve
 from nmsolve import NMPattern
+from nmsolve.backends.torch import masks as reference
 from nmsolve.blocks import grid_of
 from nmsolve.ops.certificates import tighten
+from nmsolve.ops.wider import coarse_blocks, solve_wider
+from nmsolve.solution import BlockResult
 
 LARGEST_GAP = {torch.float32: 1e-6, torch.float64: 1e-12}
 
@@ -22,8 +34,7 @@ def scores_of(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, seed: 
     g = generator(seed)
     batch, rows, cols = shape
     finfo = torch.finfo(dtype)
-    # The kept score of a block of float64 must itself be a float64.
-    largest = finfo.max if dtype == torch.float32 else finfo.max / 8192
+    largest = finfo.max / 8192 if dtype == torch.float64 else finfo.max / 2
 
     def rand(*size: int) -> torch.Tensor:
         return torch.rand(*size, generator=g, dtype=torch.float64)
@@ -179,3 +190,110 @@ def test_the_duals_of_a_worse_mask_prove_no_more_than_they_did() -> None:
     bound = scores.double().sum((1, 2)).view(6, 1, 1)
     tighten(scores, worse, (u, v), objective, bound, scale, NMPattern(4, 8))
     assert (bound.flatten() >= best.objective).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("method", ["exact", "greedy"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_up_to_the_largest(dtype: torch.dtype, method: str, backend: str) -> None:
+    """Whatever is finite has a finite certificate, and that of float64 is compared with one of less."""
+    if backend == "cpu":
+        pytest.importorskip("numba")
+    g, largest = generator(7), torch.finfo(dtype).max
+    for n, m, rows, cols in ((1, 2, 2, 2), (1, 3, 2, 3), (3, 5, 5, 5), (2, 7, 7, 4), (6, 9, 9, 9)):
+        signs = torch.rand(8, rows, cols, generator=g, dtype=torch.float64) * 2 - 1
+        ends = torch.where(signs < -0.3, -1.0, torch.where(signs > 0.3, 1.0, 0.0)).double()
+        for part in (signs, signs.abs(), -signs.abs(), ends):
+            scores = (part * largest).clamp(-largest, largest).to(dtype)
+            solution = nmsolve.transposable_mask(
+                scores, n, m, method=method, backend=backend, return_solution=True
+            )
+            nmsolve.check_mask(solution.mask, n, m)
+            for field in ("row_duals", "col_duals", "objective", "bound", "scale"):
+                assert torch.isfinite(getattr(solution, field)).all(), field
+            less = scores.double() * 2.0**-20
+            same = nmsolve.transposable_mask(less, n, m, method=method, backend=backend, return_solution=True)
+            torch.testing.assert_close(solution.gap, same.gap, rtol=1e-4, atol=1e-6)
+            assert math.isfinite(solution.relative_gap)
+            if method == "exact":
+                assert 0 <= solution.max_gap <= (1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    values=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=9, max_size=9),
+    n=st.integers(0, 3),
+)
+def test_any_finite_numbers(dtype: torch.dtype, values: list[float], n: int) -> None:
+    """Every mask of 3 x 3 blocks is looked at, in integers."""
+    pytest.importorskip("numba")
+    largest = torch.finfo(dtype).max
+    scores = torch.tensor(values, dtype=torch.float64).clamp(-largest, largest).to(dtype).view(1, 3, 3)
+    solution = nmsolve.transposable_mask(scores, n, 3, backend="cpu", return_solution=True)
+    numbers = [Fraction(x) for x in scores.double().flatten().tolist()]
+    masks = [
+        keep
+        for keep in itertools.product((0, 1), repeat=9)
+        if all(sum(keep[i::3]) == n and sum(keep[3 * i : 3 * i + 3]) == n for i in range(3))
+    ]
+    best = max(sum(x for x, k in zip(numbers, keep, strict=True) if k) for keep in masks)
+    kept = [x for x, k in zip(numbers, solution.mask.flatten().tolist(), strict=True) if k]
+    short, size = best - sum(kept), sum(map(abs, kept))
+    gap = float(solution.gap)
+    assert gap >= 0
+    assert short <= Fraction(min(gap, 1e300)) * size * (1 + Fraction(1, 10**6)) + Fraction(1, 10**14) * size
+    assert torch.isfinite(solution.bound).all()
+    assert short <= max(map(abs, numbers)) * Fraction(1, 2**16)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("large", [1.7e9, 1e14])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_negative_scores_leave_the_optimum_of_the_others(
+    dtype: torch.dtype, large: float, backend: str
+) -> None:
+    """Against integers: as few of them as can be, and then the most of the rest."""
+    if backend == "cpu":
+        pytest.importorskip("numba")
+    pytest.importorskip("ortools")
+    g = generator(3)
+    for n, m in ((2, 4), (3, 8), (8, 16)):
+        small = torch.randint(1, 101, (6, m, m), generator=g).double()
+        out = torch.rand(6, m, m, generator=g) < 1 / 3
+        scores = small.masked_fill(out, -large).to(dtype)
+        small.masked_fill_(out, -10_000.0 * m)
+        mask = nmsolve.transposable_mask(scores, n, m, backend=backend)
+        solution = nmsolve.transposable_mask(scores, n, m, backend=backend, return_solution=True)
+        assert solution.max_gap <= 1e-6
+        for block, *masks in zip(small, mask, solution.mask, strict=True):
+            best = oracles.min_cost_flow(block, n)
+            assert [oracles.kept_score(block, found) for found in masks] == [pytest.approx(best, abs=0.5)] * 2
+
+
+def test_only_blocks_that_need_it_are_solved_again() -> None:
+    """And a solver's own better masks stay."""
+    solved = []
+
+    def exact(blocks: torch.Tensor, pattern: NMPattern, **options: object) -> BlockResult:
+        assert blocks.dtype == torch.float64
+        solved.append(len(blocks))
+        return reference.exact(blocks, pattern, warm=None, want_solution=False)
+
+    solver: Any = SimpleNamespace(exact=exact)
+    ordinary = torch.randn(16, 16, generator=generator(9))
+    scores = ordinary.clone()
+    scores[4:8, 8:12] = torch.where(torch.rand(4, 4, generator=generator(2)) < 0.4, -1e14, scores[4:8, 8:12])
+    pattern = NMPattern(2, 4)
+    assert not coarse_blocks(ordinary, pattern).any()
+    assert not coarse_blocks(-ordinary.abs(), pattern).any()
+    wanted = coarse_blocks(scores, pattern)
+    assert wanted.nonzero().tolist() == [[1, 2]]
+    best = nmsolve.transposable_mask(scores.double(), 2, 4, backend="torch")
+    worse = nmsolve.transposable_mask(-scores.double(), 2, 4, backend="torch")
+    mask = worse.clone()
+    assert torch.equal(solve_wider(solver, scores, mask, wanted, pattern), wanted)
+    assert solved == [1]
+    assert torch.equal(mask[4:8, 8:12], best[4:8, 8:12])
+    mask[4:8, 8:12] = worse[4:8, 8:12]
+    assert torch.equal(mask, worse)
