@@ -35,13 +35,15 @@ NAMES = {
     ORDINARY: "ordinary masks, straight-through, refresh 40",
 }
 PAIRS = (
-    (FIXED, EVERY_40),
     (EVERY_STEP, EVERY_40),
     (EVERY_200, EVERY_40),
     (SR_STE, EVERY_STEP),
     (GRADIENT_DECAY, EVERY_40),
-    (EVERY_40, ORDINARY),
+    (SR_STE, FIXED),
+    (GRADIENT_DECAY, FIXED),
+    (FIXED, DENSE),
     (EVERY_40, DENSE),
+    (EVERY_40, ORDINARY),
 )
 
 
@@ -126,12 +128,13 @@ def pairs() -> str:
     sizes = patterns()
     lines = [
         [
-            f"{NAMES[a]}, against {NAMES[b]}",
+            NAMES[a],
+            NAMES[b],
             *(cell(difference(held_out(a, size), held_out(b, size))) for size in sizes),
         ]
         for a, b in PAIRS
     ]
-    return markdown(["difference, nats a byte", *sizes], lines, "l" + "r" * len(sizes))
+    return markdown(["nats a byte", "against", *sizes], lines, "ll" + "r" * len(sizes))
 
 
 def across() -> str:
@@ -144,7 +147,7 @@ def across() -> str:
         if way != DENSE
     ]
     heads = [f"{a} against {b}" for a, b in steps]
-    return markdown(["difference, nats a byte", *heads], lines, "l" + "r" * len(heads))
+    return markdown(["nats a byte", *heads], lines, "l" + "r" * len(heads))
 
 
 def longer() -> str:
@@ -166,23 +169,24 @@ def longer() -> str:
 
 
 def flips() -> str:
-    """How far masks move: in a tenth of the run, between the first and the last, and what they keep."""
+    """How far masks move: in each half, summed over its tenths; from the first to the last; what they keep."""
     lines = []
-    for (way, pattern), rows in runs().items():
-        if way in (DENSE, FIXED):
-            continue
+    found = runs()
+    for pattern, way in ((size, way) for size in patterns() for way in NAMES if way not in (DENSE, FIXED)):
+        rows = found[way, pattern]
         tenths = [[float(value) for value in row["moved"].split()] for row in rows.values()]
+        halves = [fmean(sum(moved[half]) for moved in tenths) for half in (slice(5), slice(5, 10))]
         lines.append(
             [
                 pattern,
                 NAMES[way],
-                *(percent(fmean(tenth[k] for tenth in tenths), 1) for k in (0, 4, 8)),
+                *(percent(half, 1) for half in halves),
                 percent(fmean(float(row["moved_in_all"]) for row in rows.values()), 1),
                 percent(fmean(float(row["kept"]) for row in rows.values()), 1),
             ]
         )
-    head = ["pattern", "masks", "moved in the 1st tenth", "5th", "9th", "first to last", "kept share"]
-    return markdown(head, lines, "llrrrrr")
+    head = ["pattern", "masks", "changes, 1st half", "2nd half", "first to last", "kept share"]
+    return markdown(head, lines, "llrrrr")
 
 
 def pilot() -> str:
