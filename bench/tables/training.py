@@ -169,7 +169,7 @@ def longer() -> str:
 
 
 def flips() -> str:
-    """How far masks move: in each half, summed over its tenths; from the first to the last; what they keep."""
+    """How far masks move: in each half, summed over its tenths; from first to last; and what they keep."""
     lines = []
     found = runs()
     for pattern, way in ((size, way) for size in patterns() for way in NAMES if way not in (DENSE, FIXED)):
