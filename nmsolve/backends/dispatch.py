@@ -146,8 +146,8 @@ class Backend:
         The largest block, and the largest matrix of an assignment; None if there is no limit.
     max_sinkhorn : int, optional
         The largest number of rows or columns of a plan.
-    sinkhorn_float64 : bool
-        Whether float64 logits are worked on in float64. (Scores are worked on in the widest type it has.)
+    masks_float64, sinkhorn_float64 : bool
+        Whether float64 scores, and float64 logits, are worked on in float64.
     assignment_finds_infinite : bool
         Whether its assignment puts -1 in front where a matrix is not finite, so that nobody else has to look.
     slab : int
@@ -161,6 +161,7 @@ class Backend:
     remedy: str = ""
     max_m: int | None = None
     max_sinkhorn: int | None = None
+    masks_float64: bool = True
     sinkhorn_float64: bool = True
     assignment_finds_infinite: bool = False
     slab: int = 1 << 22
@@ -202,6 +203,7 @@ _ROWS = (
         remedy="pip install triton (Linux only)",
         max_m=64,  # what the kernels hold in registers
         max_sinkhorn=128,
+        masks_float64=False,
         sinkhorn_float64=False,
     ),
     Backend(

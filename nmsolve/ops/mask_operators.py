@@ -23,7 +23,7 @@ from nmsolve.blocks import batched_matrices
 from nmsolve.ops.certificates import enough, fit, tighten
 from nmsolve.ops.registration import register
 from nmsolve.ops.validation import check_all_finite, check_finite_duals
-from nmsolve.ops.wider import coarse_blocks, solve_wider
+from nmsolve.ops.wider import coarse_blocks, solve_wider, worked_in_float32
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import BlockResult, kept_score
 
@@ -90,8 +90,8 @@ def _masks(
     if method == "exact":
         masks = [result.mask for result in _exact(runners, scores, warm, pattern, False)]
         for runner, matrix, low, mask in zip(runners, scores, lowest, masks, strict=True):
-            if low < 0:
-                solve_wider(runner.masks, matrix, mask, coarse_blocks(matrix, pattern), pattern)
+            if low < 0 and worked_in_float32(matrix, runner):
+                solve_wider(runner, matrix, mask, coarse_blocks(matrix, pattern), pattern)
         return masks
     return _approximate(runners, scores, pattern, method, *options)
 
@@ -118,11 +118,11 @@ def _solutions(
         else:
             objective, scale = kept_score(matrix, mask, pattern)
         tighten(matrix, mask, (u, v), objective, bound, scale, pattern)
-        if matrix.dtype != torch.float64:
+        if worked_in_float32(matrix, runners[i]):
             short = bound - objective > enough(matrix.dtype) * scale
             if low < 0:
                 short |= coarse_blocks(matrix, pattern)
-            better = solve_wider(runners[i].masks, matrix, mask, short, pattern)
+            better = solve_wider(runners[i], matrix, mask, short, pattern)
             if better.any():
                 objective, scale = kept_score(matrix, mask, pattern)
                 tighten(matrix, mask, (u, v), objective, bound.masked_fill_(better, inf), scale, pattern)

@@ -78,11 +78,12 @@ def transposable_mask(
     ----------
     scores : Tensor
         ``(..., rows, cols)``, float64, float32, float16 or bfloat16, finite, any strides; higher = keep. The
-        work is done in float32; in float64 for float64 scores, and again in blocks that float32 is too coarse
-        for, as where large negative scores stand for what must not be kept. A DTensor, whose shards must
-        consist of whole blocks, gives DTensors with its placements, without communication. Scores may be
-        negative: what is kept is still the largest *sum* of exactly n entries in each line, so a mask of
-        weights wants their magnitudes, ``weight.abs()``; with signs it drops the large negative ones.
+        work is done in float32, or in float64 for float64 scores off the GPU, and once more in float64 in
+        blocks that float32 is too coarse for, as where large negative scores stand for what must not be kept.
+        A DTensor, whose shards must consist of whole blocks, gives DTensors with its placements, without
+        communication. Scores may be negative: what is kept is still the largest *sum* of exactly n entries
+        in each line, so a mask of weights wants their magnitudes, ``weight.abs()``; with signs it drops the
+        large negative ones.
     n, m : int
         Kept entries per line, ``0 <= n <= m``, and block size; or n alone, the pattern in one piece:
         ``"8:16"``, ``(8, 16)`` or an :class:`~nmsolve.NMPattern`.

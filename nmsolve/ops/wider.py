@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nmsolve.backends.dispatch import MaskSolver
+from nmsolve.backends.dispatch import REFERENCE, Backend
 from nmsolve.blocks import chosen_blocks, grid_of
 from nmsolve.pattern import NMPattern
 
-__all__ = ["coarse_blocks", "solve_wider"]
+__all__ = ["coarse_blocks", "solve_wider", "worked_in_float32"]
 
 # A block is coarse whose lowest score is this many times the highest, on the other side of zero, and of whose
 # scores an eighth, zeros left out, are below this share of it.
@@ -23,27 +23,34 @@ _TIMES = 8.0
 _SMALL = 2.0**-10
 
 
+def worked_in_float32(scores: Tensor, backend: Backend) -> bool:
+    """Whether a backend solves scores in less than float64."""
+    return scores.dtype != torch.float64 or not backend.masks_float64
+
+
 def coarse_blocks(scores: Tensor, pattern: NMPattern) -> Tensor:
     """Which blocks of ``(..., rows, cols)`` have negative scores that dwarf others, ``(..., GR, GC)``."""
     grid = grid_of(scores, pattern)
     shape = (*scores.shape[:-2], grid.block_rows, grid.block_cols)
     coarse = torch.zeros(shape, dtype=torch.bool, device=scores.device)
-    if scores.dtype == torch.float64 or not 0 < pattern.n < pattern.m:
+    if not 0 < pattern.n < pattern.m:
         return coarse
     for tile, _, _, found in chosen_blocks(~coarse, pattern, (scores,), (coarse,)):
         low, high = tile.amin(-2).amin(-1), tile.amax(-2).amax(-1)  # the lines of all blocks at once first
         found.copy_(-low > _TIMES * high.clamp(min=0))
     for tile, _, at, found in chosen_blocks(coarse.clone(), pattern, (scores,), (coarse,)):
-        size = tile[at].abs().float()
+        size = tile[at].abs().double()
         small = (size < _SMALL * size.amax((1, 2), keepdim=True)) & (size > 0)
         found[at] = 8 * small.sum((1, 2)) >= (size > 0).sum((1, 2))
     return coarse
 
 
-def solve_wider(
-    solver: MaskSolver, scores: Tensor, mask: Tensor, wanted: Tensor, pattern: NMPattern
-) -> Tensor:
-    """Put better masks, in place, where float64 finds them among the ``wanted`` blocks; which those are."""
+def solve_wider(backend: Backend, scores: Tensor, mask: Tensor, wanted: Tensor, pattern: NMPattern) -> Tensor:
+    """Put better masks, in place, where float64 finds them among the ``wanted`` blocks; which those are.
+
+    A backend that has no float64 leaves them to the reference, on the same device.
+    """
+    solver = (backend if backend.masks_float64 else REFERENCE).masks
     better = torch.zeros_like(wanted)
     for tile, (masks,), at, improved in chosen_blocks(wanted, pattern, (scores, mask), (better,)):
         blocks, before = tile[at].double(), masks[at]

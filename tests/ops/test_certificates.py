@@ -247,18 +247,17 @@ def test_any_finite_numbers(dtype: torch.dtype, values: list[float], n: int) -> 
     assert short <= max(map(abs, numbers)) * Fraction(1, 2**16)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
 @pytest.mark.parametrize("large", [1.7e9, 1e14])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_negative_scores_leave_the_optimum_of_the_others(
     dtype: torch.dtype, large: float, backend: str
 ) -> None:
     """Against integers: as few of them as can be, and then the most of the rest."""
-    if backend == "cpu":
-        pytest.importorskip("numba")
+    pytest.importorskip({"cpu": "numba"}.get(backend, backend))
     pytest.importorskip("ortools")
     g = generator(3)
-    for n, m in ((2, 4), (3, 8), (8, 16)):
+    for n, m in ((2, 4), (3, 8), (8, 16))[: 2 if backend == "triton" else 3]:
         small = torch.randint(1, 101, (6, m, m), generator=g).double()
         out = torch.rand(6, m, m, generator=g) < 1 / 3
         scores = small.masked_fill(out, -large).to(dtype)
@@ -280,7 +279,7 @@ def test_only_blocks_that_need_it_are_solved_again() -> None:
         solved.append(len(blocks))
         return reference.exact(blocks, pattern, warm=None, want_solution=False)
 
-    solver: Any = SimpleNamespace(exact=exact)
+    solver: Any = SimpleNamespace(masks=SimpleNamespace(exact=exact), masks_float64=True)
     ordinary = torch.randn(16, 16, generator=generator(9))
     scores = ordinary.clone()
     scores[4:8, 8:12] = torch.where(torch.rand(4, 4, generator=generator(2)) < 0.4, -1e14, scores[4:8, 8:12])
