@@ -269,7 +269,7 @@ def plan(part: str, dtype: str, m: int, n: int) -> Plan | None:
     """What is solved of a pattern in a dtype; most blocks where they are cheap.
 
     Blocks up to 8 are compared in every dtype, those up to 16 in the two that they are solved in, and larger
-    ones, for which torch takes milliseconds, in one of these and for every fourth N, another one for each M.
+    ones, for which torch takes milliseconds, in one of these and for every fourth or eighth N.
     Kernels that are not compiled take one dtype for each M and a few N, the ends among them; the interpreter,
     which takes seconds for a large block, leaves out most large M.
     """
@@ -278,8 +278,9 @@ def plan(part: str, dtype: str, m: int, n: int) -> Plan | None:
             return Plan(*[100_000 if m <= 4 else 20_000] * 2)
         if m <= 16:
             return Plan(200, 200 if dtype in DTYPES[:2] else 0)
-        turn = n % 4 == m % 4 and DTYPES[n // 4 % 2] == dtype
-        return Plan(200, 100 if turn else 0) if m <= 40 else Plan(100, 30 if turn else 0)
+        every = 4 if m <= 40 else 8
+        turn = n % every == m % every and DTYPES[n // every % 2] == dtype
+        return Plan(100, 30 if turn else 0) if m <= 40 else Plan(40, 10 if turn else 0)
     if DTYPES[m % len(DTYPES)] != dtype or n not in (0, 1, m // 2, m - 1, m):
         return None
     if part == "ptx":

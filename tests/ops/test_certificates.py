@@ -247,19 +247,23 @@ def test_any_finite_numbers(dtype: torch.dtype, values: list[float], n: int) -> 
     assert short <= max(map(abs, numbers)) * Fraction(1, 2**16)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
-@pytest.mark.parametrize("large", [1.7e9, 1e14])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("backend", "large", "dtype"),
+    [
+        *itertools.product(["torch", "cpu"], [1.7e9, 1e14], [torch.float32, torch.bfloat16]),
+        ("triton", 1e14, torch.float32),
+    ],
+)
 def test_large_negative_scores_leave_the_optimum_of_the_others(
-    dtype: torch.dtype, large: float, backend: str
+    backend: str, large: float, dtype: torch.dtype
 ) -> None:
     """Against integers: as few of them as can be, and then the most of the rest."""
     pytest.importorskip({"cpu": "numba"}.get(backend, backend))
     pytest.importorskip("ortools")
     g = generator(3)
-    for n, m in ((2, 4), (3, 8), (8, 16))[: 2 if backend == "triton" else 3]:
-        small = torch.randint(1, 101, (6, m, m), generator=g).double()
-        out = torch.rand(6, m, m, generator=g) < 1 / 3
+    for n, m in ((2, 4), (3, 8), (8, 16))[: 1 if backend == "triton" else 3]:
+        small = torch.randint(1, 101, (4, m, m), generator=g).double()
+        out = torch.rand(4, m, m, generator=g) < 1 / 3
         scores = small.masked_fill(out, -large).to(dtype)
         small.masked_fill_(out, -10_000.0 * m)
         mask = nmsolve.transposable_mask(scores, n, m, backend=backend)
