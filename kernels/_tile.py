@@ -32,9 +32,15 @@ MORE = tl.constexpr(1 if tuple(map(int, triton.__version__.split(".")[:2])) >= (
 def pointers_to(base_ptr, offsets):
     """Pointers of a tile such that its last axes are dealt to the lanes, wherever they point.
 
-    No access gets wider by what is said, since no entry is known to be aligned.
+    Nothing is said to be aligned, so that what is said to be adjacent makes no access wider.
     """
-    return tl.max_contiguous(base_ptr + offsets, [1, MORE, MORE**2, MORE**3, MORE**4])
+    pointers = base_ptr + offsets
+    if len(pointers.shape) == 5:
+        pointers = tl.max_contiguous(pointers, [1, MORE, MORE**2, MORE**3, MORE**4])
+        pointers = tl.multiple_of(pointers, [1, 1, 1, 1, 1])
+    else:
+        pointers = tl.multiple_of(tl.max_contiguous(pointers, [1, MORE]), [1, 1])
+    return pointers
 
 
 @triton.jit

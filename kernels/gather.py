@@ -9,6 +9,7 @@ The permutation is read once for all of them.
 
 import triton
 import triton.language as tl
+from nmsolve.kernels._tile import pointers_to
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def permute_columns_kernel(
         j = (start + tl.arange(0, COLS))[None, :]
         source = tl.load(permutation_ptr + j, mask=j < cols, other=0)
         inside = live & (j < cols)
-        x = tl.load(x_ptr + row * stride_row + source * stride_col, mask=inside)
+        x = tl.load(pointers_to(x_ptr, row * stride_row + source * stride_col), mask=inside)
         if NORM:
             weight = tl.load(weight_ptr + source, mask=j < cols, other=0.0).to(tl.float32)
             x = (x.to(tl.float32) * scale * weight).to(out_ptr.dtype.element_ty)

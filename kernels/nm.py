@@ -7,6 +7,7 @@ are kept. A group of at most 16 is held by one lane, so that nothing is exchange
 
 import triton
 import triton.language as tl
+from nmsolve.kernels._tile import pointers_to
 
 
 @triton.jit
@@ -46,7 +47,7 @@ def nm_kernel(
     col = (group - line * across) * m + place
     inside = (place < m) & (col < cols) & (matrix < batch)
     offsets = matrix * stride_batch + row * stride_row + col * stride_col
-    raw = tl.load(scores_ptr + offsets, mask=inside, other=0.0)
+    raw = tl.load(pointers_to(scores_ptr, offsets), mask=inside, other=0.0)
 
     # bfloat16 as float32 ends in 16 zero bits.
     LOW: tl.constexpr = 16 if raw.dtype == tl.bfloat16 else 0
