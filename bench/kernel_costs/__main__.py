@@ -48,6 +48,7 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", choices=offline.TARGETS, metavar="TARGET")
     parser.add_argument("--candidates", action="store_true", help="other tiles too (they are always counted)")
     parser.add_argument("--count", action="store_true", help="count anew, not only from kernel_trips.csv")
+    parser.add_argument("--counted", action="store_true", help="never count, take what kernel_trips.csv has")
     parser.add_argument("--phases", action="store_true", help="print the phases as well")
     parser.add_argument("--distribution", default="normal", choices=("normal", "student_t"))
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write what was selected there")
@@ -66,7 +67,7 @@ def main() -> int:
         chosen = [*cases(kernels, arguments.sizes, dtypes, targets, arguments.candidates)]
 
     counted: list[Mapping[str, Any]] = []
-    if arguments.count or whole or arguments.candidates:
+    if (arguments.count or whole or arguments.candidates) and not arguments.counted:
         counted = [
             *count_all(
                 (
@@ -80,7 +81,7 @@ def main() -> int:
     folder = RESULTS if whole else arguments.out
     if folder and counted:
         write_csv(folder / TRIPS.name, counted, "triton")
-    if not (arguments.count or whole):
+    if arguments.counted or not (arguments.count or whole):
         counted = [*read_csv(TRIPS), *counted]
     trips = trips_of(counted, arguments.distribution)
 
