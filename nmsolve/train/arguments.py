@@ -15,15 +15,18 @@ from nmsolve.pattern import NMPattern
 from nmsolve.prune.arguments import Patterns, check_in_memory, parse_patterns
 from nmsolve.prune.layers import Layer, Selected, matches, select_layers, uncompiled
 from nmsolve.train.masked_modules import unmaskable
+from nmsolve.train.sparse24 import TOKENS, times, why_dense
 
 __all__ = [
     "GRADIENTS",
+    "OPERANDS",
     "Chosen",
     "Decay",
     "Refresh",
     "TrainSettings",
     "check_layout",
     "check_settings",
+    "choose_operands",
     "choose_weights",
     "decay_at",
     "inner_model",
@@ -34,6 +37,7 @@ Refresh = int | Callable[[int], int]
 Decay = float | Callable[[int], float]
 
 GRADIENTS = ("straight-through", "masked", "sr-ste")
+OPERANDS = ("dense", "auto", "sparse24")
 
 
 @dataclass(frozen=True)
@@ -42,24 +46,34 @@ class TrainSettings:
 
     transposable: bool
     gradient: str
+    operands: str
     start: int
     stop: int | None
     backend: str
 
 
 def check_settings(
-    transposable: object, gradient: object, start: object, stop: object, backend: str
+    transposable: object, gradient: object, operands: object, start: object, stop: object, backend: str
 ) -> TrainSettings:
     if not isinstance(transposable, bool):
         raise NMSolveError(f"transposable: expected True or False, got {transposable!r}")
     if gradient not in GRADIENTS:
         raise NMSolveError(f"gradient: expected one of {', '.join(GRADIENTS)}, got {gradient!r}")
+    if operands not in OPERANDS:
+        raise NMSolveError(f"operands: expected one of {', '.join(OPERANDS)}, got {operands!r}")
     if not _is_int(start) or start < 0:  # type: ignore[operator]
         raise NMSolveError(f"start: expected a number of steps of at least 0, got {start!r}")
     if stop is not None and (not _is_int(stop) or stop <= start):  # type: ignore[operator]
         raise NMSolveError(f"stop: expected None or a step after start={start}, got {stop!r}")
     check_backend(backend)
-    return TrainSettings(transposable, str(gradient), start, stop, backend)  # type: ignore[arg-type]
+    return TrainSettings(
+        transposable,
+        str(gradient),
+        str(operands),
+        start,  # type: ignore[arg-type]
+        stop,  # type: ignore[arg-type]
+        backend,
+    )
 
 
 def _is_int(value: object) -> bool:
@@ -260,3 +274,38 @@ def check_layout(layer: Layer, pattern: NMPattern, transposable: bool, fsdp: boo
         raise NMSolveError(
             f"{said}; fully_shard(..., shard_placement_fn=...) can cut another dimension"
         ) from None
+
+
+def choose_operands(chosen: Sequence[Chosen], settings: TrainSettings) -> dict[str, str]:
+    """Name of a weight -> why its products have dense operands; empty where they are to be sparse.
+
+    Raises
+    ------
+    NMSolveError
+        If sparse ones were asked for by name and a layer cannot have them.
+    """
+    if settings.operands == "dense":
+        return dict.fromkeys((item.layer.weight_name for item in chosen), "asked for")
+    reasons = {}
+    for item in chosen:
+        name, weight = item.layer.weight_name, item.layer.weight
+        reason = why_dense(item.layer.module, weight, item.pattern, settings.transposable)
+        if reason and settings.operands == "sparse24":
+            raise NMSolveError(
+                f"operands: 'sparse24' is not possible for {name}: {reason}; operands='auto' keeps such "
+                "layers dense"
+            )
+        if not reason and settings.operands == "auto":
+            reason = _if_slower(weight)
+        reasons[name] = reason
+    return reasons
+
+
+def _if_slower(weight: Tensor) -> str:
+    found = times(weight)
+    assert not isinstance(found, str)
+    dense, sparse = found
+    if sparse < dense:
+        return ""
+    rows, cols = weight.shape
+    return f"{rows} x {cols} on {TOKENS} tokens took {dense:.3g} ms dense, {sparse:.3g} ms sparse"

@@ -24,6 +24,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from nmsolve.checkpoint.roles import is_conv1d
 from nmsolve.errors import NMSolveError
 from nmsolve.ops.distributed import shard_of
+from nmsolve.train.sparse24 import sparse24_linear
 
 __all__ = [
     "MASK",
@@ -54,6 +55,8 @@ class Masked:
 
     nmsolve_mask: Tensor
     nmsolve_straight_through: bool
+    # What was asked of sparse operands while there are any: None, "auto" or "sparse24".
+    nmsolve_sparse: str | None = None
     weight: Any
 
     def nmsolve_operand(self) -> Tensor:
@@ -62,14 +65,19 @@ class Masked:
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made as it is needed, so that pickle cannot import it by its name.
         reduced: Any = super().__reduce_ex__(2)
-        return _bare, (own_class(self),), reduced[2]
+        # Nobody tells a copy when its masks end, so that it has dense operands.
+        state = {name: value for name, value in reduced[2].items() if name != "nmsolve_sparse"}
+        return _bare, (own_class(self),), state
 
 
 class _MaskedLinear(Masked):
     bias: Any
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, self.nmsolve_operand(), self.bias)
+        operand = self.nmsolve_operand()
+        if self.nmsolve_sparse is not None:
+            return sparse24_linear(input, operand, self.bias, self.nmsolve_sparse == "sparse24")
+        return functional.linear(input, operand, self.bias)
 
 
 class _MaskedConvolution(Masked):
@@ -181,6 +189,7 @@ def unmask_module(module: nn.Module) -> None:
     module.__class__ = own_class(module)
     delattr(module, MASK)
     del module.nmsolve_straight_through
+    vars(module).pop("nmsolve_sparse", None)
     for key, hook in list(module._forward_pre_hooks.items()):
         if hook is _is_called:
             del module._forward_pre_hooks[key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ __all__ = ["measure"]
 
 def measure(
     weights: Sequence[MaskedWeight],
+    reasons: Mapping[str, str],
     flips: Tensor | None,
     looked_back: int | None,
     step: int,
@@ -23,6 +24,7 @@ def measure(
 ) -> SparseMetrics:
     """Communicates where weights are sharded.
 
+    ``reasons`` tells by name why operands are dense.
     ``flips`` (weights,) int64 counts the mask entries of this process that the last refresh changed, and
     ``looked_back`` is the number of optimizer steps before it; None before there was one.
     """
@@ -49,7 +51,14 @@ def measure(
         *rates(sum(flipped_of), sum(sizes)),
         _share(sum(kept_of), sum(total_of)),
         tuple(
-            LayerMetrics(weight.name, str(weight.pattern), *rates(f, size), _share(k, t))
+            LayerMetrics(
+                weight.name,
+                str(weight.pattern),
+                *rates(f, size),
+                _share(k, t),
+                "dense" if reasons[weight.name] else "sparse24",
+                reasons[weight.name],
+            )
             for weight, f, size, k, t in zip(weights, flipped_of, sizes, kept_of, total_of, strict=True)
         ),
     )

@@ -24,6 +24,10 @@ class LayerMetrics:
         The same, divided by the number of optimizer steps that the last refresh looked back on.
     kept_share : float
         ``sum |W * S| / sum |W|`` of the weights and the mask as they are now; 1 for weights that are all 0.
+    operands : {"dense", "sparse24"}
+        What the products of the layer multiply by while there are masks.
+    reason : str
+        Why they are dense; empty where they are not.
     """
 
     name: str
@@ -31,6 +35,8 @@ class LayerMetrics:
     flip_rate: float | None
     flip_rate_per_step: float | None
     kept_share: float
+    operands: str = "dense"
+    reason: str = ""
 
 
 @dataclass(frozen=True)

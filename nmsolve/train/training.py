@@ -27,6 +27,7 @@ from nmsolve.train.arguments import (
     Refresh,
     check_layout,
     check_settings,
+    choose_operands,
     choose_weights,
     decay_at,
     inner_model,
@@ -75,6 +76,12 @@ class SparseTraining:
     decay : float or callable
         lambda above, or ``step -> lambda``, added after clipping. On the gradients of pruned weights; with
         "sr-ste" on the pruned weights themselves, times the learning rate.
+    operands : {"dense", "auto", "sparse24"}
+        Products with dense operands, whose masked entries are zero; or on NVIDIA's sparse tensor cores,
+        where a layer is linear, its mask is transposable 2:4 and it multiplies in float16 or bfloat16.
+        "auto" times both once for each shape and keeps dense ones where they are faster or sparse ones are
+        not possible, which :meth:`metrics` tells; "sparse24" is an error there. Sparse ones have never run on
+        a GPU; their packing is tested.
     start : int
         Optimizer steps of dense training before the first masks.
     stop : int, optional
@@ -127,11 +134,12 @@ class SparseTraining:
         refresh: Refresh = 40,
         gradient: str = "straight-through",
         decay: Decay = 0.0,
+        operands: str = "dense",
         start: int = 0,
         stop: int | None = None,
         backend: str = "auto",
     ) -> None:
-        self._settings = check_settings(transposable, gradient, start, stop, backend)
+        self._settings = check_settings(transposable, gradient, operands, start, stop, backend)
         interval_at(refresh, 0)
         decay_at(decay, 0, gradient)
         model = inner_model(model)
@@ -144,14 +152,19 @@ class SparseTraining:
             check_layout(item.layer, item.pattern, transposable, fsdp is not None)
         check_finite([(item.layer.weight_name, item.layer.weight) for item in chosen])
 
+        self._reasons = choose_operands(chosen, self._settings)
+
         self._model, self._refresh, self._decay = model, refresh, decay
         self.patterns: dict[str, NMPattern] = {item.layer.weight_name: item.pattern for item in chosen}
         straight = gradient != "masked"
         self._weights: list[MaskedWeight] = []
         for item in chosen:
             fsdp = gathered.get(id(item.layer.module))
-            made = ModuleWeight(item, straight) if fsdp is None else GatheredWeight(item, fsdp, straight)
-            self._weights.append(made)
+            if fsdp is None:
+                asked = None if self._reasons[item.layer.weight_name] else operands
+                self._weights.append(ModuleWeight(item, straight, asked))
+            else:
+                self._weights.append(GatheredWeight(item, fsdp, straight))
         self.step = 0
         self.phase = "warm-up" if start else "sparse"
         self._refreshed_at, self._refreshes = 0, 0
@@ -168,6 +181,7 @@ class SparseTraining:
             except NMSolveError:
                 self._release()
                 raise
+            self._enter("sparse")
 
     # --- what a training loop calls -------------------------------------------------------------------------
 
@@ -207,8 +221,8 @@ class SparseTraining:
         if self.phase in ("frozen", "dense"):
             raise NMSolveError(f"refresh: expected masks that follow the weights, got phase {self.phase!r}")
         counted = self.phase == "sparse"
-        self.phase = "sparse"
         self._solve()
+        self._enter("sparse")
         if counted:
             self._refreshes += 1
             self._looked_back = max(1, self.step - self._refreshed_at)
@@ -233,7 +247,7 @@ class SparseTraining:
     def dense(self) -> None:
         """Goes on dense: products see the whole weights from now on, as they do after step ``stop``."""
         self._must_be_going("dense")
-        self.phase = "dense"
+        self._enter("dense")
         for weight in self._weights:
             weight.write(torch.ones_like(weight.mask))
 
@@ -279,7 +293,8 @@ class SparseTraining:
         """
         self._must_be_going("metrics")
         looked_back = self._looked_back if self._flips is not None else None
-        return measure(self._weights, self._flips, looked_back, self.step, self.phase, self._refreshes)
+        progress = self.step, self.phase, self._refreshes
+        return measure(self._weights, self._reasons, self._flips, looked_back, *progress)
 
     # --- saving and resuming --------------------------------------------------------------------------------
 
@@ -313,7 +328,8 @@ class SparseTraining:
         masks = unpacked_masks(state, self._weights, self._settings, self._progress())
         for weight, mask in zip(self._weights, masks, strict=True):
             weight.write(mask)
-        self.step, self.phase = int(state["step"]), str(state["phase"])
+        self.step = int(state["step"])
+        self._enter(str(state["phase"]))
         self._refreshed_at, self._refreshes = int(state["refreshed_at"]), int(state["refreshes"])
         self._flips = self._looked_back = None
         self._counts = dict.fromkeys(self._counts, self.step)
@@ -357,6 +373,12 @@ class SparseTraining:
     def _solve(self) -> None:
         """New masks for all weights, and how many entries changed; all are written or none."""
         self._flips = write_masks(self._weights, solve_masks(self._weights, self._settings))
+
+    def _enter(self, phase: str) -> None:
+        """What has no mask has no sparse operand: the whole weight cannot be packed."""
+        self.phase = phase
+        for weight in self._weights:
+            weight.switch(phase in ("sparse", "frozen"))
 
     def _bind(self, model: nn.Module, args: Any) -> None:
         for weight in self._weights:

@@ -42,6 +42,9 @@ class MaskedWeight:
         """Takes a new mask, in place."""
         self.mask.copy_(mask)
 
+    def switch(self, sparse: bool) -> None:
+        """Sparse operands, where the layer is to have them, from now on; or dense ones."""
+
     def release(self) -> None:
         """Ends it: the products see the parameter again."""
         raise NotImplementedError
@@ -97,8 +100,9 @@ class MaskedWeight:
 class ModuleWeight(MaskedWeight):
     """The layers multiply by the masked weight; see :mod:`nmsolve.train.masked_modules`."""
 
-    def __init__(self, chosen: Chosen, straight_through: bool) -> None:
+    def __init__(self, chosen: Chosen, straight_through: bool, asked: str | None) -> None:
         super().__init__(chosen)
+        self._asked = asked
         parameter = self.parameter
         mask = torch.ones_like(shard_of(parameter), dtype=torch.bool)
         if is_dtensor(parameter):
@@ -128,6 +132,11 @@ class ModuleWeight(MaskedWeight):
     def write(self, mask: Tensor) -> None:
         for owner in self.chosen.owners:  # moving a model makes a buffer of its own for each
             shard_of(self._buffer(owner)).copy_(mask)
+
+    def switch(self, sparse: bool) -> None:
+        if self._asked is not None:
+            for owner in self.chosen.owners:
+                owner.nmsolve_sparse = self._asked if sparse else None  # type: ignore[assignment]
 
     def release(self) -> None:
         for owner in self.chosen.owners:
