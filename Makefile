@@ -81,6 +81,7 @@ demo: $(MODEL)
 bench: $(MODEL)
 	$(BENCH) ascent
 	$(BENCH) quality
+	$(BENCH) fuzz_backends
 	$(BENCH) speed_cpu
 	$(BENCH) peers_cpu
 	$(BENCH) scaling

@@ -23,7 +23,12 @@ from tables.columns import (
     source,
 )
 
-QUALITY, DEMO = "quality.csv", "demo.csv"
+QUALITY, DEMO, FUZZ = "quality.csv", "demo.csv", "fuzz_backends.csv"
+
+# How the table names what bench/fuzz_backends.py compares.
+COUNTED = ("blocks", "compared", "infeasible", "beyond", "rounded", "mixed_beyond", "mixed")
+WORST = ("difference", "gap", "gap_of_second", "gap_warm", "mixed_gap")
+PARTS = {"torch": "cpu, torch", "interpreter": "cpu, triton (interpreted)", "ptx": "cpu, triton (PTX, sm_90)"}
 
 
 def demo() -> str:
@@ -130,9 +135,41 @@ def methods() -> str:
     return markdown(["method", "take it when", "kept score"], lines, "lll") + source(QUALITY, rows[0])
 
 
+def fuzz() -> str:
+    """A line for each dtype of each pair of backends, all sizes together: sums of counts, the worst gaps."""
+    rows = results(FUZZ)
+    lines = []
+    for part, dtype in dict.fromkeys((row["part"], row["dtype"]) for row in rows):
+        here = [row for row in rows if (row["part"], row["dtype"]) == (part, dtype)]
+        total = {key: sum(int(row[key]) for row in here) for key in COUNTED}
+        worst = {key: rounding(max((row[f"worst_{key}"] for row in here), key=float)) for key in WORST}
+        lines.append(
+            [
+                PARTS[part],
+                dtype,
+                _sizes([int(row["m"]) for row in here]),
+                *(f"{total[key]:,}" for key in COUNTED[:3]),
+                *(worst[key] for key in WORST[:4]),
+                *(f"{total[key]:,}" for key in COUNTED[3:5]),
+                f"{total['mixed_beyond']:,} of {total['mixed']:,}",
+                worst["mixed_gap"],
+            ]
+        )
+    head = ["backends", "dtype", "M", "blocks", "solved by both", "infeasible", "objectives differ by", "gap"]
+    head += ["gap of the second", "gap, bad start", "beyond", "rounded", "mixed beyond", "mixed gap"]
+    return markdown(head, lines, "lll" + "r" * 11) + source(FUZZ, rows[-1])
+
+
+def _sizes(found: list[int]) -> str:
+    """From the least to the largest where none between them is missing, or how many there are."""
+    low, high = min(found), max(found)
+    return f"{low} to {high}" if high - low + 1 == len(found) else f"{len(found)} up to {high}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "demo-chief": demo_chief,
+    "fuzz-backends": fuzz,
     "methods": methods,
     "quality": exact,
     "quality-approximate": approximate,
