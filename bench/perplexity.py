@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from nmsolve.prune import (
     MaskRule,
     alps,
+    frank_wolfe,
     magnitude_scores,
     make_batches,
     perplexity,
@@ -164,6 +165,8 @@ class OneShot:
             pruned = alps(weight, system, rule).weight
         elif method == "sparsegpt":
             pruned = sparsegpt(weight, system, rule).weight
+        elif method == "frank-wolfe":
+            pruned = frank_wolfe(weight, hessian, rule).weight
         else:
             pruned = weight * rule.choose(scores(method, weight, hessian))
         seconds = waited + time.perf_counter() - start

@@ -12,6 +12,7 @@ NAMES_OF_METHODS = {
     "magnitude": "magnitude",
     "wanda": "Wanda",
     "ria": "RIA",
+    "frank-wolfe": "Frank-Wolfe",
     "sparsegpt": "SparseGPT",
     "alps": "ALPS",
 }

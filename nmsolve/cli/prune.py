@@ -62,7 +62,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=tuple(PRUNING_METHODS),
         default="alps",
-        help="default: alps, the most accurate and the slowest; magnitude needs no calibration",
+        help="default: alps, the most accurate; frank-wolfe, the most accurate that leaves the kept weights "
+        "as they are; magnitude needs no calibration",
     )
     options.add_mask_method(parser, "--mask-method")
     parser.add_argument(
@@ -90,7 +91,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     options.add_globs(parser, "--dense", "leave these layers dense")
     parser.add_argument(
-        "--iterations", type=int, help="of ALPS at most (default 300; fewer are faster and less accurate)"
+        "--iterations",
+        type=int,
+        help="of alps or frank-wolfe at most (default 300 and 40; fewer are faster and less accurate)",
     )
     parser.add_argument("--damping", type=float, help="of the Hessian, in mean diagonals (default 0.01)")
     parser.add_argument("--no-picture", action="store_true", help="write no nmsolve_report.png")

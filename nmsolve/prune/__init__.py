@@ -1,4 +1,4 @@
-"""Pruning models to N:M: scores, SparseGPT, ALPS, and the walk through a whole model.
+"""Pruning models to N:M: scores, SparseGPT, ALPS, Frank-Wolfe, and the walk through a whole model.
 
 The names below are loaded from their modules when they are first used, as those of nmsolve itself are. No
 module of this folder may have the name of one of them: once imported it would stand in its place.
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from nmsolve.prune.evaluation import perplexity
     from nmsolve.prune.finetune import FixedMasks, to_semi_structured
     from nmsolve.prune.layerwise.alps import alps
+    from nmsolve.prune.layerwise.frank_wolfe import frank_wolfe, layer_error_bound
     from nmsolve.prune.layerwise.problem import Pruned
     from nmsolve.prune.layerwise.scores import magnitude_scores, ria_scores, wanda_scores
     from nmsolve.prune.layerwise.sparsegpt import sparsegpt
@@ -28,6 +29,8 @@ __all__ = [
     "Pruned",
     "alps",
     "evaluate_checkpoint",
+    "frank_wolfe",
+    "layer_error_bound",
     "magnitude_scores",
     "make_batches",
     "perplexity",
@@ -44,6 +47,7 @@ _MODULES = {
     "nmsolve.prune.evaluation": ("perplexity",),
     "nmsolve.prune.finetune": ("FixedMasks", "to_semi_structured"),
     "nmsolve.prune.layerwise.alps": ("alps",),
+    "nmsolve.prune.layerwise.frank_wolfe": ("frank_wolfe", "layer_error_bound"),
     "nmsolve.prune.layerwise.problem": ("Pruned",),
     "nmsolve.prune.layerwise.scores": ("magnitude_scores", "ria_scores", "wanda_scores"),
     "nmsolve.prune.layerwise.sparsegpt": ("sparsegpt",),

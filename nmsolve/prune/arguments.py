@@ -48,7 +48,7 @@ class PruneSettings:
     backend: str
     sequential: str
     damping: float
-    iterations: int
+    iterations: int | None
 
 
 def check_settings(
@@ -58,18 +58,20 @@ def check_settings(
     backend: str,
     sequential: str,
     damping: float,
-    iterations: int,
+    iterations: int | None,
     model: object,
 ) -> PruneSettings:
     if not isinstance(model, nn.Module):
         raise NMSolveError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(transposable, bool):
         raise NMSolveError(f"transposable: expected True or False, got {transposable!r}")
-    check_pruning_method(method)
+    row = check_pruning_method(method)
     check_sequential(sequential)
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):
         raise NMSolveError(f"damping: expected a positive number, got {damping!r}")
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+    if iterations is None:
+        iterations = row.iterations
+    elif isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise NMSolveError(f"iterations: expected an integer of at least 1, got {iterations!r}")
     MaskRule(NMPattern(1, 1), transposable, mask_method, backend)
     return PruneSettings(method, transposable, mask_method, backend, sequential, float(damping), iterations)

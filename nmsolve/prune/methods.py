@@ -60,6 +60,8 @@ class PruningMethod:
         Whether the weights that stay change; then the scores depend on the masks of the columns before.
     options : tuple of str
         Arguments of :func:`nmsolve.prune.prune_model` that are for this method.
+    iterations : int, optional
+        How many it makes at most if none are given, where that is one of its options.
     """
 
     name: str
@@ -67,6 +69,7 @@ class PruningMethod:
     needs_calibration: bool
     updates_weights: bool
     options: tuple[str, ...] = ()
+    iterations: int | None = None
 
 
 def _alps(hessian: Tensor, *, damping: float, iterations: int) -> LayerPruner:
@@ -82,6 +85,13 @@ def _sparsegpt(hessian: Tensor, *, damping: float) -> LayerPruner:
     from nmsolve.prune.layerwise.sparsegpt import sparsegpt, sparsegpt_factor
 
     return SystemPruner(sparsegpt, [sparsegpt_factor(matrix, damping) for matrix in hessian])
+
+
+def _frank_wolfe(hessian: Tensor, *, iterations: int) -> LayerPruner:
+    from nmsolve.prune.layerwise.frank_wolfe import frank_wolfe
+    from nmsolve.prune.layerwise.pruners import SystemPruner
+
+    return SystemPruner(partial(frank_wolfe, iterations=iterations), list(hessian))
 
 
 def _wanda(hessian: Tensor) -> LayerPruner:
@@ -107,10 +117,23 @@ def _magnitude(hessian: Tensor | None) -> LayerPruner:
 
 _ROWS = (
     PruningMethod(
-        "alps", _alps, needs_calibration=True, updates_weights=True, options=("damping", "iterations")
+        "alps",
+        _alps,
+        needs_calibration=True,
+        updates_weights=True,
+        options=("damping", "iterations"),
+        iterations=300,
     ),
     PruningMethod(
         "sparsegpt", _sparsegpt, needs_calibration=True, updates_weights=True, options=("damping",)
+    ),
+    PruningMethod(
+        "frank-wolfe",
+        _frank_wolfe,
+        needs_calibration=True,
+        updates_weights=False,
+        options=("iterations",),
+        iterations=40,
     ),
     PruningMethod("wanda", _wanda, needs_calibration=True, updates_weights=False),
     PruningMethod("ria", _ria, needs_calibration=True, updates_weights=False),

@@ -40,7 +40,6 @@ from nmsolve.prune.arguments import (
 )
 from nmsolve.prune.calibration import Batch, make_batches, measures, read_tokens
 from nmsolve.prune.layers import select_layers, uncompiled
-from nmsolve.prune.layerwise.alps import ITERATIONS
 from nmsolve.prune.layerwise.problem import DAMPING
 from nmsolve.prune.methods import PRUNING_METHODS
 from nmsolve.prune.report import PruneReport, need_matplotlib
@@ -163,7 +162,7 @@ def prune_model(
     seed: int = 0,
     bos: bool | None = None,
     damping: float = DAMPING,
-    iterations: int = ITERATIONS,
+    iterations: int | None = None,
     resume: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
     check: Callable[[], None] | None = None,
@@ -185,7 +184,7 @@ def prune_model(
         taken at its word.
     transposable : bool
         N:M along rows and columns of every M x M block, or only along the input of each output.
-    method : {"alps", "sparsegpt", "wanda", "ria", "magnitude"}
+    method : {"alps", "sparsegpt", "frank-wolfe", "wanda", "ria", "magnitude"}
         The first two update the weights that stay.
     mask_method, backend
         How masks are solved; see :func:`nmsolve.transposable_mask`.
@@ -202,8 +201,8 @@ def prune_model(
         long as the model takes, 2048 tokens at most.
     damping : float
         Share of the mean diagonal added to the diagonal of the Hessian ("sparsegpt", "alps").
-    iterations : int
-        At most this many ADMM iterations ("alps").
+    iterations : int, optional
+        At most this many: of ADMM ("alps", 300 by default) or steps of Frank-Wolfe ("frank-wolfe", 40).
     resume : path, optional
         Folder in which finished layers are kept. A run that was killed goes on from there, given the model as
         it was before, and ends with the same weights as an undisturbed one.

@@ -25,9 +25,10 @@ class LayerReport:
 
     ``relative_error`` is ``||(W - W') X||^2 / ||W X||^2`` over the calibration inputs X of the layer (None
     without calibration), ``retained`` the kept share of the scores the masks were solved for (SparseGPT:
-    summed over its slabs; ALPS: of its last iteration). ``gap`` is how much more (relative) any other mask
-    of the pattern could have kept at most, ``max_gap`` that of the worst block. ``seconds`` is the time for
-    scores, masks and weights, ``mask_seconds`` the part of it spent in ``mask_solves`` calls of the solver.
+    summed over its slabs; ALPS: of its last iteration; Frank-Wolfe: of the relaxed mask that was rounded).
+    ``gap`` is how much more (relative) any other mask of the pattern could have kept at most, ``max_gap``
+    that of the worst block. ``seconds`` is the time for scores, masks and weights, ``mask_seconds`` the part
+    of it spent in ``mask_solves`` calls of the solver.
     """
 
     name: str
