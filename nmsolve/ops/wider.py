@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nmsolve.backends.dispatch import REFERENCE, Backend
-from nmsolve.blocks import chosen_blocks, grid_of
+from nmsolve.blocks import batched_matrices, chosen_blocks, grid_of, split_blocks
 from nmsolve.pattern import NMPattern
 
 __all__ = ["coarse_blocks", "solve_wider", "worked_in_float32"]
@@ -21,6 +21,9 @@ __all__ = ["coarse_blocks", "solve_wider", "worked_in_float32"]
 # scores an eighth, zeros left out, are below this share of it.
 _TIMES = 8.0
 _SMALL = 2.0**-10
+
+# Elements of blocks looked at together.
+_CHUNK = 1 << 22
 
 
 def worked_in_float32(scores: Tensor, backend: Backend) -> bool:
@@ -35,9 +38,15 @@ def coarse_blocks(scores: Tensor, pattern: NMPattern) -> Tensor:
     coarse = torch.zeros(shape, dtype=torch.bool, device=scores.device)
     if not 0 < pattern.n < pattern.m:
         return coarse
-    for tile, _, _, found in chosen_blocks(~coarse, pattern, (scores,), (coarse,)):
-        low, high = tile.amin(-2).amin(-1), tile.amax(-2).amax(-1)  # the lines of all blocks at once first
-        found.copy_(-low > _TIMES * high.clamp(min=0))
+    for matrices, found in batched_matrices(scores, coarse):
+        for b, i, j, r, c in grid.tiles(matrices.shape[0], _CHUNK):
+            tile = split_blocks(matrices[b, i, j], r, c)
+            low, high = (
+                tile.amin(-2).amin(-1),
+                tile.amax(-2).amax(-1),
+            )  # the lines of all blocks at once first
+            where = (b, *grid.block_slices(i, j))
+            found[where] = -low > _TIMES * high.clamp(min=0)
     for tile, _, at, found in chosen_blocks(coarse.clone(), pattern, (scores,), (coarse,)):
         size = tile[at].abs().double()
         small = (size < _SMALL * size.amax((1, 2), keepdim=True)) & (size > 0)
