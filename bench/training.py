@@ -5,7 +5,7 @@ under masks that stay as they were, and under masks that follow the weights in e
 has. The runs of a seed begin with the same weights and see the same batches, so that they can be compared in
 pairs. Every run is a row of results/training.csv, written when it ends; what is there already is not run
 again, so the command can be stopped and given again. --steps 2400 --patterns 2:4 --methods fixed sr-ste adds
-longer runs of some.
+longer runs of some. "frozen end" is straight-through whose masks stay as they are in the last quarter.
 
 The learning rate and the two strengths of decay are those that did best in a run of a seed that is not among
 the others (part "pilot": dense for the rate, 2:4 for the decays).
@@ -38,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nmsolve.train import SparseTraining
 
 PATTERNS = ("2:4", "16:32", "8:16")  # in the order in which they are run
-METHODS = ("dense", "fixed", "straight-through", "sr-ste", "gradient decay")
+METHODS = ("dense", "fixed", "straight-through", "sr-ste", "gradient decay", "frozen end")
 REFRESHES = (1, 40, 200)
 STEPS = 800
 PILOT_SEED = 1000
@@ -168,6 +168,8 @@ def train(run: Run, learned: Tensor, test: Tensor) -> dict[str, object]:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        if run.method == "frozen end" and step == run.steps * 3 // 4:
+            sparse.freeze()
         if step % (run.steps // POINTS):
             continue
         curve.append(held_out(model, test, SMALL))
@@ -236,6 +238,9 @@ def comparison(
             replace(sparse, method="gradient decay", refresh=40, decay=gradient_decay),
             replace(sparse, method="straight-through", mask="ordinary", refresh=40),
         ]
+    for run in dense:
+        sparse = replace(run, method="frozen end", mask="transposable", pattern=PATTERNS[0])
+        yield [replace(sparse, refresh=refresh) for refresh in REFRESHES if refresh > 1]
 
 
 def main() -> None:

@@ -24,6 +24,11 @@ SR_STE: Way = ("sr-ste", "transposable", "1")
 GRADIENT_DECAY: Way = ("gradient decay", "transposable", "40")
 ORDINARY: Way = ("straight-through", "ordinary", "40")
 
+FROZEN = {
+    EVERY_40: ("frozen end", "transposable", "40"),
+    EVERY_200: ("frozen end", "transposable", "200"),
+}
+
 NAMES = {
     DENSE: "dense",
     FIXED: "fixed mask",
@@ -154,22 +159,31 @@ def across() -> str:
     return markdown(["nats a byte", *heads], lines, "l" + "r" * len(heads))
 
 
-def longer() -> str:
-    """The runs that were made longer, beside the same ones: losses, and against the fixed mask."""
-    short, long = lengths()
+def frozen() -> str:
+    """What the refreshes of the last quarter cost: the same runs, whose masks are frozen there."""
+    pattern = "2:4"
     lines = []
-    for way, pattern in sorted(runs(long), key=lambda key: list(NAMES).index(key[0])):
-        losses = [held_out(way, pattern, steps) for steps in (short, long)]
-        fixed = [held_out(FIXED, pattern, steps) for steps in (short, long)]
-        against = [
-            cell(difference(*pair)) if way != FIXED else "" for pair in zip(losses, fixed, strict=True)
-        ]
-        lines.append([pattern, NAMES[way], *(spread(found.values()) for found in losses), *against])
-    heads = [
-        *(f"{steps} steps" for steps in (short, long)),
-        *(f"{steps}, against fixed" for steps in (short, long)),
+    for way, end in FROZEN.items():
+        plain, held, fixed = (held_out(key, pattern) for key in (way, end, FIXED))
+        lines.append(
+            [
+                pattern,
+                NAMES[way],
+                spread(plain.values()),
+                spread(held.values()),
+                cell(difference(held, plain)),
+                cell(difference(held, fixed)),
+            ]
+        )
+    head = [
+        "pattern",
+        "nats a byte",
+        "to the end",
+        "frozen",
+        "frozen, against to the end",
+        "against fixed mask",
     ]
-    return markdown(["pattern", "nats a byte", *heads], lines, "llrrrr")
+    return markdown(head, lines, "llrrrr")
 
 
 def flips() -> str:
@@ -245,7 +259,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training-chief": lambda: losses(CHIEF),
     "training-pairs": pairs,
     "training-across": across,
-    "training-longer": longer,
+    "training-frozen": frozen,
     "training-flips": flips,
     "training-pilot": pilot,
     "training-refresh": refresh,
