@@ -15,6 +15,7 @@ from nmsolve.pattern import NMPattern
 from nmsolve.prune.arguments import Patterns, check_in_memory, parse_patterns
 from nmsolve.prune.layers import Layer, Selected, matches, select_layers, uncompiled
 from nmsolve.train.masked_modules import unmaskable
+from nmsolve.train.reading import reader_of
 from nmsolve.train.sparse24 import TOKENS, times, why_dense
 
 __all__ = [
@@ -139,8 +140,8 @@ def choose_weights(
         As :func:`nmsolve.prune.layers.select_layers`; if a layer that a glob names cannot be masked; if no
         chosen weight requires a gradient.
     """
-    check_in_memory(model)
     _check_wrappers(model)
+    check_in_memory(model)
     patterns = parse_patterns(pattern)
     dense = _globs("dense", dense)
     if include is not None:
@@ -168,6 +169,12 @@ def _globs(option: str, value: object) -> tuple[str, ...]:
 
 
 def _check_wrappers(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise NMSolveError(
+                f"model: {name} is partitioned by DeepSpeed's ZeRO-3, which leaves no blocks of it on a "
+                "process; use fully_shard of torch.distributed.fsdp, and then SparseTraining"
+            )
     if not distributed.is_available():
         return
     from torch.distributed.fsdp import FullyShardedDataParallel  # slow to import
@@ -191,7 +198,7 @@ def _maskable(
     skipped = dict(selected.skipped)
     chosen = []
     for layer, pattern in selected.layers.items():
-        reason = _unmaskable(layer, owners)
+        reason = _unmaskable(layer, owners) or _bypassing(model, owners[id(layer.module.weight)])
         named = any(matches(layer.name, glob) for glob in globs)
         if reason is None and not named and any(part in layer.name for part in _ADAPTERS):
             reason = "an adapter"
@@ -240,6 +247,14 @@ def _unmaskable(layer: Layer, owners: Mapping[int, Sequence[tuple[str, nn.Module
                 f"it shares its weight with {name}, a {type(module).__name__}, which would read it unmasked"
             )
     return unmaskable(layer.module)
+
+
+def _bypassing(model: nn.Module, owners: Sequence[tuple[str, nn.Module, str]]) -> str | None:
+    for name, _, _ in owners:
+        reader = reader_of(model, name) if name else None
+        if reader is not None:
+            return f"{type(reader).__name__} reads its weight without calling it"
+    return None
 
 
 def _bypassed(model: nn.Module, layer: Layer) -> bool:

@@ -186,6 +186,78 @@ def test_a_start_from_a_pruned_model_keeps_its_support():
         assert torch.equal(mask, masks[name])
 
 
+class Reading(nn.Module):
+    """Computes with one layer's parameter, through a method, and calls the other two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.called, self.asked = (nn.Linear(8, 8) for _ in range(3))
+        nn.init.ones_(self.called.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.asked.weight, nn.Parameter) and x.dtype != self.asked.weight.dtype:
+            x = x.to(self.asked.weight.dtype)
+        return self.fused(self.called(self.asked(x)))
+
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.read.weight.float())
+
+
+def test_layers_whose_weight_is_read_by_others_stay_dense():
+    model = nn.ModuleDict({"mixer": Reading()})
+    sparse = SparseTraining(model)
+    assert list(sparse.patterns) == ["mixer.called.weight", "mixer.asked.weight"]
+    assert sparse.skipped == {"mixer.read": "Reading reads its weight without calling it"}
+    with pytest.raises(nmsolve.NMSolveError, match=r"mixer\.read cannot be masked: Reading reads its weight"):
+        SparseTraining(nn.ModuleDict({"mixer": Reading()}), include="*read")
+
+
+@pytest.mark.parametrize("kind", ["mamba", "wavlm", "t5", "bloom"])
+def test_what_is_masked_in_training_is_what_is_pruned(kind):
+    """Logits under masks, in training, are those of the finished model."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    common = {"vocab_size": 96, "hidden_size": 32}
+    x: dict = {"input_ids": torch.arange(3, 35).view(2, 16)}
+    if kind == "mamba":
+        model = t.MambaForCausalLM(t.MambaConfig(state_size=8, num_hidden_layers=1, **common))
+    elif kind == "bloom":
+        model = t.BloomForCausalLM(
+            t.BloomConfig(n_layer=1, n_head=2, hidden_dropout=0, attention_dropout=0, **common)
+        )
+    elif kind == "t5":
+        config = t.T5Config(
+            vocab_size=96, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, dropout_rate=0
+        )
+        model = t.T5ForConditionalGeneration(config)
+        x["decoder_input_ids"] = x["input_ids"]
+    else:
+        off = ("hidden", "attention", "activation", "feat_proj", "final")
+        config = t.WavLMConfig(
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            conv_dim=(16,),
+            conv_stride=(4,),
+            conv_kernel=(4,),
+            num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+            layerdrop=0,
+            apply_spec_augment=False,
+            **{f"{name}_dropout": 0.0 for name in off},
+            **common,
+        )
+        model, x = t.WavLMModel(config), {"input_values": torch.randn(1, 128)}
+    model.train()
+    sparse = SparseTraining(model, "2:4")
+    assert {"mamba": 1, "wavlm": 4, "t5": 16, "bloom": 4}[kind] == len(sparse.patterns), sparse.skipped
+    with torch.no_grad():
+        masked = model(**x)[0]
+        sparse.finish()
+        torch.testing.assert_close(model(**x)[0], masked, rtol=1e-4, atol=1e-5)
+
+
 # --- phases -------------------------------------------------------------------------------------------------
 
 
@@ -485,9 +557,18 @@ def not_finite() -> nn.Module:
     return model
 
 
+def partitioned() -> nn.Module:
+    """As DeepSpeed's ZeRO-3 leaves a model: parameters without entries."""
+    model = network()
+    for parameter in model.parameters():
+        parameter.ds_id, parameter.data = 0, torch.empty(0)
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
+        (partitioned, {}, "model: up.weight is partitioned by DeepSpeed's ZeRO-3"),
         (network, {"pattern": "5:4"}, "n: expected 0 <= n <= m=4"),
         (network, {"pattern": "2-4"}, "pattern: expected 'N:M'"),
         (network, {"pattern": {"left": "2:4"}}, "pattern: 'left' matches none of the model's 2 layers"),

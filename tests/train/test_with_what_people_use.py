@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-import nmsolve
+import nmsolve.prune
 from nmsolve.train import SparseTraining, finish_model
 
 
@@ -239,13 +239,32 @@ def test_transformer_encoder_layers_do_not_bypass_their_masks():
         torch.testing.assert_close(layer(x), found)
 
 
-def test_merging_an_adapter_keeps_the_mask():
+@pytest.mark.parametrize("finished", [False, True])
+def test_merging_an_adapter_keeps_the_mask(finished):
+    peft = pytest.importorskip("peft")
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     sparse = started(model, optimizer)
     train(model, optimizer, itertools.islice(batches(), 4))
     sparse.freeze()
-    model.up.weight.data += torch.randn(32, 4) @ torch.randn(4, 16)
-    masks = sparse.finish()
-    assert torch.equal(model.up.weight != 0, masks["up.weight"])
-    nmsolve.check_mask(model.up.weight != 0, 2, 4)
+    masks = sparse.masks
+    fixed = nmsolve.prune.FixedMasks(model, sparse.finish()) if finished else None
+    base, x = model.up.weight.detach().clone(), torch.randn(4, 16)
+    before = model(x)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["up", "down"]))
+    torch.testing.assert_close(adapted(x), before)  # the adapted layers see masked weights, and B is 0
+    adapters = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
+    losses = train(adapted, adapters, itertools.repeat(next(batches()), 8))
+    assert losses[-1] < losses[0]
+    layer = adapted.base_model.model.up
+    delta = layer.get_delta_weight("default").detach()
+    merged = adapted.merge_and_unload()
+    if finished:
+        assert fixed.operands("2:4")[0].stray > 0  # what peft does to plain layers
+        fixed.apply()
+    else:
+        sparse.finish()
+    for name, mask in masks.items():
+        assert torch.equal(merged.get_parameter(name) != 0, mask)
+        nmsolve.check_mask(mask, 2, 4)
+    torch.testing.assert_close(merged.up.weight, (base + delta) * masks["up.weight"])
