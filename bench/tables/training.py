@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -83,8 +84,15 @@ def runs(steps: str | None = None) -> dict[tuple[Way, str], dict[str, Row]]:
 
 
 def patterns() -> list[str]:
-    found = [pattern for way, pattern in runs() if way == FIXED]
-    return sorted(found, key=lambda pattern: int(pattern.partition(":")[2]))
+    """Those that every way has run at, with every seed."""
+    found = runs()
+    seeds = found[DENSE, "dense"].keys()
+    complete = [
+        pattern
+        for pattern in dict.fromkeys(pattern for _, pattern in found if pattern != "dense")
+        if all(found.get((way, pattern), {}).keys() == seeds for way in NAMES if way != DENSE)
+    ]
+    return sorted(complete, key=lambda pattern: int(pattern.partition(":")[2]))
 
 
 def held_out(way: Way, pattern: str, steps: str | None = None) -> dict[str, float]:
@@ -148,8 +156,7 @@ def pairs() -> str:
 
 def across() -> str:
     """The same between patterns."""
-    sizes = patterns()
-    steps = [(sizes[0], sizes[1]), (sizes[1], sizes[2]), (sizes[0], sizes[2])]
+    steps = list(itertools.combinations(patterns(), 2))
     lines = [
         [NAMES[way], *(cell(difference(held_out(way, a), held_out(way, b))) for a, b in steps)]
         for way in NAMES

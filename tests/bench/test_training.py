@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from common import read_csv, write_whole
+from common import RESULTS, read_csv, write_whole
 from scipy import stats
 
 pytest.importorskip("transformers")
@@ -60,6 +60,13 @@ def test_ways_of_a_seed_begin_alike_and_differ_as_their_names_say(train):
         assert max(moves) - 1e-4 <= row["moved_in_all"] <= sum(moves) + 1e-4
     first = {numbers(row, "curve")[0] for row in (fixed, rows[5], rows[STEPS])}
     assert max(first) - min(first) < 0.02
+
+
+def test_a_frozen_end_is_one_without_flips(train):
+    moves = numbers(train(replace(SPARSE, method="frozen end", refresh=1)), "moved")
+    assert min(moves[:7]) > 0
+    assert moves[8:] == [0, 0]
+    assert numbers(train(replace(SPARSE, refresh=1)), "moved")[:7] == moves[:7]
 
 
 @pytest.mark.parametrize(("method", "decay"), [("sr-ste", 10.0), ("gradient decay", 1.0)])
@@ -120,7 +127,7 @@ def test_what_is_in_the_file_is_not_run_again(monkeypatch, tmp_path):
     command = ["training", "--seeds", "2", "--steps", "20", "--pilot-steps", "40", "--out", str(out)]
     monkeypatch.setattr("sys.argv", command)
     training.main()
-    per_seed = 1 + 7 * len(training.PATTERNS)
+    per_seed = 1 + 7 * len(training.PATTERNS) + 2
     assert len(ran) == len(set(ran)) == sum(map(len, training.PILOT.values())) + 2 * per_seed
     assert {run.rate for run in ran if run.part == "comparison"} == {min(training.PILOT["dense"])}
     lines = out.read_text().splitlines(keepends=True)
@@ -162,3 +169,92 @@ def test_differences_are_those_of_a_paired_t_test():
     assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
     assert found.clear == (test.pvalue < 0.05)
     assert tables.spread(first.values()) == f"2.133 ± {statistics.stdev(first.values()):.3f}"
+
+
+# --- what docs/training.md says of the results --------------------------------------------------------------
+
+
+def against(first: tables.Way, second: tables.Way) -> dict[str, tables.Difference]:
+    """Pattern -> difference of the losses."""
+    return {
+        size: tables.difference(tables.held_out(first, size), tables.held_out(second, size))
+        for size in tables.patterns()
+    }
+
+
+def test_every_way_ran_at_every_pattern_with_three_seeds():
+    assert {"2:4", "16:32"} <= set(tables.patterns())
+    found = tables.runs()
+    for size in tables.patterns():
+        for way in tables.NAMES:
+            assert len(found[way, "dense" if way == tables.DENSE else size]) == 3, (way, size)
+    assert all(len(found[way, "2:4"]) == 3 for way in tables.FROZEN.values())
+
+
+def test_plain_straight_through_is_worse_the_rarer_it_is_refreshed():
+    for found in against(tables.EVERY_STEP, tables.EVERY_40).values():
+        assert found.clear
+        assert found.mean < 0
+    for found in against(tables.EVERY_200, tables.EVERY_40).values():
+        assert found.clear
+        assert found.mean > 0
+    for found in against(tables.EVERY_40, tables.DENSE).values():
+        assert found.clear
+        assert found.mean > 0
+
+
+def test_decay_of_pruned_weights_mends_it():
+    for found in against(tables.GRADIENT_DECAY, tables.EVERY_40).values():
+        assert found.clear
+        assert found.mean < 0
+    found = against(tables.SR_STE, tables.EVERY_STEP)
+    assert all(difference.mean < 0 for difference in found.values())
+    assert found["2:4"].clear
+
+
+@pytest.mark.parametrize("way", [tables.SR_STE, tables.GRADIENT_DECAY])
+def test_no_way_is_told_from_the_fixed_mask_once_pruned_weights_decay(way):
+    assert not any(found.clear for found in against(way, tables.FIXED).values())
+
+
+def test_transposable_masks_are_not_told_from_ordinary_ones():
+    assert not any(found.clear for found in against(tables.EVERY_40, tables.ORDINARY).values())
+
+
+def test_what_a_refresh_shortly_before_the_end_costs():
+    plain = tables.held_out(tables.EVERY_200, "2:4")
+    frozen = tables.held_out(tables.FROZEN[tables.EVERY_200], "2:4")
+    found = tables.difference(frozen, plain)
+    assert found.clear
+    assert found.mean < 0
+    for rows in (tables.runs()[tables.EVERY_200, size] for size in tables.patterns()):
+        for row in rows.values():
+            before, after = numbers(row, "curve")[-2:]
+            assert after > before + 0.02
+
+
+def test_masks_settle_where_pruned_weights_decay():
+    rows = tables.runs()
+    for size in tables.patterns():
+        for decayed, plain in (
+            (tables.SR_STE, tables.EVERY_STEP),
+            (tables.GRADIENT_DECAY, tables.EVERY_40),
+        ):
+            for seed, row in rows[decayed, size].items():
+                other = rows[plain, size][seed]
+                assert sum(numbers(row, "moved")) < sum(numbers(other, "moved")) / 2
+                assert float(row["kept"]) > 0.9 > float(other["kept"])
+
+
+def test_a_refresh_costs_what_the_page_says():
+    rows = read_csv(RESULTS / "training_refresh.csv")
+    assert {row["pattern"] for row in rows} == {"2:4", "4:8", "8:16", "16:32"}
+    assert all(float(row["over_ordinary"]) <= 2.5 for row in rows)
+    assert all(float(row["of_a_step"]) < 0.2 for row in rows)
+    assert max(int(row["weights"]) for row in rows) > 1e8
+
+
+def test_the_picture_is_drawn_from_the_results(tmp_path):
+    plots = pytest.importorskip("plots", exc_type=ImportError)
+    plots.training(read_csv(RESULTS / "training.csv"), tmp_path / "training.png")
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
