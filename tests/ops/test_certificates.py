@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import nmsolve
 from nmsolve import NMPattern
+from nmsolve.backends.dispatch import BACKENDS
 from nmsolve.backends.torch import masks as reference
 from nmsolve.blocks import grid_of
 from nmsolve.ops.certificates import tighten
@@ -300,3 +301,15 @@ def test_only_blocks_that_need_it_are_solved_again() -> None:
     assert torch.equal(mask[4:8, 8:12], best[4:8, 8:12])
     mask[4:8, 8:12] = worse[4:8, 8:12]
     assert torch.equal(mask, worse)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
+def test_float64_is_told_apart_where_the_table_says_so(backend: str) -> None:
+    pytest.importorskip({"cpu": "numba"}.get(backend, backend))
+    pytest.importorskip("ortools")
+    beyond = torch.rand(4, 4, generator=generator(6), dtype=torch.float64)
+    scores = 1 + 2.0**-40 * beyond
+    mask = BACKENDS[backend].masks.exact(scores[None], NMPattern(2, 4), warm=None, want_solution=True).mask[0]
+    best = oracles.min_cost_flow(beyond, 2)
+    optimal = oracles.kept_score(beyond, mask) == pytest.approx(best, rel=1e-3)
+    assert optimal == BACKENDS[backend].masks_float64
