@@ -186,7 +186,7 @@ def training(rows: list[Row], file: Path) -> None:
     short = min(int(row["steps"]) for row in rows)
     rows = [row for row in rows if row["part"] == "comparison" and int(row["steps"]) == short]
     patterns = training_tables.patterns()
-    ways = dict.fromkeys((row["method"], row["mask"], row["refresh"]) for row in rows)
+    ways = list(TRAINING_STYLES)
 
     def of(way: tuple[str, ...], pattern: str) -> list[Row]:
         found = [row for row in rows if (row["method"], row["mask"], row["refresh"]) == way]
