@@ -76,7 +76,10 @@ def test_an_earlier_mask_is_kept(method, tmp_path):
     ("changes", "message"),
     [
         ({"model": 3}, "model: expected a torch.nn.Module, got int"),
-        ({"method": "best"}, "method: expected one of alps, sparsegpt, wanda, ria, magnitude, got 'best'"),
+        (
+            {"method": "best"},
+            "method: expected one of alps, sparsegpt, frank-wolfe, wanda, ria, magnitude, got 'best'",
+        ),
         ({"sequential": "no"}, "sequential: expected one of"),
         ({"mask_method": "no"}, "mask_method: expected one of"),
         ({"transposable": False, "mask_method": "greedy"}, "needs transposable=True"),

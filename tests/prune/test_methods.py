@@ -5,27 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from layer_problems import error, problem, rule
 
 import nmsolve
 from nmsolve.prune import MaskRule, alps, magnitude_scores, ria_scores, sparsegpt, wanda_scores
 from nmsolve.prune.layerwise.sparsegpt import sparsegpt_factor
-
-
-def problem(out: int, size: int, tokens: int = 200, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight, and correlated inputs of different energy, float64."""
-    g = torch.Generator().manual_seed(seed)
-    mix = torch.randn(size, size, generator=g, dtype=torch.float64) / size**0.5 + torch.eye(size)
-    scale = torch.randn(size, generator=g, dtype=torch.float64).exp()
-    inputs = torch.randn(tokens, size, generator=g, dtype=torch.float64) @ mix * scale
-    return torch.randn(out, size, generator=g, dtype=torch.float64), inputs
-
-
-def error(weight: torch.Tensor, pruned: torch.Tensor, inputs: torch.Tensor) -> float:
-    return float((inputs @ (weight - pruned).T).square().sum() / (inputs @ weight.T).square().sum())
-
-
-def rule(pattern: str, transposable: bool) -> MaskRule:
-    return MaskRule(pattern, transposable, backend="torch")
 
 
 def choose(scores: np.ndarray, n: int, m: int, transposable: bool) -> np.ndarray:

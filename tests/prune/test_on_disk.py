@@ -45,7 +45,7 @@ def test_it_does_what_prune_model_does(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "best"}, "method: expected one of alps, sparsegpt, wanda, ria, magnitude"),
+        ({"method": "best"}, "method: expected one of alps, sparsegpt, frank-wolfe, wanda, ria, magnitude"),
         ({"method": "wanda"}, "calibration: needed for method 'wanda'"),
         ({"method": "magnitude", "damping": 0.1}, "damping: method 'magnitude' has none"),
         ({"method": "magnitude", "mask_method": "greedy"}, "mask_method: 'greedy' needs transposable=True"),

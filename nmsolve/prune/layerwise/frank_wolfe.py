@@ -206,6 +206,8 @@ def layer_error_bound(
             way = layer.step(scores).to(mask.dtype) - mask
             gain = layer.bands(scores * way)
             best = torch.maximum(best, layer.bands(missing * image) - 2 * gain)
+            if not bool((gain > 0).any()):
+                break
             step = layer.weight * way
             turn = step @ hessian
             size = layer.rows(_step_sizes(gain, layer.bands(step * turn)))
