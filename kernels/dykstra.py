@@ -151,7 +151,7 @@ def first_col_of(found, j):
 
 @triton.jit
 def complete(scores, kept, row_target, n):
-    """``kept`` with every row filled to its target; columns hold at most n.
+    """``kept`` with every row filled to its target, and 0 per block; columns hold at most n.
 
     ``gain`` is an entry's score where it is free and ``loss`` where it is kept; they are -inf and inf else.
     A row of a tile is picked by adding -inf to the others: no predicates.
@@ -192,7 +192,7 @@ def complete(scores, kept, row_target, n):
         col_count += tl.where(j == tl.where(swaps, enter, come), 1, 0)
         short = first_row_of(row_count < row_target, i)
         go = tl.min(short) < NONE
-    return loss < INF
+    return loss < INF, short - NONE
 
 
 @triton.jit
@@ -262,7 +262,9 @@ def dykstra_kernel(
     # The scores are loaded anew (spent is 0, which the compiler does not know): neither they nor an address
     # occupy registers until here.
     blocks, scores, unscale, row_target, _ = load_blocks(scores_ptr, n, m, matrix, region, spent, LAYOUT)
-    kept = complete(scores, unpacked(bits, tl.where(unscale > 0, 0, 1), COLS_IN), row_target, n)
+    kept, spent = complete(scores, unpacked(bits, tl.where(unscale > 0, 0, 1), COLS_IN), row_target, n)
+    if TRANSPORT:  # where they are found once more, lest an address waits for the end of completion
+        blocks = place_blocks(matrix, region, m, 0, spent, LAYOUT)
     # blocks.i and blocks.j would be alive beside these, which complete uses.
     entries = row_index(ROWS_IN, ROWS_OUT), col_index(COLS_IN, COLS_OUT)
     store_mask(mask_ptr, kept, matrix, blocks, entries, m, unit, LAYOUT)
