@@ -1,5 +1,10 @@
-"""Launch table: how a kernel's tile is laid out for each block size. No run-time tuning."""
+"""Launch table: how a kernel's tile is laid out for each block size. No run-time tuning.
 
+The rows are those of the newest compiler, and of any that is newer still; rows that an older one would spill
+with have others for it. Which row is used changes no mask.
+"""
+
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -48,6 +53,12 @@ _TILES = {
     ),
 }
 
+# Rows for Triton before the release that a key names.
+_OLDER = {
+    # 80 loads and stores of spilled registers for sm_100 with 3.6, of 8 x 8 entries a lane.
+    (3, 7): {"tsenor": (Tile(8, 8, 4, 16, 1),)},
+}
+
 KERNELS = tuple(_TILES)
 SIZES = tuple(entry.size for entry in _TILES["exact"])
 
@@ -55,7 +66,32 @@ EXHAUSTIVE_BLOCKS = 128
 EXHAUSTIVE_WARPS = 4
 
 
+def rows_of(release: str) -> dict[str, tuple[Tile, ...]]:
+    """The table for a release of Triton, such as "3.7.1" or "3.8.0+git": a tile for each kernel and size.
+
+    Examples
+    --------
+    >>> rows_of("3.6.0")["tsenor"][1]
+    Tile(size=8, rows_in=8, cols_in=4, blocks=16, warps=1)
+    >>> rows_of("3.9.0")["tsenor"][1]
+    Tile(size=8, rows_in=8, cols_in=8, blocks=32, warps=1)
+    """
+    numbers = tuple(map(int, re.findall(r"\d+", release)[:2]))
+    rows = {kernel: {entry.size: entry for entry in entries} for kernel, entries in _TILES.items()}
+    for before in sorted(_OLDER, reverse=True):  # the oldest that applies has the last word
+        if numbers < before:
+            for kernel, entries in _OLDER[before].items():
+                rows[kernel].update({entry.size: entry for entry in entries})
+    return {kernel: tuple(entries.values()) for kernel, entries in rows.items()}
+
+
+_rows = dict(_TILES)
 _REPLACED: dict[tuple[str, int], Tile] = {}
+
+
+def use_rows_of(release: str) -> None:
+    """Use the table for this release of Triton from now on."""
+    _rows.update(rows_of(release))
 
 
 def replace(entries: Mapping[tuple[str, int], tuple[int, int, int, int, int]]) -> None:
@@ -66,7 +102,7 @@ def replace(entries: Mapping[tuple[str, int], tuple[int, int, int, int, int]]) -
 
 def tabled(kernel: str, m: int) -> Tile:
     """The table's own entry for blocks of size ``m`` (at most 64)."""
-    return next(entry for entry in _TILES[kernel] if entry.size >= m)
+    return next(entry for entry in _rows[kernel] if entry.size >= m)
 
 
 def tile(kernel: str, m: int) -> Tile:

@@ -25,6 +25,8 @@ from common import ROOT
 from kernel_costs import sass, source_regions
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+OTHER_TARGETS = ("sm_86", "sm_89", "sm_120", "gfx90a", "gfx950", "gfx1100", "gfx1201")
+"""GPUs that the launch table is not made for, but that users have."""
 
 # One process compiles a few jobs: starting one costs as much as a job.
 _JOBS_PER_PROCESS = 12
@@ -222,7 +224,10 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
 
     kernel, positional, meta = _arguments(job)
     name = job["target"]
-    target = GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
+    if name.startswith("sm_"):
+        target = GPUTarget("cuda", int(name[3:]), 32)
+    else:
+        target = GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
     driver.set_active(_Driver(target))
     kernel.device_caches.clear()  # it does not know targets
     compiled = kernel.warmup(*map(MockTensor.wrap_dtype, positional), grid=(1,), **meta)

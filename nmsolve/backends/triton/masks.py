@@ -36,6 +36,7 @@ SCHEDULE = AscentSchedule(*(getattr(ascent_schedule, name) for name in AscentSch
 """The constants of the dual ascent, as the exact kernels take them."""
 
 
+_launch.use_rows_of(triton.__version__)
 _launch.replace(launch_table.asked_for())
 
 
