@@ -163,7 +163,9 @@ def fuzz() -> str:
 def _sizes(found: list[int]) -> str:
     """From the least to the largest where none between them is missing, or how many there are."""
     low, high = min(found), max(found)
-    return f"{low} to {high}" if high - low + 1 == len(found) else f"{len(found)} up to {high}"
+    if low == high:
+        return str(low)
+    return f"{low} to {high}" if high - low + 1 == len(found) else f"{len(found)} sizes up to {high}"
 
 
 TABLES: dict[str, Callable[[], str]] = {
