@@ -18,11 +18,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-gpu gpu-day lint format demo bench tables docs clean
+.PHONY: help venv test test-versions test-gpu gpu-day lint format demo bench tables docs clean
 
 help:
 	@echo "make venv      .venv with the package (editable) and all that the other commands need"
 	@echo "make test      the test suite (PYTEST_ARGS=... adds arguments)"
+	@echo "make test-versions  the suite with the oldest and the newest PyTorch and Triton (gigabytes, and hours)"
 	@echo "make test-gpu  the tests that need a GPU"
 	@echo "make gpu-day   on a machine with a GPU, ten minutes: tests, times, peers (OUT=... is where to)"
 	@echo "make lint      ruff and mypy"
@@ -58,6 +59,10 @@ $(MODEL): | $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
 
+# In environments of their own, .venv-oldest and .venv-newest; VERSIONS=oldest is one of them.
+test-versions:
+	PYTHON=$(PYTHON) PYTEST_ARGS="$(PYTEST_ARGS)" VERSIONS="$(VERSIONS)" .ci/test-versions
+
 test-gpu: $(STAMP)
 	$(BIN)/pytest -m gpu $(PYTEST_ARGS)
 
@@ -88,6 +93,7 @@ bench: $(MODEL)
 	$(BENCH) warm_start
 	$(BENCH) augmentations
 	$(BENCH) kernel_costs
+	$(BENCH) compilers
 	$(BENCH) emulated
 	$(BENCH) memory_cpu
 	$(BENCH) first_call
@@ -112,4 +118,4 @@ docs: $(STAMP)
 	$(BIN)/python docs/reference.py build/docs
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist *.egg-info demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -46,6 +46,7 @@ EXECUTED = {
 """How a variant is executed, and the environment that asks for it."""
 
 COUNTED = ("registers", "spills", "instructions_per_block")
+COMPILERS = "compilers.csv"
 KEY = ("triton", "how", "kernel", "m", "target")
 
 
@@ -154,7 +155,7 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="+", type=int, metavar="M")
     parser.add_argument("--how", nargs="+", choices=("compiled", *EXECUTED), default=["compiled", *EXECUTED])
     parser.add_argument("--anew", action="store_true", help="do what has a row, too")
-    parser.add_argument("--out", type=Path, default=RESULTS / "compilers.csv", metavar="FILE")
+    parser.add_argument("--out", type=Path, default=RESULTS / COMPILERS, metavar="FILE")
     parser.add_argument("--processes", type=int, default=2, help="that compile side by side (2)")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
