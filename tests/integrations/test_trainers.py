@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -273,3 +275,23 @@ def test_lightning_leaves_plain_layers_after_an_exception(lightning, tmp_path):
         ).fit(module, DataLoader(list(batches(4)), batch_size=None))
     assert type(module.net.up) is nn.Linear
     assert (module.net.up.weight != 0).all()
+
+
+# --- several processes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "trainer"])
+def test_two_processes_are_one_and_resume_to_the_bit(kind, tmp_path):
+    """Lightning under DDP and FSDP2 against one process; transformers' Trainer under DDP."""
+    pytest.importorskip("pytorch_lightning")
+    support = Path(__file__).resolve().parents[1] / "support"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = subprocess.run(
+        [sys.executable, *command, str(support / "trainers_spread.py"), kind, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(support), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
