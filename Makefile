@@ -108,6 +108,7 @@ bench: $(MODEL)
 	$(BENCH) perplexity --sequential block --matmul float32 --methods wanda sparsegpt alps \
 		--patterns 2:4 16:32 --masks ordinary exact
 	$(BENCH) perplexity --picture
+	$(BENCH) layer_errors
 	$(BENCH) plots
 	$(BENCH) tables
 
