@@ -1,0 +1,91 @@
+"""The tables of docs/internals/compilers.md, from what bench/compilers.py wrote."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from tables.columns import Row, in_order, left, markdown, results, right, source, whole
+
+COMPILERS = "compilers.csv"
+REFERENCE = "3.7.1"
+"""The release that the tests run with."""
+
+
+def _releases(rows: Sequence[Row]) -> list[str]:
+    return sorted(in_order(rows, "triton"), key=lambda release: [*map(int, release.split("."))])
+
+
+def _sound(rows: Sequence[Row], outcome: str) -> str:
+    """How many of the rows have an outcome, of how many."""
+    return f"{sum(row['outcome'] == outcome for row in rows)} of {len(rows)}" if rows else ""
+
+
+def _configuration(row: Row) -> tuple[str, str, str]:
+    return row["kernel"], row["m"], row["target"]
+
+
+def releases() -> str:
+    """Every release on one line: what compiles, what spills, what it costs, what agrees."""
+    rows = results(COMPILERS)
+    reference = {
+        _configuration(row): float(row["instructions_per_block"])
+        for row in rows
+        if (row["triton"], row["how"]) == (REFERENCE, "compiled") and row["instructions_per_block"]
+    }
+    lines = []
+    for release in _releases(rows):
+        own = [row for row in rows if row["triton"] == release]
+        by_how = {
+            how: [row for row in own if row["how"] == how] for how in ("compiled", "interpreted", "emulated")
+        }
+        compiled = by_how["compiled"]
+        spilling = [
+            f"{row['kernel']} {row['m']} on {row['target']} ({row['spills']})"
+            for row in compiled
+            if row["spills"] not in ("", "0")
+        ]
+        ratios = [
+            float(row["instructions_per_block"]) / reference[_configuration(row)]
+            for row in compiled
+            if row["instructions_per_block"] and _configuration(row) in reference
+        ]
+        lines.append(
+            [
+                release,
+                own[0]["torch"],
+                _sound(compiled, "compiles"),
+                ", ".join(spilling) or "none",
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "",
+                _sound(by_how["interpreted"], "agrees"),
+                _sound(by_how["emulated"], "agrees"),
+            ]
+        )
+    head = ["Triton", "of PyTorch", "compile", "spill", f"instructions / those of {REFERENCE}"]
+    head += ["agree interpreted", "agree emulated"]
+    return markdown(head, lines, "llllrrr") + source(COMPILERS, rows[0])
+
+
+def instructions() -> str:
+    """Instructions per block on sm_90, by release."""
+    rows = [row for row in results(COMPILERS) if (row["how"], row["target"]) == ("compiled", "sm_90")]
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    cell = whole("instructions_per_block")
+    order = in_order(sorted(rows, key=lambda row: row["triton"] != REFERENCE), "kernel")
+    for row in sorted(rows, key=lambda row: (order.index(row["kernel"]), int(row["m"] or 0))):
+        text = cell(row) if row["instructions_per_block"] else row["outcome"]
+        found.setdefault((row["kernel"], row["m"] or "-"), {})[row["triton"]] = text
+    heads = _releases(rows)
+    columns = [left("instructions per block"), right("M"), *map(right, heads)]
+    return markdown(
+        [column.head for column in columns],
+        [[*key, *(cells.get(head, "") for head in heads)] for key, cells in found.items()],
+        "".join(column.align for column in columns),
+    ) + source(COMPILERS, rows[0])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "compilers": releases,
+    "compiler-instructions": instructions,
+}
+"""The tables of docs/internals/compilers.md."""
