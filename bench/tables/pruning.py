@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import fmean
 
 from common import PATTERNS
 
@@ -83,7 +84,8 @@ def gaps() -> str:
         cells = [
             f"{float(a['perplexity']) / float(b['perplexity']):.2f}" if a and b else MISSING for a, b in pairs
         ]
-        lines.append([name, *cells])
+        if set(cells) != {MISSING}:
+            lines.append([name, *cells])
     return markdown(["exact / ordinary", *SIZES], lines, "lrrrr")
 
 
@@ -116,6 +118,48 @@ def sequential() -> str:
     return table + source(FILE, next(iter(in_turn.values())))
 
 
+LAYERS_FILE = "layer_errors.csv"
+NAMES_OF_LAYERS = {
+    "wanda": "Wanda",
+    "wanda squared": "Wanda, squared scores",
+    "frank-wolfe, plain": "Frank-Wolfe without penalty and exchanges",
+    "frank-wolfe, no exchanges": "Frank-Wolfe without exchanges",
+    "exchanges": "exchanges alone",
+    "frank-wolfe": "Frank-Wolfe",
+    "sparsegpt": "SparseGPT",
+    "sparsegpt, mask of frank-wolfe": "SparseGPT, mask of Frank-Wolfe",
+    "alps": "ALPS",
+    "alps, mask of frank-wolfe": "least squares on the mask of Frank-Wolfe",
+    "bound": "bound for masks alone",
+}
+
+
+def layer_errors() -> str:
+    """Mean relative errors of the layers that every method has been run on."""
+    rows = results(LAYERS_FILE)
+    found = {(row["layer"], row["pattern"], row["mask"], row["method"]): row for row in rows}
+    kinds = list(dict.fromkeys((row["pattern"], row["mask"]) for row in rows))
+    layers = [
+        name
+        for name in dict.fromkeys(row["layer"] for row in rows)
+        if all((name, *kind, method) in found for kind in kinds for method in NAMES_OF_LAYERS)
+    ]
+    lines = []
+    for method, name in NAMES_OF_LAYERS.items():
+        cells = []
+        for kind in kinds:
+            picked = [found[(layer, *kind, method)] for layer in layers]
+            calibrated = fmean(float(row["error"]) for row in picked)
+            if method == "bound":
+                cells.append(f"({calibrated:.4f})")
+            else:
+                cells.append(f"{fmean(float(row['held_out']) for row in picked):.4f} ({calibrated:.4f})")
+        lines.append([name, *cells])
+    heads = [f"{pattern}, {mask}" for pattern, mask in kinds]
+    said = f"\n\nMeans over {len(layers)} layers: other text, and in brackets the text pruned on."
+    return markdown(["method", *heads], lines, "l" + "r" * len(heads)) + said + source(LAYERS_FILE, rows[0])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "perplexity": perplexities,
     "perplexity-retained": retained,
@@ -123,4 +167,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "perplexity-gap": gaps,
     "perplexity-mask-share": mask_share,
     "perplexity-sequential": sequential,
+    "layer-errors": layer_errors,
 }
