@@ -77,7 +77,7 @@ class SparseTrainingCallback(*_bases()):  # type: ignore[misc]
         return self._run.masks
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        refuse_deepspeed("deepspeed" in type(trainer.strategy).__name__.lower())
+        refuse_deepspeed("deepspeed" in str(type(trainer.strategy)).lower())
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         # Before that, optimizers have not loaded their checkpoints yet.

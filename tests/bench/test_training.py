@@ -192,8 +192,8 @@ def test_every_way_ran_at_every_pattern_with_three_seeds():
 
 
 def test_plain_straight_through_is_worse_the_rarer_it_is_refreshed():
-    for found in against(tables.EVERY_STEP, tables.EVERY_40).values():
-        assert found.clear
+    for pattern, found in against(tables.EVERY_STEP, tables.EVERY_40).items():
+        assert found.clear or pattern == "8:16"  # where the page says that it is not
         assert found.mean < 0
     for found in against(tables.EVERY_200, tables.EVERY_40).values():
         assert found.clear
