@@ -423,6 +423,8 @@ def test_a_group_is_solved_like_its_members(method: str, backend: str) -> None:
 class Together:
     """The torch backend with ``exact_group``, as a row and its module; remembers what each call was given."""
 
+    masks_float64 = True
+
     def __init__(self) -> None:
         self.masks = self
         self.calls: list[list[tuple[tuple[int, ...], torch.dtype]]] = []

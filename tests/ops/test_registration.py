@@ -34,7 +34,9 @@ def test_first_calls_do_not_import_the_compiler():
     assert done.stdout == "\n"
 
 
-OPERATORS = [name for name in dir(torch.ops.nmsolve) if name[0] != "_" and name != "name"]
+# The product of sparse training is a custom_op with a gradient of its own, there once its module is.
+NOT_OF_OPS = ("name", "sparse24_product")
+OPERATORS = [name for name in dir(torch.ops.nmsolve) if name[0] != "_" and name not in NOT_OF_OPS]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
