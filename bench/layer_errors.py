@@ -6,6 +6,8 @@ they are measured; what is there already is not run again.
 
 Columns: ``error`` and ``held_out`` are shares of ``||X W^T||^2`` on either text, ``seconds`` the time with
 the layer's own factors, ``mask_seconds`` the part of it in the mask solver, ``retained`` the tally's share.
+"exchanges" start from the
+mask of squared Wanda scores, as all of Frank-Wolfe does, and "plain" has neither penalty nor exchanges.
 ``bound`` (of the method of that name) is what any mask loses at least on the calibration text, if the
 weights that stay do not change.
 """
@@ -34,7 +36,6 @@ from nmsolve.prune import (
     sparsegpt,
     wanda_scores,
 )
-from nmsolve.prune.layerwise import frank_wolfe as descent
 
 BLOCKS = (15,)
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -51,22 +52,6 @@ def by_scores(power: int, weight: Tensor, hessian: Tensor, rule: MaskRule) -> Pr
     return Pruned(weight * mask, mask)
 
 
-def exchanges(weight: Tensor, hessian: Tensor, rule: MaskRule) -> Pruned:
-    """Exchanges alone, from the mask of squared Wanda scores."""
-    mask = by_scores(2, weight, hessian, rule).mask.clone()
-    descent._exchange(descent._layer(weight, hessian, rule, 1, None), mask, descent.SWEEPS)
-    return Pruned(weight * mask, mask)
-
-
-def plain(weight: Tensor, hessian: Tensor, rule: MaskRule) -> Pruned:
-    """Frank-Wolfe as published but for the transposable oracle: no penalty, no exchanges."""
-    theta, descent._THETA = descent._THETA, 0.0
-    try:
-        return frank_wolfe(weight, hessian, rule, sweeps=0)
-    finally:
-        descent._THETA = theta
-
-
 def then(solve: Callable[..., Pruned], weight: Tensor, hessian: Tensor, rule: MaskRule) -> Pruned:
     """The weights by another method, for the mask of Frank-Wolfe."""
     return solve(weight, hessian, rule, allowed=frank_wolfe(weight, hessian, rule).mask)
@@ -75,8 +60,8 @@ def then(solve: Callable[..., Pruned], weight: Tensor, hessian: Tensor, rule: Ma
 METHODS: dict[str, Method] = {
     "wanda": partial(by_scores, 1),
     "wanda squared": partial(by_scores, 2),
-    "exchanges": exchanges,
-    "frank-wolfe, plain": plain,
+    "exchanges": partial(frank_wolfe, iterations=0),
+    "frank-wolfe, plain": partial(frank_wolfe, penalty=0.0, sweeps=0),
     "frank-wolfe, no exchanges": partial(frank_wolfe, sweeps=0),
     "frank-wolfe": frank_wolfe,
     "sparsegpt": sparsegpt,

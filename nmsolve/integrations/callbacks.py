@@ -14,7 +14,7 @@ from nmsolve.ops.distributed import is_dtensor
 from nmsolve.prune.arguments import Patterns
 from nmsolve.train import SparseTraining
 
-__all__ = ["SparseRun", "refuse_deepspeed"]
+__all__ = ["ShowsRun", "SparseRun", "refuse_deepspeed"]
 
 
 class SparseRun:
@@ -79,6 +79,20 @@ class SparseRun:
         if self.going:
             assert self.sparse is not None
             self.masks = self.sparse.finish()
+
+
+class ShowsRun:
+    """What users see of a callback's :class:`SparseRun`."""
+
+    _run: SparseRun
+
+    @property
+    def sparse(self) -> SparseTraining | None:
+        return self._run.sparse
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        return self._run.masks
 
 
 def refuse_deepspeed(used: bool) -> None:

@@ -7,12 +7,9 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from torch import Tensor
-
-from nmsolve.integrations.callbacks import SparseRun, refuse_deepspeed
+from nmsolve.integrations.callbacks import ShowsRun, SparseRun, refuse_deepspeed
 from nmsolve.integrations.client import importing
 from nmsolve.prune.arguments import Patterns
-from nmsolve.train import SparseTraining
 
 __all__ = ["SparseTrainingCallback"]
 
@@ -33,7 +30,7 @@ def _bases() -> tuple[type, ...]:
     return tuple(sys.modules[name].Callback for name in known)
 
 
-class SparseTrainingCallback(*_bases()):  # type: ignore[misc]
+class SparseTrainingCallback(ShowsRun, *_bases()):  # type: ignore[misc]
     """Trains a LightningModule under N:M masks that follow the weights.
 
     Masks come when training begins, after Lightning has placed the module and loaded its checkpoint. They
@@ -67,14 +64,6 @@ class SparseTrainingCallback(*_bases()):  # type: ignore[misc]
         self._run = SparseRun(pattern, options)
         self._loaded: Mapping[str, Any] | None = None
         self._last: dict[str, Any] = {}
-
-    @property
-    def sparse(self) -> SparseTraining | None:
-        return self._run.sparse
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        return self._run.masks
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         refuse_deepspeed("deepspeed" in str(type(trainer.strategy)).lower())

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nmsolve.errors import NMSolveError
 from nmsolve.files import replacing
-from nmsolve.integrations.callbacks import SparseRun, refuse_deepspeed
+from nmsolve.integrations.callbacks import ShowsRun, SparseRun, refuse_deepspeed
 from nmsolve.integrations.client import importing
 from nmsolve.prune.arguments import Patterns
-from nmsolve.train import SparseTraining
 
 with importing("transformers"):
     from transformers import TrainerCallback, TrainerState
@@ -26,7 +24,7 @@ STATE_FILE = "sparse_training.pt"
 """What the callback adds to the folder of every checkpoint."""
 
 
-class SparseTrainingCallback(TrainerCallback):
+class SparseTrainingCallback(ShowsRun, TrainerCallback):
     """Trains a Trainer's model under N:M masks that follow the weights.
 
     Masks come when training begins, after Trainer has placed the model and loaded its checkpoint. Every
@@ -67,14 +65,6 @@ class SparseTrainingCallback(TrainerCallback):
     ) -> None:
         self._run = SparseRun(pattern, options)
         self._resume_from = None if resume_from is None else Path(resume_from)
-
-    @property
-    def sparse(self) -> SparseTraining | None:
-        return self._run.sparse
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        return self._run.masks
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         refuse_deepspeed(getattr(args, "deepspeed_plugin", None) is not None)

@@ -41,10 +41,8 @@ def coarse_blocks(scores: Tensor, pattern: NMPattern) -> Tensor:
     for matrices, found in batched_matrices(scores, coarse):
         for b, i, j, r, c in grid.tiles(matrices.shape[0], _CHUNK):
             tile = split_blocks(matrices[b, i, j], r, c)
-            low, high = (
-                tile.amin(-2).amin(-1),
-                tile.amax(-2).amax(-1),
-            )  # the lines of all blocks at once first
+            # The lines of all blocks at once first.
+            low, high = tile.amin(-2).amin(-1), tile.amax(-2).amax(-1)
             where = (b, *grid.block_slices(i, j))
             found[where] = -low > _TIMES * high.clamp(min=0)
     for tile, _, at, found in chosen_blocks(coarse.clone(), pattern, (scores,), (coarse,)):

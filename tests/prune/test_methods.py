@@ -8,7 +8,7 @@ import torch
 from layer_problems import error, problem, rule
 
 import nmsolve
-from nmsolve.prune import MaskRule, alps, magnitude_scores, ria_scores, sparsegpt, wanda_scores
+from nmsolve.prune import MaskRule, alps, frank_wolfe, magnitude_scores, ria_scores, sparsegpt, wanda_scores
 from nmsolve.prune.layerwise.sparsegpt import sparsegpt_factor
 
 
@@ -191,7 +191,7 @@ def test_alps_leaves_weights_of_unrelated_inputs_alone(energy):
     torch.testing.assert_close(pruned.weight, weight * pruned.mask)
 
 
-# --- both ---------------------------------------------------------------------------------------------------
+# --- all of them --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transposable", [False, True])
@@ -220,7 +220,7 @@ def test_float32_comes_close_to_float64(method):
     assert error(weight, single.double(), inputs) == pytest.approx(error(weight, double, inputs), rel=0.02)
 
 
-@pytest.mark.parametrize("method", [sparsegpt, alps])
+@pytest.mark.parametrize("method", [sparsegpt, alps, frank_wolfe])
 @pytest.mark.parametrize("transposable", [False, True])
 def test_kernel_positions_have_masks_of_their_own(method, transposable):
     """Six channels at each of three positions: groups of four do not reach into the next position."""
@@ -230,7 +230,7 @@ def test_kernel_positions_have_masks_of_their_own(method, transposable):
         nmsolve.check_mask(position, 2, 4, transposable=transposable)
 
 
-@pytest.mark.parametrize("method", [sparsegpt, alps])
+@pytest.mark.parametrize("method", [sparsegpt, alps, frank_wolfe])
 def test_what_an_earlier_mask_prunes_stays_pruned(method):
     weight, inputs = problem(16, 16)
     allowed = torch.rand(16, 16, generator=torch.Generator().manual_seed(3)) < 0.7
@@ -268,7 +268,7 @@ def test_a_rule_says_what_is_wrong(arguments, message):
         MaskRule(**arguments)
 
 
-@pytest.mark.parametrize("method", [sparsegpt, alps])
+@pytest.mark.parametrize("method", [sparsegpt, alps, frank_wolfe])
 def test_a_parameter_is_pruned_without_gradients(method):
     weight, inputs = problem(8, 8)
     pruned = method(torch.nn.Parameter(weight), inputs.T @ inputs, rule("2:4", True))
@@ -276,7 +276,7 @@ def test_a_parameter_is_pruned_without_gradients(method):
     assert torch.equal(pruned.weight, method(weight, inputs.T @ inputs, rule("2:4", True)).weight)
 
 
-@pytest.mark.parametrize("method", [sparsegpt, alps])
+@pytest.mark.parametrize("method", [sparsegpt, alps, frank_wolfe])
 def test_autocast_does_not_lower_the_precision(method):
     weight, inputs = problem(16, 16)
     arguments = weight.float(), (inputs.T @ inputs).float(), rule("4:8", True)
@@ -286,7 +286,7 @@ def test_autocast_does_not_lower_the_precision(method):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("method", [sparsegpt, alps])
+@pytest.mark.parametrize("method", [sparsegpt, alps, frank_wolfe])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

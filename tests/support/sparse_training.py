@@ -10,6 +10,8 @@ from torch import Tensor, nn
 import nmsolve
 
 STEPS = 8
+GRADIENTS = ("straight-through", "masked", "sr-ste")
+NAMES = ["up.weight", "down.weight"]
 
 
 class Net(nn.Module):
@@ -102,3 +104,25 @@ class Watched:
             return linear(x, weight, bias)
 
         monkeypatch.setattr(nn.functional, "linear", caught)  # type: ignore[attr-defined]
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+
+
+def adamw(model: nn.Module, **options: object) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1, **options)
+
+
+def layers() -> dict[str, tuple[nn.Module, torch.Tensor]]:
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    return {
+        "linear": (nn.Linear(12, 8), torch.randn(3, 5, 12)),
+        "odd linear": (nn.Linear(10, 7, bias=False), torch.randn(3, 10)),
+        "conv1d": (nn.Conv1d(8, 12, 3, padding=1), torch.randn(2, 8, 9)),
+        "conv2d": (nn.Conv2d(8, 16, 3, stride=2, padding="valid"), torch.randn(2, 8, 9, 9)),
+        "grouped": (nn.Conv2d(16, 8, (1, 3), groups=2, padding_mode="circular"), torch.randn(2, 16, 5, 5)),
+        "gpt2": (Conv1D(12, 8), torch.randn(3, 5, 8)),
+    }

@@ -1,31 +1,29 @@
-"""SparseTraining in one process: masks, gradients, decay, phases, metrics, resuming, arguments."""
+"""SparseTraining in one process: masks, gradients, decay, phases, metrics."""
 
 from __future__ import annotations
 
 import copy
-import io
 import itertools
-import math
 
 import pytest
 import torch
-from sparse_training import STEPS, Watched, batches, by_hand, network, train
+from sparse_training import (
+    GRADIENTS,
+    NAMES,
+    STEPS,
+    Watched,
+    adamw,
+    batches,
+    by_hand,
+    layers,
+    network,
+    sgd,
+    train,
+)
 from torch import nn
 
 import nmsolve
-from nmsolve.train import SparseTraining, finish_model
-
-GRADIENTS = ("straight-through", "masked", "sr-ste")
-NAMES = ["up.weight", "down.weight"]
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
-
-
-def adamw(model: nn.Module, **options: object) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1, **options)
-
+from nmsolve.train import SparseTraining
 
 # --- the update is the one that is written out --------------------------------------------------------------
 
@@ -86,20 +84,6 @@ def test_all_layers_are_solved_in_one_call(monkeypatch):
 
 
 # --- layers -------------------------------------------------------------------------------------------------
-
-
-def layers() -> dict[str, tuple[nn.Module, torch.Tensor]]:
-    from transformers.pytorch_utils import Conv1D
-
-    torch.manual_seed(0)
-    return {
-        "linear": (nn.Linear(12, 8), torch.randn(3, 5, 12)),
-        "odd linear": (nn.Linear(10, 7, bias=False), torch.randn(3, 10)),
-        "conv1d": (nn.Conv1d(8, 12, 3, padding=1), torch.randn(2, 8, 9)),
-        "conv2d": (nn.Conv2d(8, 16, 3, stride=2, padding="valid"), torch.randn(2, 8, 9, 9)),
-        "grouped": (nn.Conv2d(16, 8, (1, 3), groups=2, padding_mode="circular"), torch.randn(2, 16, 5, 5)),
-        "gpt2": (Conv1D(12, 8), torch.randn(3, 5, 8)),
-    }
 
 
 def matrices(weight: torch.Tensor, kind: str) -> torch.Tensor:
@@ -427,278 +411,3 @@ def test_metrics_are_their_definitions():
     assert found.numbers("x/")["x/flip_rate_per_step"] == pytest.approx(found.flip_rate / 4)
     assert 0 < found.flip_rate < 1
     assert any(not torch.equal(before[name], masks[name]) for name in NAMES)
-
-
-# --- saving and resuming ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_a_resumed_run_goes_on_to_the_bit(gradient):
-    options = {"refresh": 3, "gradient": gradient, "decay": 0.01}
-    model = network()
-    optimizer = adamw(model)
-    sparse = SparseTraining(model, **options)
-    sparse.attach(optimizer)
-    train(model, optimizer, itertools.islice(batches(), 5))  # in the middle between two refreshes
-    file = io.BytesIO()
-    torch.save({"m": model.state_dict(), "o": optimizer.state_dict(), "s": sparse.state_dict()}, file)
-    rest = train(model, optimizer, itertools.islice(batches(), 5, 8))
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    packed = saved["s"]["masks"]["up.weight"]
-    assert (packed.dtype, packed.shape) == (torch.uint8, (32, 4))  # 4 of 2:4 in a byte
-
-    again = network(seed=5)
-    resumed = adamw(again)
-    other = SparseTraining(again, **options)
-    again.load_state_dict(saved["m"])
-    resumed.load_state_dict(saved["o"])
-    other.load_state_dict(saved["s"])
-    other.attach(resumed)
-    assert other.metrics().flip_rate is None
-    assert train(again, resumed, itertools.islice(batches(), 5, 8)) == rest
-    assert (other.step, other.metrics().refreshes) == (sparse.step, sparse.metrics().refreshes)
-    for name, mask in sparse.masks.items():
-        assert torch.equal(other.masks[name], mask)
-
-
-def test_checkpoints_of_the_model_load_both_ways():
-    model, plain = network(1), network(2)
-    SparseTraining(model)
-    assert list(model.state_dict()) == list(plain.state_dict())
-    plain.load_state_dict(model.state_dict())
-    assert torch.equal(plain.up.weight, model.up.weight)
-    assert (plain.up.weight != 0).all()
-    model.load_state_dict(network(3).state_dict())
-    assert torch.equal(model.up.weight, network(3).up.weight)
-
-
-def test_masks_made_before_the_weights_are_loaded_follow_them():
-    model = network(1)
-    optimizer = adamw(model)
-    sparse = SparseTraining(model)
-    model.load_state_dict(network(2).state_dict(), assign=True)
-    optimizer = adamw(model)
-    sparse.attach(optimizer)
-    expected = nmsolve.transposable_mask(network(2).up.weight.detach().abs(), 2, 4)
-    assert torch.equal(sparse.masks["up.weight"], expected)
-
-
-def test_a_state_that_does_not_fit_changes_nothing():
-    state = SparseTraining(network()).state_dict()
-    sparse = SparseTraining(network(1))
-    masks = sparse.masks
-    other = SparseTraining(network(hidden=16)).state_dict()
-    bits = copy.deepcopy(state)
-    bits["masks"]["down.weight"][3] = 255
-    more = copy.deepcopy(state)
-    more["masks"]["else.weight"] = more["masks"]["up.weight"]
-    for wrong, message in [
-        ({}, r"state: expected what state_dict\(\) returned, got \[\]"),
-        (3, "got int"),
-        ({**state, "version": 2}, "expected version 1, got 2"),
-        ({**state, "masks": other["masks"]}, r"up.weight: expected a packed mask of shape \(32, 4\) uint8"),
-        (
-            {**state, "settings": {**state["settings"], "gradient": "masked"}},
-            "expected gradient='straight-thr",
-        ),
-        (SparseTraining(network(), "4:8").state_dict(), "state: expected patterns=.*'2:4'.*got .*'4:8'"),
-        (bits, "state: down.weight: mask: block .* row 3 keeps 4 of 4"),
-        (more, "masks of 2 weights, got others .else.weight"),
-    ]:
-        with pytest.raises(nmsolve.NMSolveError, match=message):
-            sparse.load_state_dict(wrong)
-        assert all(torch.equal(mask, masks[name]) for name, mask in sparse.masks.items())
-        assert sparse.step == 0
-
-
-@pytest.mark.parametrize("kind", layers())
-@pytest.mark.parametrize("options", [{}, {"transposable": False}])
-@pytest.mark.parametrize("pattern", ["2:4", "1:3", "4:8", "3:6"])
-def test_masks_in_bytes_come_back(kind, options, pattern):
-    layer, _ = layers()[kind]
-    sparse = SparseTraining(nn.Sequential(layer), {"0": pattern}, backend="torch", **options)
-    (mask,), state = sparse.masks.values(), sparse.state_dict()
-    (packed,) = state["masks"].values()
-    unit = math.gcd(sparse.patterns["0.weight"].m, 8) if mask.ndim == 2 else 8
-    if kind == "gpt2" and options:
-        unit = 1
-    length = math.prod(mask.shape[2:]) if mask.ndim > 2 else mask.shape[1]
-    lead = mask.shape[:2] if mask.ndim > 2 else mask.shape[:1]
-    assert (packed.dtype, packed.shape) == (torch.uint8, (*lead, -(-length // unit)))
-    line = mask[0, 0].flatten() if mask.ndim > 2 else mask[0]
-    first = packed[0, 0, 0] if mask.ndim > 2 else packed[0, 0]
-    assert int(first) == sum(int(bit) << k for k, bit in enumerate(line[:unit]))
-    other, _ = layers()[kind]
-    other.weight.data.mul_(-1).add_(torch.randn_like(other.weight))
-    resumed = SparseTraining(nn.Sequential(other), {"0": pattern}, backend="torch", **options)
-    assert not torch.equal(resumed.masks["0.weight"], mask)
-    resumed.load_state_dict(state)
-    assert torch.equal(resumed.masks["0.weight"], mask)
-
-
-# --- arguments ----------------------------------------------------------------------------------------------
-
-
-class Own(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) * 2
-
-
-def tied_to_embedding() -> nn.Module:
-    model = nn.ModuleDict({"embed": nn.Embedding(16, 16), "lm_head": nn.Linear(16, 16, bias=False)})
-    model["lm_head"].weight = model["embed"].weight
-    return model
-
-
-def not_finite() -> nn.Module:
-    model = network()
-    model.down.weight.data[1, 2] = math.inf
-    return model
-
-
-def partitioned() -> nn.Module:
-    """As DeepSpeed's ZeRO-3 leaves a model: parameters without entries."""
-    model = network()
-    for parameter in model.parameters():
-        parameter.ds_id, parameter.data = 0, torch.empty(0)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("model", "options", "message"),
-    [
-        (partitioned, {}, "model: up.weight is partitioned by DeepSpeed's ZeRO-3"),
-        (network, {"pattern": "5:4"}, "n: expected 0 <= n <= m=4"),
-        (network, {"pattern": "2-4"}, "pattern: expected 'N:M'"),
-        (network, {"pattern": {"left": "2:4"}}, "pattern: 'left' matches none of the model's 2 layers"),
-        (network, {"include": "left"}, "'left' matches none"),
-        (network, {"include": ()}, "include: expected at least one glob"),
-        (network, {"include": 3}, "include: expected globs of layers, got 3"),
-        (network, {"include": "up", "pattern": {"*": "2:4"}}, "include: expected with one pattern"),
-        (network, {"dense": ["up", "down"]}, "no layer to prune"),
-        (network, {"transposable": 1}, "transposable: expected True or False, got 1"),
-        (network, {"refresh": 0}, "refresh: expected a number of steps of at least 1, got 0"),
-        (network, {"refresh": 2.0}, "refresh: expected a number of steps of at least 1, got 2.0"),
-        (network, {"refresh": lambda step: -step}, r"refresh\(0\): expected .* got 0"),
-        (
-            network,
-            {"gradient": "ste"},
-            "gradient: expected one of straight-through, masked, sr-ste, got 'ste'",
-        ),
-        (network, {"decay": -1}, "decay: expected a number of at least 0, got -1"),
-        (network, {"decay": lambda step: math.nan}, r"decay\(0\): expected a number of at least 0, got nan"),
-        (
-            network,
-            {"gradient": "sr-ste"},
-            "decay: 'sr-ste' decays pruned weights, got 0.0; its paper takes 2e-4",
-        ),
-        (network, {"start": -1}, "start: expected a number of steps of at least 0, got -1"),
-        (network, {"start": 4, "stop": 4}, "stop: expected None or a step after start=4, got 4"),
-        (network, {"backend": "gpu"}, "backend: expected"),
-        (lambda: network().requires_grad_(False), {}, "none of the 2 chosen weights requires a gradient"),
-        (lambda: nn.Sequential(nn.ReLU()), {}, "model: expected linear layers or convolutions, found none"),
-        (lambda: nn.Sequential(nn.Linear(2, 2)), {}, "smaller than one block of 4"),
-        (lambda: nn.Sequential(nn.Linear(8, 8, device="meta")), {}, "no weights in memory"),
-        (lambda: nn.Sequential(Own(8, 8)), {}, "no layer to mask .Own has a forward of its own"),
-        (
-            lambda: nn.Sequential(Own(8, 8)),
-            {"include": "0"},
-            "0 cannot be masked: Own has a forward of its own",
-        ),
-        (
-            lambda: nn.MultiheadAttention(16, 2),
-            {"include": "out_proj"},
-            "out_proj cannot be masked: nn.MultiheadAttention reads its weight without calling it",
-        ),
-        (
-            tied_to_embedding,
-            {"include": "lm_head"},
-            "shares its weight with embed, a Embedding, which would read it unmasked",
-        ),
-        (not_finite, {}, "model: down.weight: expected finite values, got 1 NaN or infinite of 512"),
-        (lambda: "folder", {}, "model: expected a torch.nn.Module, got str"),
-    ],
-)
-def test_bad_arguments_change_nothing(model, options, message):
-    model = model()
-    before = (
-        [(module, type(module), list(vars(module))) for module in model.modules()]
-        if hasattr(model, "modules")
-        else []
-    )
-    with pytest.raises(nmsolve.NMSolveError, match=message) as raised:
-        SparseTraining(model, **options)
-    assert "\n" not in str(raised.value)
-    for module, kind, names in before:
-        assert type(module) is kind
-        assert list(vars(module)) == names
-
-
-def test_masks_that_cannot_be_solved_leave_plain_layers(monkeypatch):
-    def fails(*args: object, **options: object) -> None:
-        raise nmsolve.BackendError("backend: there is none")
-
-    model = network()
-    monkeypatch.setattr("nmsolve.train.solving.transposable_masks", fails)
-    with pytest.raises(nmsolve.BackendError, match="there is none"):
-        SparseTraining(model)
-    assert type(model.up) is nn.Linear
-    assert not list(model.buffers())
-
-
-def test_a_second_sparse_training_is_refused():
-    model = network()
-    sparse = SparseTraining(model)
-    with pytest.raises(nmsolve.NMSolveError, match="it has masks of another SparseTraining"):
-        SparseTraining(model)
-    sparse.finish()
-    SparseTraining(model).finish()
-
-
-@pytest.mark.parametrize(
-    ("optimizers", "message"),
-    [
-        (lambda model: [], "expected one that holds the masked weights, got none with up.weight and 1 more"),
-        (lambda model: [torch.optim.SGD([model.up.weight])], "got none with down.weight$"),
-        (lambda model: [adamw(network())], "got none with up.weight and 1 more"),
-        (lambda model: ["adam"], "optimizer: expected a torch.optim.Optimizer, got str"),
-    ],
-)
-def test_optimizers_that_do_not_fit(optimizers, message):
-    model = network()
-    sparse = SparseTraining(model)
-    with pytest.raises(nmsolve.NMSolveError, match=message):
-        sparse.attach(*optimizers(model))
-    sparse.attach(adamw(model))
-    with pytest.raises(nmsolve.NMSolveError, match="takes all optimizers at once"):
-        sparse.attach(adamw(model))
-
-
-def test_weights_that_run_away_are_named():
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    sparse = SparseTraining(model, refresh=1)
-    sparse.attach(optimizer)
-    masks = sparse.masks
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, math.inf)
-    with pytest.raises(nmsolve.NMSolveError, match=r"model: up\.weight: expected finite values, got 512 NaN"):
-        optimizer.step()
-    assert all(torch.equal(mask, masks[name]) for name, mask in sparse.masks.items())
-
-
-def test_a_bad_value_of_a_schedule_names_the_step():
-    model = network()
-    optimizer = adamw(model)
-    SparseTraining(model, refresh=lambda step: 5 - step).attach(optimizer)
-    with pytest.raises(
-        nmsolve.NMSolveError, match=r"refresh\(5\): expected a number of steps of at least 1, got 0"
-    ):
-        train(model, optimizer)
-
-
-@pytest.mark.parametrize("model", [nn.Linear(4, 4), "folder"])
-def test_a_model_without_masks_cannot_be_finished(model):
-    with pytest.raises(nmsolve.NMSolveError, match="model: expected"):
-        finish_model(model)

@@ -38,10 +38,11 @@ from nmsolve.prune.rule import MaskRule
 __all__ = ["frank_wolfe", "layer_error_bound"]
 
 ITERATIONS = 40
+PENALTY = 2.0
 SWEEPS = 10
 
-# Theta of the last step; and what scores add to the relaxed mask where that leaves a choice.
-_THETA, _TIE = 2.0, 1e-3
+# What scores add to the relaxed mask where that leaves a choice.
+_TIE = 1e-3
 # Exchanges of a block each time a sweep comes by; what one must gain of its band's loss, and a sweep of the
 # whole one for another to follow; and the elements of the table of exchanges worked on together.
 _VISITS, _LEAST, _LEAST_SWEEP, _CHUNK = 2, 1e-6, 2e-3, 1 << 22
@@ -95,6 +96,7 @@ def frank_wolfe(
     rule: MaskRule,
     *,
     iterations: int = ITERATIONS,
+    penalty: float = PENALTY,
     sweeps: int = SWEEPS,
     start: Tensor | None = None,
     positions: int = 1,
@@ -112,8 +114,10 @@ def frank_wolfe(
         Pattern and mask solver. Its tally has the certificate of the rounding: ``retained`` is the share of
         the relaxed mask that the rounded one keeps, 1 where the relaxed mask had no fractions left.
     iterations : int
-        At most this many steps; 0 goes to the exchanges at once. The steps end earlier at a mask which the
-        linearised loss likes best.
+        At most this many steps, which end earlier at a mask that the linearised loss likes best; 0 leaves the
+        exchanges alone.
+    penalty : float
+        The theta that grows from 0; 0 is Frank-Wolfe on the loss itself.
     sweeps : int
         At most this many sweeps of exchanges; they end when one gains less than 0.2 % of the loss.
     start : Tensor, optional
@@ -145,7 +149,10 @@ def frank_wolfe(
     True
     """
     layer = _layer(weight, hessian, rule, positions, allowed)
-    _check_counts(iterations=iterations, sweeps=sweeps)
+    _check_count("iterations", iterations)
+    _check_count("sweeps", sweeps)
+    if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 <= penalty < float("inf"):
+        raise NMSolveError(f"penalty: expected a number of at least 0, got {penalty!r}")
     if start is not None and (start.dtype != torch.bool or start.shape != weight.shape):
         raise NMSolveError(
             f"start: expected a bool tensor of shape {tuple(weight.shape)}, got {describe(start)}"
@@ -153,7 +160,7 @@ def frank_wolfe(
     with torch.autocast(weight.device.type, enabled=False):
         energy = layer.energy
         mask = layer.step(energy) if start is None else start
-        relaxed = _descend(layer, mask.to(energy.dtype), iterations)
+        relaxed = _descend(layer, mask.to(energy.dtype), iterations, penalty)
         ties = _TIE * energy / energy.max().clamp_min(torch.finfo(energy.dtype).tiny)
         mask = layer.choose(relaxed.clamp_min_(0) + ties)
         _exchange(layer, mask, sweeps)
@@ -194,7 +201,7 @@ def layer_error_bound(
     if rule.method != "exact":
         raise NMSolveError(f"rule: a bound needs the exact mask method, got {rule.method!r}")
     layer = _layer(weight, hessian, rule, positions, None)
-    _check_counts(iterations=iterations)
+    _check_count("iterations", iterations)
     with torch.autocast(weight.device.type, enabled=False):
         whole = float(((layer.weight @ hessian) * layer.weight).sum())
         mask = layer.step(layer.energy).to(hessian.dtype)
@@ -226,11 +233,9 @@ def _layer(weight: Tensor, hessian: Tensor, rule: MaskRule, positions: int, allo
     )
 
 
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        least = 0 if name == "sweeps" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise NMSolveError(f"{name}: expected an integer of at least {least}, got {value!r}")
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise NMSolveError(f"{name}: expected an integer of at least 0, got {value!r}")
 
 
 def _step_sizes(gain: Tensor, curvature: Tensor) -> Tensor:
@@ -239,12 +244,12 @@ def _step_sizes(gain: Tensor, curvature: Tensor) -> Tensor:
     return torch.where(curvature > 0, inside, (gain > 0).to(gain.dtype))
 
 
-def _descend(layer: _Layer, mask: Tensor, iterations: int) -> Tensor:
-    """The relaxed mask after the steps, the loss with the growing penalty."""
+def _descend(layer: _Layer, mask: Tensor, iterations: int, theta: float) -> Tensor:
+    """The relaxed mask after the steps, the penalty growing up to ``theta``."""
     energy = layer.energy
     image = layer.missing(mask) @ layer.hessian
     for k in range(iterations):
-        penalty = energy * (_THETA * k / iterations)
+        penalty = energy * (theta * k / iterations)
         # Half of what the loss falls by for each unit of an entry.
         scores = layer.weight * image - penalty * (0.5 - mask)
         vertex = layer.step(scores)
