@@ -270,8 +270,8 @@ def plan(part: str, dtype: str, m: int, n: int) -> Plan | None:
 
     Blocks up to 8 are compared in every dtype, those up to 16 in the two that they are solved in, and larger
     ones, for which torch takes milliseconds, in one of these and for every fourth or eighth N.
-    Kernels that are not compiled take one dtype for each M and a few N, the ends among them; the interpreter,
-    which takes seconds for a large block, leaves out most large M.
+    Kernels that are not compiled take a few N, the ends among them, and one dtype for each M; the interpreter
+    takes every dtype up to 8, and leaves out most large M, of which a block takes seconds.
     """
     if part == "torch":
         if m <= 8:
@@ -281,7 +281,8 @@ def plan(part: str, dtype: str, m: int, n: int) -> Plan | None:
         every = 4 if m <= 40 else 8
         turn = n % every == m % every and DTYPES[n // every % 2] == dtype
         return Plan(100, 30 if turn else 0) if m <= 40 else Plan(40, 10 if turn else 0)
-    if DTYPES[m % len(DTYPES)] != dtype or n not in (0, 1, m // 2, m - 1, m):
+    every_dtype = part == "interpreter" and m <= 8
+    if n not in (0, 1, m // 2, m - 1, m) or not (every_dtype or DTYPES[m % len(DTYPES)] == dtype):
         return None
     if part == "ptx":
         return Plan(*[64 if m <= 8 else 16 if m <= 32 else 4] * 2)
