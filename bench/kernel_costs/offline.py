@@ -9,11 +9,14 @@ The NVIDIA tools (ptxas, cuobjdump, nvdisasm) come with the triton wheel; nothin
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +33,8 @@ OTHER_TARGETS = ("sm_86", "sm_89", "sm_120", "gfx90a", "gfx950", "gfx1100", "gfx
 
 # One process compiles a few jobs: starting one costs as much as a job.
 _JOBS_PER_PROCESS = 12
+# A job that has not ended by then is ended, and is one that fails.
+_SECONDS = 600
 
 
 def compile_all(
@@ -58,7 +63,6 @@ def _compile_chunk(jobs: list[dict[str, Any]], triton: Path | None) -> list[dict
             capture_output=True,
             text=True,
             env=environment,
-            timeout=600,
         )
     results = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
     if len(results) == len(jobs):
@@ -297,6 +301,8 @@ def _nvidia_tool(name: str, *arguments: str) -> str:
 
 def main() -> None:
     for job in json.load(sys.stdin):
+        # Of the processor, not of the clock: a busy machine is no fault of the compiler's.
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time()) + _SECONDS, -1))
         try:
             result = _compile(job)
         except Exception as error:
