@@ -66,6 +66,15 @@ EXHAUSTIVE_BLOCKS = 128
 EXHAUSTIVE_WARPS = 4
 
 
+def options(warps: int) -> dict[str, int]:
+    """What the compiler is told of a program: its warps, and to contract products and sums.
+
+    Triton up to 3.9 contracts by default and warns that 3.10 will not; tsenor, Sinkhorn and the norm take
+    more instructions without.
+    """
+    return {"num_warps": warps, "enable_fp_fusion": True}
+
+
 def rows_of(release: str) -> dict[str, tuple[Tile, ...]]:
     """The table for a release of Triton, such as "3.7.1" or "3.8.0+git": a tile for each kernel and size.
 

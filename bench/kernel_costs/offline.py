@@ -152,7 +152,7 @@ def _block_arguments(job: dict[str, Any], scores: Any) -> tuple[Any, list[Any], 
     matrix = (8192, 8192, 1, 8192 * 8192, 8192, 1)
     if job["kernel"] == "nm":
         size, groups = _launch.group_tile(m, scores.itemsize * 8)
-        meta = {"SIZE": size, "GROUPS": groups, "num_warps": 1}
+        meta = {"SIZE": size, "GROUPS": groups, **_launch.options(warps=1)}
         return nm.nm_kernel, [scores, torch.uint8, 2, m, *matrix], meta
     if job["kernel"].endswith("exhaustive"):
         packed = options.get("packed", True)
@@ -191,7 +191,7 @@ def _block_arguments(job: dict[str, Any], scores: Any) -> tuple[Any, list[Any], 
 
 def _permute_arguments(job: dict[str, Any], dtype: Any) -> tuple[Any, list[Any], dict[str, Any]]:
     import torch
-    from nmsolve.kernels import gather, sinkhorn
+    from nmsolve.kernels import _launch, gather, sinkhorn
 
     from nmsolve.backends.triton import permutations as gpu_permute
 
@@ -200,7 +200,7 @@ def _permute_arguments(job: dict[str, Any], dtype: Any) -> tuple[Any, list[Any],
         norm = options.get("norm", False)
         per_row, per_col, warps = gpu_permute.NORM_TILE if norm else gpu_permute.GATHER_TILE
         positional = [dtype, torch.int64, dtype, dtype, 8192, 8192, 8192, 1, 1e-6]
-        meta = {"NORM": norm, "ROWS": per_row, "COLS": per_col, "num_warps": warps}
+        meta = {"NORM": norm, "ROWS": per_row, "COLS": per_col, **_launch.options(warps)}
         return gather.permute_columns_kernel, positional, meta
     rows, real, amd = job["m"], torch.float32, job["target"].startswith("gfx")
     cols = options.get("cols", rows)

@@ -231,7 +231,7 @@ def ordinary(scores: Tensor, pattern: NMPattern) -> Tensor:
                 **_matrix_arguments(scores),
                 SIZE=size,
                 GROUPS=together,
-                num_warps=1,
+                **_launch.options(warps=1),
             )
     return mask
 
@@ -331,8 +331,9 @@ def _is_exhaustive(pattern: NMPattern, edge: bool, want_solution: bool) -> bool:
 
 
 def exhaustive_arguments(pattern: NMPattern) -> dict[str, int]:
-    """The constexpr arguments of the exhaustive kernels but PACKED, and their warps."""
-    return {"N": pattern.n, "BLOCKS": _launch.EXHAUSTIVE_BLOCKS, "num_warps": _launch.EXHAUSTIVE_WARPS}
+    """The constexpr arguments of the exhaustive kernels but PACKED, and options for the compiler."""
+    tile = {"N": pattern.n, "BLOCKS": _launch.EXHAUSTIVE_BLOCKS}
+    return tile | _launch.options(_launch.EXHAUSTIVE_WARPS)
 
 
 def dykstra_tile(m: int, dtype: torch.dtype, *, transport: bool, packed: bool) -> _launch.Tile:
@@ -343,7 +344,7 @@ def dykstra_tile(m: int, dtype: torch.dtype, *, transport: bool, packed: bool) -
 
 
 def tile_arguments(tile: _launch.Tile, *, amd: bool = torch.version.hip is not None) -> dict[str, int]:
-    """The constexpr arguments that lay out a kernel's tile, and its warps.
+    """The constexpr arguments that lay out a kernel's tile, and options for the compiler.
 
     NVIDIA's assembler would rather spill than use more than 168 registers, to fit more warps; ``maxnreg``
     tells it otherwise. AMD's compiler does not take it.
@@ -354,7 +355,7 @@ def tile_arguments(tile: _launch.Tile, *, amd: bool = torch.version.hip is not N
         "ROWS_OUT": tile.size // tile.rows_in,
         "COLS_OUT": tile.size // tile.cols_in,
         "BLOCKS": tile.blocks,
-        "num_warps": tile.warps,
+        **_launch.options(tile.warps),
     }
 
 

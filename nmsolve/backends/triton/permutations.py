@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nmsolve.backends.shared import assignment_of
 from nmsolve.backends.triton import masks as gpu
+from nmsolve.kernels import _launch
 from nmsolve.kernels.gather import permute_columns_kernel
 from nmsolve.kernels.sinkhorn import sinkhorn_backward_kernel, sinkhorn_forward_kernel
 from nmsolve.pattern import NMPattern
@@ -51,7 +52,7 @@ class SinkhornTile(NamedTuple):
             "COLS_OUT": self.cols_out,
             "BLOCKS": self.blocks,
             "RELOAD": self.reload,
-            "num_warps": self.warps,
+            **_launch.options(self.warps),
         }
 
 
@@ -207,7 +208,7 @@ def _gather(
             NORM=norm,
             ROWS=per_row,
             COLS=per_col,
-            num_warps=warps,
+            **_launch.options(warps),
         )
     return out
 
