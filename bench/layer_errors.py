@@ -102,19 +102,19 @@ def main() -> None:
 @torch.no_grad()
 def measure(model: nn.Module, batches: list[Tensor], names: set[str]) -> dict[str, Tensor]:
     """The Hessians of the layers' inputs."""
-    found = {}
+    found: dict[str, Tensor] = {}
     hooks = []
     for name in names:
-        size = model.get_submodule(name).in_features
-        found[name] = torch.zeros(size, size)
 
-        def add(module: nn.Module, args: tuple[Tensor], hessian: Tensor = found[name]) -> None:
+        def add(module: nn.Module, args: tuple[Tensor], name: str = name) -> None:
             inputs = args[0].flatten(0, -2)
-            hessian.addmm_(inputs.T, inputs)
+            if name not in found:
+                found[name] = torch.zeros(inputs.shape[1], inputs.shape[1])
+            found[name].addmm_(inputs.T, inputs)
 
         hooks.append(model.get_submodule(name).register_forward_pre_hook(add))
     for batch in batches:
-        model.model(batch)
+        model.base_model(batch)
     for hook in hooks:
         hook.remove()
     return found

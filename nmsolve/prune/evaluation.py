@@ -16,12 +16,17 @@ __all__ = ["Perplexity", "perplexity"]
 
 
 class Perplexity(NamedTuple):
-    """``perplexity`` over ``windows`` windows of ``window`` tokens each, the first of them BOS or not."""
+    """``perplexity`` over ``windows`` windows of ``window`` tokens each, the first of them BOS or not.
+
+    ``losses`` has each window's mean negative log-likelihood, in nats: what a spread is estimated from, and
+    what two models are compared by on the same windows.
+    """
 
     perplexity: float
     windows: int
     window: int
     bos: bool = False
+    losses: tuple[float, ...] = ()
 
 
 def perplexity(
@@ -92,7 +97,7 @@ def perplexity(
             )
         count = windows
     device = next((parameter.device for parameter in model.parameters()), tokens.device)
-    total = 0.0
+    losses = []
     disable = None if progress is None else not progress
     with quiet_model(model):
         for start in trange(0, count, batch_size, unit="batch", disable=disable):
@@ -100,11 +105,17 @@ def perplexity(
             output = _call(model, part)
             logits = output if isinstance(output, Tensor) else output.logits
             for row, targets in zip(logits[:, :-1], part[:, 1:], strict=True):
-                total += float(nn.functional.cross_entropy(row.float(), targets, reduction="sum"))
-    mean = total / (count * (window - 1))
+                losses.append(float(nn.functional.cross_entropy(row.float(), targets, reduction="sum")))
+    mean = sum(losses) / (count * (window - 1))
     if math.isnan(mean):
         raise NMSolveError("model: expected finite logits, got NaN")
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, count, window, bos is not None)
+    return Perplexity(
+        math.exp(mean) if mean < 700 else math.inf,
+        count,
+        window,
+        bos is not None,
+        tuple(loss / (window - 1) for loss in losses),
+    )
 
 
 def _call(model: nn.Module, tokens: Tensor) -> Any:
