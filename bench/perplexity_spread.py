@@ -21,7 +21,8 @@ from statistics import fmean
 
 import torch
 from common import RESULTS, ROOT, append_csv, read_csv
-from layer_errors import METHODS, energy, measure
+from layer_errors import METHODS as METHODS_OF_LAYERS
+from layer_errors import Method, energy, measure
 from perplexity import matmul
 from smollm2_model import load_model, load_tokenizer, texts, tokens
 from torch import Tensor, nn
@@ -29,17 +30,35 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from nmsolve.prune import MaskRule, make_batches, perplexity
+from nmsolve.prune import MaskRule, Pruned, make_batches, perplexity, ria_scores
 
 FILE = "perplexity_spread.csv"
 KEY = ("model", "pattern", "mask", "method", "calibration_tokens", "test_tokens")
 MASKS = (("8:16", "transposable"), ("16:32", "transposable"), ("2:4", "ordinary"))
-COMPARED = tuple(name for name in METHODS if name not in ("frank-wolfe, plain", "frank-wolfe, no exchanges"))
+
+
+def by_ria(weight: Tensor, hessian: Tensor, rule: MaskRule) -> Pruned:
+    """The mask of the largest RIA scores."""
+    mask = rule.choose(ria_scores(weight, hessian.diagonal().sqrt()))
+    return Pruned(weight * mask, mask)
+
+
+METHODS: dict[str, Method] = {"ria": by_ria} | METHODS_OF_LAYERS
+COMPARED = (
+    "wanda",
+    "wanda squared",
+    "ria",
+    "frank-wolfe",
+    "sparsegpt",
+    "sparsegpt, mask of frank-wolfe",
+    "alps",
+    "alps, mask of frank-wolfe",
+)
 SIZES = {"smollm2": (16384, 32768), "gpt2-bytes": (16384, 65536)}
 """Models, with the tokens that they are calibrated and tested on."""
 
 WINDOW = {"smollm2": 512, "gpt2-bytes": 256}
-STEPS, BATCH, RATE = 800, 16, 2e-3  # of the GPT-2
+STEPS, BATCH, RATE = 600, 8, 2e-3  # of the GPT-2
 
 
 @dataclass
@@ -128,10 +147,9 @@ def gpt2_of_bytes(folder: Path) -> GPT2LMHeadModel:
         starts = torch.randint(len(text) - config.n_positions, (BATCH, 1), generator=generator)
         windows = text[starts + torch.arange(config.n_positions)]
         optimizer.zero_grad()
-        with matmul("bfloat16"):
-            logits = model(input_ids=windows, use_cache=False).logits
-            loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
-            loss.backward()
+        logits = model(input_ids=windows, use_cache=False).logits
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
