@@ -11,6 +11,7 @@ from common import RESULTS, read_csv, write_whole
 from scipy import stats
 
 pytest.importorskip("transformers")
+pytest.importorskip("gguf", reason="the text is read by the module that reads the model")
 import training
 from tables import training as tables
 
