@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING
 
 from nmsolve.about import __version__
 from nmsolve.errors import BackendError, NMSolveError
-from nmsolve.pattern import NMPattern
+from nmsolve.pattern import NMPattern, VNMPattern
 
 if TYPE_CHECKING:
     from nmsolve.checkpoint.mask_files import load_masks, save_masks
     from nmsolve.ops.assignment import AssignmentSolution, assignment
     from nmsolve.ops.columns import permute_columns, rms_norm_permute
+    from nmsolve.ops.hierarchical import (
+        HierarchicalSolution,
+        check_hierarchical_mask,
+        hierarchical_mask,
+    )
     from nmsolve.ops.masks import check_mask, nm_mask, solve_blocks, transposable_mask, transposable_masks
     from nmsolve.ops.sinkhorn import sinkhorn
     from nmsolve.solution import BlockSolution, dual_bound, kept_score
@@ -23,12 +28,16 @@ __all__ = [
     "AssignmentSolution",
     "BackendError",
     "BlockSolution",
+    "HierarchicalSolution",
     "NMPattern",
     "NMSolveError",
+    "VNMPattern",
     "__version__",
     "assignment",
+    "check_hierarchical_mask",
     "check_mask",
     "dual_bound",
+    "hierarchical_mask",
     "kept_score",
     "load_masks",
     "nm_mask",
@@ -45,6 +54,7 @@ _MODULES = {
     "nmsolve.ops.assignment": ("AssignmentSolution", "assignment"),
     "nmsolve.ops.columns": ("permute_columns", "rms_norm_permute"),
     "nmsolve.ops.sinkhorn": ("sinkhorn",),
+    "nmsolve.ops.hierarchical": ("HierarchicalSolution", "check_hierarchical_mask", "hierarchical_mask"),
     "nmsolve.ops.masks": ("check_mask", "nm_mask", "solve_blocks", "transposable_mask", "transposable_masks"),
     "nmsolve.checkpoint.mask_files": ("load_masks", "save_masks"),
     "nmsolve.solution": ("BlockSolution", "dual_bound", "kept_score"),

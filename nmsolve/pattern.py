@@ -1,4 +1,4 @@
-"""N:M patterns: how many entries of a group are kept. The one place that knows keep/prune counting."""
+"""N:M and V:N:M patterns: what is kept of a group. The one place that knows keep/prune counting."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nmsolve.errors import NMSolveError
 
-__all__ = ["NMPattern", "PatternLike"]
+__all__ = ["NMPattern", "PatternLike", "VNMPattern", "VNMPatternLike"]
 
 
 def _integer(name: str, value: object) -> int:
@@ -129,3 +129,90 @@ class NMPattern:
 
 PatternLike = NMPattern | str | tuple[int, int]
 """What stands for a pattern in one piece: see :meth:`NMPattern.of`."""
+
+
+@dataclass(frozen=True)
+class VNMPattern:
+    """V:N:M: of every ``m`` columns, ``v`` rows keep the same few, and each row ``n`` entries of those.
+
+    The pattern of VENOM (arXiv 2310.02065): the columns that are kept, four of ``m``, make a matrix that is
+    ``n``:4, such as GPUs multiply 2:4 ones, and ``n / m`` of the entries are kept in all.
+
+    Parameters
+    ----------
+    v : int
+        Rows of a strip, ``v >= 1``.
+    n : int
+        Kept entries of a row in a group, ``0 <= n <= columns``.
+    m : int
+        Columns of a group, ``m >= columns``.
+    columns : int
+        Kept columns of a group in a strip, 4 in VENOM; at least 1.
+
+    Raises
+    ------
+    NMSolveError
+        If a number is not an integer or lies outside its range.
+
+    Examples
+    --------
+    >>> VNMPattern.of("64:2:16")
+    VNMPattern(v=64, n=2, m=16, columns=4)
+    >>> str(VNMPattern(64, 2, 16)), VNMPattern(64, 2, 16).density
+    ('64:2:16', 0.125)
+    """
+
+    v: int
+    n: int
+    m: int
+    columns: int = 4
+
+    def __post_init__(self) -> None:
+        v, n, m, columns = (_integer(name, getattr(self, name)) for name in ("v", "n", "m", "columns"))
+        if v < 1:
+            raise NMSolveError(f"v: expected strips of at least 1 row, got {v}")
+        if columns < 1:
+            raise NMSolveError(f"columns: expected at least 1 kept column per group, got {columns}")
+        if m < columns:
+            raise NMSolveError(f"m: expected groups of at least columns={columns} columns, got {m}")
+        if not 0 <= n <= columns:
+            raise NMSolveError(f"n: expected 0 <= n <= columns={columns} kept entries per row, got {n}")
+        for name, value in zip(("v", "n", "m", "columns"), (v, n, m, columns), strict=True):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, pattern: VNMPatternLike) -> VNMPattern:
+        """The pattern that a VNMPattern, ``"64:2:16"`` or ``(64, 2, 16)`` stands for, with 4 columns.
+
+        Raises
+        ------
+        NMSolveError
+            If it is none of these.
+        """
+        if isinstance(pattern, VNMPattern):
+            return pattern
+        if isinstance(pattern, tuple | list) and len(pattern) == 3:
+            return cls(*pattern)
+        found = (
+            re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*:\s*(\d+)\s*", pattern)
+            if isinstance(pattern, str)
+            else None
+        )
+        if found is None:
+            raise NMSolveError(
+                "pattern: expected 'V:N:M', strips of V rows that keep N entries of every M, "
+                f"such as '64:2:8', or (64, 2, 8), got {pattern!r}"
+            )
+        return cls(*map(int, found.groups()))
+
+    @property
+    def density(self) -> float:
+        """Kept share of a full group, between 0 and 1."""
+        return self.n / self.m
+
+    def __str__(self) -> str:
+        return f"{self.v}:{self.n}:{self.m}"
+
+
+VNMPatternLike = VNMPattern | str | tuple[int, int, int]
+"""What stands for a V:N:M pattern in one piece: see :meth:`VNMPattern.of`."""

@@ -34,6 +34,7 @@ __all__ = [
     "GroupMaskSolver",
     "MaskSolver",
     "PermutationSolver",
+    "StripSolver",
     "backend_reasons",
     "check_backend",
     "check_mask_method",
@@ -126,6 +127,16 @@ class PermutationSolver(Protocol):
         """``(x / rms(x) * weight)[:, permutation]`` of ``(rows, cols)``, contiguous."""
 
 
+class StripSolver(Protocol):
+    """What a backend's module for hierarchical masks offers, if it has one."""
+
+    def best_columns(self, columns: Tensor, n: int, k: int, limit: int) -> tuple[Tensor, Tensor]:
+        """The k columns of float64 ``(B, M, V)`` blocks that keep the most, and a bound on the best.
+
+        See :func:`nmsolve.backends.torch.strips.best_columns`.
+        """
+
+
 @dataclass(frozen=True)
 class Backend:
     """A row of the table.
@@ -148,6 +159,8 @@ class Backend:
         The largest number of rows or columns of a plan.
     masks_float64, sinkhorn_float64 : bool
         Whether float64 scores, and float64 logits, are worked on in float64.
+    has_strips : bool
+        Whether the package has a module ``strips``, for hierarchical masks.
     assignment_finds_infinite : bool
         Whether its assignment puts -1 in front where a matrix is not finite, so that nobody else has to look.
     slab : int
@@ -163,6 +176,7 @@ class Backend:
     max_sinkhorn: int | None = None
     masks_float64: bool = True
     sinkhorn_float64: bool = True
+    has_strips: bool = False
     assignment_finds_infinite: bool = False
     slab: int = 1 << 22
 
@@ -175,6 +189,11 @@ class Backend:
     def permutations(self) -> PermutationSolver:
         """Its module for permutations, imported."""
         return cast(PermutationSolver, importlib.import_module(f"{self.folder}.permutations"))
+
+    @property
+    def strips(self) -> StripSolver:
+        """Its module for hierarchical masks, imported."""
+        return cast(StripSolver, importlib.import_module(f"{self.folder}.strips"))
 
     def is_installed(self) -> bool:
         """Whether what it needs is there."""
@@ -191,7 +210,9 @@ class Backend:
         return self.max_m is None or m <= self.max_m
 
 
-REFERENCE = Backend("torch", "nmsolve.backends.torch", slab=1 << 20)  # works in many times what it solves
+REFERENCE = Backend(
+    "torch", "nmsolve.backends.torch", has_strips=True, slab=1 << 20
+)  # works in many times what it solves
 """The one that runs everywhere, whatever the sizes and dtypes."""
 
 _ROWS = (
@@ -212,6 +233,7 @@ _ROWS = (
         preferred_on=("cpu",),
         needs="numba",
         remedy="pip install numba",
+        has_strips=True,
         assignment_finds_infinite=True,
     ),
     REFERENCE,
