@@ -1,8 +1,9 @@
 """Channel permutation: orders of a layer's channels under which an N:M mask keeps more.
 
 Search for orders (:func:`ria_permutation`, :func:`swap_search`, :func:`stripe_search`,
-:func:`transposable_permutation`), learn them (:func:`learn_permutation`), find out what a model allows
-(:func:`find_couplings`), and apply them without changing the dense model (:func:`apply_permutations`).
+:func:`transposable_permutation`, :func:`hierarchical_permutation`), learn them (:func:`learn_permutation`),
+find out what a model allows (:func:`find_couplings`), and apply them without changing the dense model
+(:func:`apply_permutations`).
 
 The names below are loaded from their modules when they are first used, as those of nmsolve itself are. No
 module of this folder may have the name of one of them: once imported it would stand in its place.
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         stripe_search,
         swap_search,
     )
+    from nmsolve.permute.hierarchical import HierarchicalPermutation, hierarchical_permutation
     from nmsolve.permute.learned import LearnedPermutations, learn_permutation
     from nmsolve.permute.model_couplings import find_couplings
     from nmsolve.permute.module import LearnableChannelPermutation
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Applied",
     "Coupling",
+    "HierarchicalPermutation",
     "LearnableChannelPermutation",
     "LearnedPermutations",
     "PermutedLinear",
@@ -48,6 +51,7 @@ __all__ = [
     "calibration_scores",
     "deal_columns",
     "find_couplings",
+    "hierarchical_permutation",
     "learn_permutation",
     "load_permutations",
     "load_permuted",
@@ -77,6 +81,7 @@ _MODULES = {
         "stripe_search",
         "swap_search",
     ),
+    "nmsolve.permute.hierarchical": ("HierarchicalPermutation", "hierarchical_permutation"),
     "nmsolve.permute.learned": ("LearnedPermutations", "learn_permutation"),
     "nmsolve.permute.module": ("LearnableChannelPermutation",),
     "nmsolve.permute.model_couplings": ("find_couplings",),
