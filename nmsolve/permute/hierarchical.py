@@ -155,6 +155,7 @@ class _Search:
             self._move(deal_columns(self.scores, m), 1)
         for _ in range(passes):
             before = self.objective
+            state = self.scores, list(self.orders), self.solution
             if columns:
                 # A group's columns may stand in any order: dealing them to other slots opens other moves.
                 self._move(self._shuffled(1, m), 1, always=True)
@@ -163,6 +164,9 @@ class _Search:
             if rows:
                 self._move(self._shuffled(0, v), 0, always=True)
                 self._assign_rows()
+            if self.objective < before:
+                # Masks of shuffled lines differ by rounding, and where their search ended early.
+                self.scores, self.orders, self.solution = state
             if self.objective - before <= tolerance * abs(before):
                 break
 
