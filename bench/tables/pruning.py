@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from statistics import fmean
 
+import numpy as np
 from common import PATTERNS
 
-from tables.columns import Cell, Row, markdown, percent, results, share, source
+from tables.columns import Cell, Row, markdown, percent, results, share, significant, source
 
 NAMES_OF_METHODS = {
     "magnitude": "magnitude",
@@ -160,6 +162,53 @@ def layer_errors() -> str:
     return markdown(["method", *heads], lines, "l" + "r" * len(heads)) + said + source(LAYERS_FILE, rows[0])
 
 
+SPREAD_FILE = "perplexity_spread.csv"
+NAMES_OF_MODELS = {"smollm2": "SmolLM2-135M", "gpt2-bytes": "GPT-2 of bytes"}
+RESAMPLES = 10_000
+REFERENCE = "wanda"
+
+
+def bootstrapped(values: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of the means of windows drawn with replacement; always the same draws."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.quantile(values[drawn].mean(1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def spread(model: str) -> str:
+    """Perplexity and, window by window, how far it is from Wanda's, each with its spread."""
+    rows = [row for row in results(SPREAD_FILE) if row["model"] == model]
+    losses = {
+        (row["pattern"], row["mask"], row["method"]): np.array(row["losses"].split(), float) for row in rows
+    }
+    kinds = list(dict.fromkeys(key[:2] for key in losses if key[2] != "dense"))
+    lines = []
+    for method, name in (("ria", "RIA"), *NAMES_OF_LAYERS.items()):
+        cells = []
+        for kind in kinds:
+            found, reference = losses.get((*kind, method)), losses.get((*kind, REFERENCE))
+            if found is None or reference is None:
+                cells.append("")
+                continue
+            cell = f"{significant(np.exp(found.mean()), 3)}"
+            if method != REFERENCE:
+                low, high = (100 * math.expm1(bound) for bound in bootstrapped(found - reference))
+                cell += f" ({low:+.1f} to {high:+.1f} %)"
+            cells.append(cell)
+        if any(cells):
+            lines.append([name, *cells])
+    dense = losses["dense", "dense", "dense"]
+    low, high = (math.exp(bound) for bound in bootstrapped(dense))
+    tested = f"{int(rows[0]['test_tokens']):,} tokens in {len(dense)} windows"
+    said = (
+        f"\n\n{NAMES_OF_MODELS[model]}, {tested}; dense {significant(math.exp(dense.mean()), 3)} "
+        f"({low:.3g} to {high:.3g}). In brackets: the difference from Wanda on the same windows, the middle "
+        f"95 % of {RESAMPLES:,} draws of windows."
+    )
+    heads = [f"{pattern}, {mask}" for pattern, mask in kinds]
+    return markdown(["method", *heads], lines, "l" + "r" * len(heads)) + said + source(SPREAD_FILE, rows[0])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "perplexity": perplexities,
     "perplexity-retained": retained,
@@ -168,4 +217,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "perplexity-mask-share": mask_share,
     "perplexity-sequential": sequential,
     "layer-errors": layer_errors,
+    "perplexity-spread": lambda: spread("smollm2"),
+    "perplexity-spread-gpt2": lambda: spread("gpt2-bytes"),
 }
