@@ -40,6 +40,9 @@ __all__ = ["HierarchicalPermutation", "hierarchical_permutation"]
 # Rows that are assigned together: an assignment's time grows faster than its size.
 _TOGETHER = 1024
 
+# Iterations that find a principal component; near enough is good enough.
+_POWERS = 20
+
 # Elements of the largest temporaries.
 _CHUNK = 1 << 22
 
@@ -83,15 +86,16 @@ def hierarchical_permutation(
     passes : int
         At most this many passes over all slots of the columns and all rows.
     tolerance : float
-        The search ends when a pass raises the kept score by less than this share of it.
+        The search ends when a pass raises the kept score by less than this share of it; 0 makes all passes.
     backend : {"auto", "cpu", "torch"}
         See :func:`nmsolve.hierarchical_mask`.
 
     Returns
     -------
     HierarchicalPermutation
-        ``after >= before`` always. The search starts from the columns as they are or, if that keeps more,
-        from dealt ones (:func:`~nmsolve.permute.deal_columns`).
+        ``after >= before`` always. The search starts from the lines as they are or, where that keeps more,
+        from dealt columns (:func:`~nmsolve.permute.deal_columns`) and from rows sorted by their first
+        principal component.
 
     Raises
     ------
@@ -153,6 +157,8 @@ class _Search:
         rows = rows and n > 0 and self.pattern.columns < m and self.scores.shape[0] > v
         if columns and passes:
             self._move(deal_columns(self.scores, m), 1)
+        if rows and passes:
+            self._move(_alike(self.scores), 0)
         for _ in range(passes):
             before = self.objective
             state = self.scores, list(self.orders), self.solution
@@ -167,7 +173,7 @@ class _Search:
             if self.objective < before:
                 # Masks of shuffled lines differ by rounding, and where their search ended early.
                 self.scores, self.orders, self.solution = state
-            if self.objective - before <= tolerance * abs(before):
+            if self.objective - before < tolerance * abs(before):
                 break
 
     def _solve(self, scores: Tensor) -> HierarchicalSolution:
@@ -207,6 +213,21 @@ class _Search:
         order = torch.arange(self.scores.shape[1], device=self.scores.device).view(-1, m)
         order[:, slot] = order[chosen, slot]
         self._move(order.flatten(), 1)
+
+
+def _alike(scores: Tensor) -> Tensor:
+    """The rows in the order of their first principal component: those with scores in the same columns meet.
+
+    A strip's columns are those of most of its rows, and the others would find no strip to go to.
+    """
+    centred = scores.double() / scores.double().abs().amax().clamp(min=1e-300)
+    centred -= centred.mean(0)
+    component = torch.randn(len(scores), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    component = component.to(scores.device)
+    for _ in range(_POWERS):
+        component = centred @ (centred.T @ component)
+        component = component / component.norm().clamp(min=1e-300)
+    return component.argsort(stable=True)
 
 
 def _row_values(scores: Tensor, chosen: Tensor, pattern: VNMPattern) -> Tensor:
