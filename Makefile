@@ -102,6 +102,7 @@ bench: $(MODEL)
 	$(BENCH) microbenchmarks
 	$(BENCH) demo --results
 	$(BENCH) permutation
+	$(BENCH) hierarchical
 	$(BENCH) training
 	$(BENCH) training_refresh
 	$(BENCH) perplexity

@@ -130,7 +130,7 @@ def hierarchical_mask(
     limit : int
         The search of a strip and group ends after this many passes over one of its columns, each of V
         numbers; what it has then is a good choice, with a gap. 0 is the best choice that exchanges of single
-        columns find. The default is enough for M = 64 with 4 columns, whatever the scores.
+        columns find. The default has been enough for 4 columns of up to 128 (docs/hierarchical.md).
     backend : {"auto", "cpu", "torch"}
         "cpu" is Numba, "torch" the reference on any device; there is no Triton kernel, and "auto" takes the
         reference on a GPU.

@@ -17,6 +17,7 @@ from nmsolve.backends.dispatch import (
     SCORE_DTYPES,
     MaskSolver,
     PermutationSolver,
+    StripSolver,
 )
 from nmsolve.checkpoint.selection import DTYPES
 from nmsolve.cli import COMMANDS, options
@@ -41,7 +42,8 @@ def offered(protocol: type) -> list[str]:
 def test_a_backend_offers_everything(name):
     row = installed(name)
     assert row.name == name
-    for module, protocol in ((row.masks, MaskSolver), (row.permutations, PermutationSolver)):
+    offers = [(row.masks, MaskSolver), (row.permutations, PermutationSolver)]
+    for module, protocol in [*offers, (row.strips, StripSolver)] if row.has_strips else offers:
         for function in offered(protocol):
             want = list(inspect.signature(getattr(protocol, function)).parameters)[1:]
             have = list(inspect.signature(getattr(module, function)).parameters)
