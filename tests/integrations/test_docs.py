@@ -22,6 +22,7 @@ CLIENTS = {
     "llmcompressor.md": "llmcompressor",
     "modelopt.md": "modelopt",
     "lightning.md": "pytorch_lightning",
+    "transformers.md": "accelerate",  # Trainer asks for it
 }
 
 pytest.importorskip("transformers")

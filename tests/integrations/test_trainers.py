@@ -19,6 +19,7 @@ import nmsolve
 from nmsolve.train import SparseTraining
 
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate", reason="Trainer asks for it")
 
 from nmsolve.integrations.transformers import STATE_FILE, SparseTrainingCallback  # noqa: E402
 
