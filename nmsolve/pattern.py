@@ -81,7 +81,7 @@ class NMPattern:
         >>> NMPattern.of("8:16") == NMPattern.of((8, 16)) == NMPattern.of(8, 16)
         True
         """
-        if isinstance(pattern, tuple | list) and len(pattern) == 2:
+        if isinstance(pattern, (tuple, list)) and len(pattern) == 2:  # Dynamo of PyTorch 2.8 takes no union
             found = cls(*pattern)
         elif isinstance(pattern, str) and (m is None or ":" in pattern):
             found = cls.parse(pattern)
@@ -191,7 +191,7 @@ class VNMPattern:
         """
         if isinstance(pattern, VNMPattern):
             return pattern
-        if isinstance(pattern, tuple | list) and len(pattern) == 3:
+        if isinstance(pattern, (tuple, list)) and len(pattern) == 3:  # Dynamo of PyTorch 2.8 takes no union
             return cls(*pattern)
         found = (
             re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*:\s*(\d+)\s*", pattern)
