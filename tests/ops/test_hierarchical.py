@@ -195,6 +195,17 @@ def test_dtypes_strides_and_batches(backend, dtype):
     assert dtype == torch.float64 or torch.equal(found.mask, same)
 
 
+def test_more_columns_than_can_be_searched(backend):
+    pattern = VNMPattern(4, 10, 40, 20)
+    scores = scores_of("normal", 8, 80)
+    found = hierarchical_mask(scores, pattern, backend=backend, return_solution=True)
+    assert_sound(scores, pattern, found)
+    for s, g, block in by_strip_and_group(scores, pattern):
+        best = integer_program(block, pattern.n, pattern.columns)
+        assert float(found.objective[s, g]) <= best * (1 + 1e-7) <= float(found.bound[s, g]) * (1 + 2e-7)
+        assert float(found.objective[s, g]) >= 0.97 * best
+
+
 def test_a_matrix_in_pieces(backend, monkeypatch):
     scores = scores_of("columns", 37, 45)
     whole = hierarchical_mask(scores, "8:2:16", backend=backend, return_solution=True)

@@ -20,6 +20,7 @@ with one column more, and so on; what cannot beat the best choice known is left 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -47,7 +48,8 @@ def best_columns(columns: Tensor, n: int, k: int, limit: int) -> tuple[Tensor, T
     n, k : int
         ``0 < n < k < M``.
     limit : int
-        Columns, with repeats, after which the search of a block ends; 0 is exchanges alone.
+        Columns, with repeats, after which the search of a block ends; it does not begin where there are more
+        choices of n columns. 0 is exchanges alone.
 
     Returns
     -------
@@ -132,32 +134,31 @@ def _search(
     ranked = columns.gather(1, order.unsqueeze(2).expand_as(columns))
     worth = worth.gather(1, order)
     passes = torch.zeros_like(best, dtype=torch.int64)
-    # Lists of the columns taken so far, by rank, those of each choice ascending; the last list goes on first.
-    todo: list[tuple[Tensor, Tensor]] = []
-    if limit:
-        todo.extend(_first_choices(n, k, prices, worth, best))
-    else:
-        passes += 1
-    while todo:
-        block, taken = todo.pop()
-        depth = taken.shape[1]
-        block, taken = (part[passes[block] <= limit] for part in (block, taken))
-        kept, least = _kept(ranked[block], taken, n)
-        gains = _gains(ranked[block], least)
-        passes.index_add_(0, block, torch.full_like(block, m))
-        later = torch.arange(m, device=block.device) > taken[:, -1:]
-        gains.masked_fill_(~later, -torch.inf)
-        most = gains.topk(k - depth, dim=1).values
-        if depth == k - 1:
-            _improve(ranked, n, block, taken, kept, gains, order, chosen, best)
-            continue
-        # With j the next column, the others gain no more than the largest that are left.
-        reach = kept[:, None] + gains + most[:, : k - depth - 1].sum(1, keepdim=True)
-        row, into = (reach > _floor(best)[block, None]).nonzero(as_tuple=True)
-        step = max(1, _CHUNK // ranked[0].numel())
-        for part in torch.arange(len(row), device=row.device).split(step):
-            deeper = torch.cat([taken[row[part]], into[part, None]], 1)
-            todo.append((block[row[part]], deeper))
+    if math.comb(m, n) > limit:
+        return torch.zeros_like(best, dtype=torch.bool)
+    for start in _first_choices(n, k, prices, worth, best):
+        # Lists of the columns taken so far, by rank, each choice's ascending; the last list goes on first.
+        todo = [start]
+        while todo:
+            block, taken = todo.pop()
+            depth = taken.shape[1]
+            block, taken = (part[passes[block] <= limit] for part in (block, taken))
+            kept, least = _kept(ranked[block], taken, n)
+            gains = _gains(ranked[block], least)
+            passes.index_add_(0, block, torch.full_like(block, m))
+            later = torch.arange(m, device=block.device) > taken[:, -1:]
+            gains.masked_fill_(~later, -torch.inf)
+            most = gains.topk(k - depth, dim=1).values
+            if depth == k - 1:
+                _improve(ranked, n, block, taken, kept, gains, order, chosen, best)
+                continue
+            # With j the next column, the others gain no more than the largest that are left.
+            reach = kept[:, None] + gains + most[:, : k - depth - 1].sum(1, keepdim=True)
+            row, into = (reach > _floor(best)[block, None]).nonzero(as_tuple=True)
+            step = max(1, _CHUNK // ranked[0].numel())
+            for part in torch.arange(len(row), device=row.device).split(step):
+                deeper = torch.cat([taken[row[part]], into[part, None]], 1)
+                todo.append((block[row[part]], deeper))
     return passes <= limit
 
 
