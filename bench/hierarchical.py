@@ -64,7 +64,9 @@ def main() -> None:
         for name, matrix in layer_scores(args.layers, args.batches).items():
             for pattern in args.patterns:
                 if ("layers", name, pattern, "rows and columns") not in done:
-                    layer(name, matrix, nmsolve.VNMPattern.of(pattern), record, args.repeats)
+                    # All at once: a run that is killed leaves no half of a comparison.
+                    for row in layer(name, matrix, nmsolve.VNMPattern.of(pattern), args.repeats):
+                        record(**row)
 
 
 def cost(record: Callable[..., None], done: set[tuple[str, ...]], repeats: int) -> None:
@@ -110,9 +112,7 @@ def solve(
     solved[method] = nmsolve.hierarchical_mask(matrix, pattern, return_solution=True, **options)
 
 
-def layer(
-    name: str, matrix: Tensor, pattern: nmsolve.VNMPattern, record: Callable[..., None], repeats: int
-) -> None:
+def layer(name: str, matrix: Tensor, pattern: nmsolve.VNMPattern, repeats: int) -> list[dict[str, object]]:
     total = float(matrix.double().sum())
     v, n, m = pattern.v, pattern.n, pattern.m
     common = {"part": "layers", "scope": name, "pattern": str(pattern)}
@@ -121,8 +121,10 @@ def layer(
         return float((matrix.double() * mask).sum()) / total
 
     largest = matrix.flatten().topk(matrix.numel() * n // m).values.double().sum()
-    record(**common, method="unstructured", kept=float(largest) / total)
-    record(**common, method="ordinary", kept=share(nmsolve.nm_mask(matrix, n, m)))
+    made: list[dict[str, object]] = [
+        {**common, "method": "unstructured", "kept": float(largest) / total},
+        {**common, "method": "ordinary", "kept": share(nmsolve.nm_mask(matrix, n, m))},
+    ]
 
     solved: dict[str, nmsolve.HierarchicalSolution] = {}
     masks: dict[str, Tensor] = {}
@@ -146,20 +148,14 @@ def layer(
             row["proven"] = float((solved[method].gap == 0).double().mean())
             row["lost"] = 1 - solved[method].total_objective / solved["exact"].total_objective
         spread = {"seconds": taken.median, "least": taken.least, "most": taken.most}
-        record(**common, method=method, **row, **spread, repeats=taken.repeats)
+        made.append({**common, "method": method, **row, **spread, "repeats": taken.repeats})
     for method, rows in (("columns", False), ("rows and columns", True)):
         begun = time.process_time()
         found = hierarchical_permutation(matrix, pattern, rows=rows)
         seconds = time.process_time() - begun
-        record(
-            **common,
-            method=method,
-            kept=float(found.after) / total,
-            seconds=seconds,
-            least=seconds,
-            most=seconds,
-            repeats=1,
-        )
+        spread = {"seconds": seconds, "least": seconds, "most": seconds}
+        made.append({**common, "method": method, "kept": float(found.after) / total, **spread, "repeats": 1})
+    return made
 
 
 def layer_scores(layers: tuple[str, ...], batches: int) -> dict[str, Tensor]:
