@@ -110,6 +110,7 @@ bench: $(MODEL)
 		--patterns 2:4 16:32 --masks ordinary exact
 	$(BENCH) perplexity --picture
 	$(BENCH) layer_errors
+	$(BENCH) perplexity_spread
 	$(BENCH) plots
 	$(BENCH) tables
 

@@ -1,4 +1,4 @@
-"""What do V:N:M masks keep, next to N:M and to no pattern at all, and what does it cost to find them?
+"""What do V:N:M masks keep, next to N:M and to no pattern at all? And the time it takes.
 
 Part "layers": single linears of SmolLM2-135M with Wanda's score. At the same sparsity: the largest scores
 of the whole matrix ("unstructured"), the ordinary N:M mask, and V:N:M masks of four columns: by the columns'

@@ -1,8 +1,8 @@
-"""Which ways to choose a mask differ by more than the text's spread? Two model families, a loss a window.
+"""Perplexity of masks chosen in several ways, window by window: differences with their spread.
 
-SmolLM2-135M (see smollm2_model.py), and a GPT-2 of bytes that is trained here on the calibration text: layer
-norms, learned positions, Conv1D and GELU where the other has RMS norms, rotations and gates. All linears of
-the blocks are pruned one-shot, by the methods of bench/layer_errors.py. Each row of
+The models are SmolLM2-135M (see smollm2_model.py), and a GPT-2 of bytes that is trained here on the
+calibration text: layer norms, learned positions, Conv1D and GELU where the other has RMS norms, rotations and
+gates. All linears of the blocks are pruned one-shot, by the methods of bench/layer_errors.py. Each row of
 results/perplexity_spread.csv has the mean loss of each window of the test text, in nats, so that two methods
 can be compared window by window. Rows are appended as they are measured; what is there already is not run
 again, and the GPT-2 is kept in ``--folder``.
