@@ -16,6 +16,7 @@ from nmsolve.prune.on_disk import DTYPES, prune_checkpoint
 
 if TYPE_CHECKING:
     from nmsolve.prune.model import PruneResult
+    from nmsolve.prune.report import LayerReport
 
 __all__ = ["COMMAND"]
 
@@ -96,6 +97,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of alps or frank-wolfe at most (default 300 and 40; fewer are faster and less accurate)",
     )
     parser.add_argument("--damping", type=float, help="of the Hessian, in mean diagonals (default 0.01)")
+    parser.add_argument(
+        "--all-experts",
+        action="store_true",
+        help="calibrate every expert of a mixture on every token, not only on those that it is sent",
+    )
+    parser.add_argument(
+        "--exact-error",
+        action="store_true",
+        help="the report's error over all tokens, for wanda, ria and magnitude, too (needs the memory of a "
+        "Hessian; by default theirs is that of 512 tokens)",
+    )
     parser.add_argument("--no-picture", action="store_true", help="write no nmsolve_report.png")
     options.add_overwrite(parser, "replace OUT if nmsolve wrote it")
     options.add_quiet(parser)
@@ -129,6 +141,8 @@ def run(args: argparse.Namespace) -> None:
             bos=args.bos,
             iterations=args.iterations,
             damping=args.damping,
+            all_experts=args.all_experts,
+            exact_error=args.exact_error,
             picture=not args.no_picture,
             overwrite=args.overwrite,
             progress=options.progress_of(args),
@@ -159,13 +173,18 @@ def _print_summary(result: PruneResult, out: Path) -> None:
     dense = totals["parameters"] - totals["weights"]
     print(f"{dense:,} of the model's {counted(totals['parameters'], 'parameter')} are in no pruned layer")
     if totals["mean_relative_error"] is not None:
-        tokens = max(layer.tokens for layer in report.layers)
+        tokens = _tokens(report.layers)
         bos = ", each sequence begun with BOS" if settings.get("bos") else ""
         print(f"calibrated on {counted(tokens, 'token')}{bos}")
         print(f"mean relative reconstruction error {totals['mean_relative_error']:.4f}")
     print(f"certificate: no mask keeps more than {totals['gap']:.1e} (relative) above these")
     peak = report.memory["peak"] / 2**30
     print(printable(f"wrote {out} in {totals['seconds']:.1f} s, peak memory {peak:.2f} GiB"))
+
+
+def _tokens(layers: list[LayerReport]) -> int:
+    """How many tokens were calibrated on: experts see some of them, and all experts of a stack more."""
+    return max(layer.tokens for layer in [x for x in layers if x.expert_tokens is None] or layers)
 
 
 COMMAND = Command(

@@ -49,6 +49,8 @@ class PruneSettings:
     sequential: str
     damping: float
     iterations: int | None
+    all_experts: bool
+    exact_error: bool
 
 
 def check_settings(
@@ -59,12 +61,19 @@ def check_settings(
     sequential: str,
     damping: float,
     iterations: int | None,
+    all_experts: bool,
+    exact_error: bool,
     model: object,
 ) -> PruneSettings:
     if not isinstance(model, nn.Module):
         raise NMSolveError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(transposable, bool):
-        raise NMSolveError(f"transposable: expected True or False, got {transposable!r}")
+    for name, value in (
+        ("transposable", transposable),
+        ("all_experts", all_experts),
+        ("exact_error", exact_error),
+    ):
+        if not isinstance(value, bool):
+            raise NMSolveError(f"{name}: expected True or False, got {value!r}")
     row = check_pruning_method(method)
     check_sequential(sequential)
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):
@@ -74,7 +83,17 @@ def check_settings(
     elif isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise NMSolveError(f"iterations: expected an integer of at least 1, got {iterations!r}")
     MaskRule(NMPattern(1, 1), transposable, mask_method, backend)
-    return PruneSettings(method, transposable, mask_method, backend, sequential, float(damping), iterations)
+    return PruneSettings(
+        method,
+        transposable,
+        mask_method,
+        backend,
+        sequential,
+        float(damping),
+        iterations,
+        all_experts,
+        exact_error,
+    )
 
 
 def parse_patterns(pattern: Patterns) -> dict[str, NMPattern | None]:
@@ -98,7 +117,8 @@ def used_settings(settings: PruneSettings, calibrated: bool) -> dict[str, object
     if not settings.transposable:
         del found["mask_method"]
     if not calibrated:
-        del found["sequential"]
+        for option in ("sequential", "all_experts", "exact_error"):
+            del found[option]
     return found
 
 

@@ -7,14 +7,19 @@ nn.Linear              ``(out, in)``                         itself
 Conv1D (GPT-2)         ``(in, out)``                         its transpose
 nn.Conv1d, nn.Conv2d   ``(out, in / groups, *kernel)``       one for each group, positions of the kernel
                                                              one after the other, each with all channels
+stacked experts        ``(experts, out, in)`` or             one for each expert
+                       ``(experts, in, out)``
 =====================  ====================================  ============================================
 
 N:M groups lie along the channels of one kernel position: a convolution is a batch of ``out x in`` matrices.
+Experts that are one parameter, as in transformers 5, are a layer with statistics for each; the gates and the
+inputs of gated experts, one above the other, are two matrices.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,37 +27,68 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from nmsolve.checkpoint.roles import is_conv1d, roles_of
+from nmsolve.checkpoint.roles import Role, is_conv1d, roles_of
 from nmsolve.errors import NMSolveError, counted
 from nmsolve.pattern import NMPattern
 
-__all__ = ["Layer", "Selected", "find_layers", "matches", "select_layers", "uncompiled"]
+__all__ = ["Layer", "Selected", "find_layers", "find_stacks", "matches", "select_layers", "uncompiled"]
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A module with a weight to prune; ``name`` is its dotted name in the model."""
+    """A module with a weight to prune; ``name`` is its dotted name in the model.
+
+    Stacked experts have the name of their parameter, which is the module's ``own``, and ``stack_input``: the
+    axis, 0 or 1, of the inputs of their matrices.
+    """
 
     name: str
     module: nn.Module
+    own: str = "weight"
+    stack_input: int | None = None
 
     @property
     def weight(self) -> Tensor:
-        weight = self.module.weight
+        weight = getattr(self.module, self.own)
         assert isinstance(weight, Tensor)
         return weight
 
     @property
     def weight_name(self) -> str:
         """Name of the weight in the model's state dict."""
+        if self.own != "weight":
+            return self.name
         return f"{self.name}.weight" if self.name else "weight"
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is the matrices of several experts."""
+        return self.stack_input is not None
+
+    @property
+    def parts(self) -> int:
+        """How many matrices the outputs of one expert belong to, one above the other: gates and inputs."""
+        gated = (
+            self.is_stack and self.own == "gate_up_proj" and self.weight.shape[2 - self.stack_axis] % 2 == 0
+        )
+        return 2 if gated and getattr(self.module, "is_concatenated", True) else 1
+
+    @property
+    def stack_axis(self) -> int:
+        return 1 if self.stack_input is None else self.stack_input
+
+    @property
+    def expert_of(self) -> tuple[str, str] | None:
+        """Of a layer in one of several expert modules: the name of their container, and its own in each."""
+        found = _EXPERT.fullmatch(self.name)
+        return (found[1], found[2]) if found else None
 
     @property
     def input_first(self) -> bool:
         """Whether the weight is stored ``(in, out)``."""
-        return is_conv1d(self.module)
+        return self.stack_input == 0 if self.is_stack else is_conv1d(self.module)
 
     @property
     def is_convolution(self) -> bool:
@@ -60,6 +96,9 @@ class Layer:
 
     @property
     def groups(self) -> int:
+        """Number of matrices with inputs of their own."""
+        if self.is_stack:
+            return len(self.weight)
         return self.module.groups if isinstance(self.module, _Convolution) else 1
 
     @property
@@ -71,12 +110,22 @@ class Layer:
     def matrix_shape(self) -> tuple[int, int]:
         """Size ``(out, in)`` of the matrices whose rows (and columns) are N:M."""
         shape = self.weight.shape
+        if self.is_stack:
+            rows, cols = shape[2 - self.stack_axis], shape[1 + self.stack_axis]
+            return rows // self.parts, cols
         if self.input_first:
             return shape[1], shape[0]
         return shape[0] // self.groups, shape[1]
 
+    @property
+    def input_size(self) -> int:
+        """Columns of the matrices."""
+        return self.matrix_shape[1] * self.positions
+
     def matrices(self, tensor: Tensor) -> Tensor:
         """``(groups, out, positions * in)`` of a tensor in the weight's shape; a view if possible."""
+        if self.is_stack:
+            return tensor.transpose(1, 2) if self.input_first else tensor
         if self.input_first:
             return tensor.T.unsqueeze(0)
         grouped = tensor.reshape(self.groups, tensor.shape[0] // self.groups, tensor.shape[1], -1)
@@ -84,6 +133,8 @@ class Layer:
 
     def from_matrices(self, matrices: Tensor) -> Tensor:
         """The inverse of :meth:`matrices`."""
+        if self.is_stack:
+            return self.matrices(matrices)
         if self.input_first:
             return matrices.squeeze(0).T
         grouped = matrices.unflatten(2, (self.positions, -1)).transpose(2, 3)
@@ -109,6 +160,7 @@ class Layer:
 
 
 _Convolution = (nn.Conv1d, nn.Conv2d)
+_EXPERT = re.compile(r"(.*\bexperts)\.(?:experts?_?)?\d+\.(.+)")
 
 
 def _padding(module: nn.Conv1d | nn.Conv2d) -> list[int]:
@@ -133,6 +185,18 @@ def find_layers(model: nn.Module) -> list[Layer]:
     ]
 
 
+def find_stacks(model: nn.Module, roles: Mapping[str, Role]) -> list[Layer]:
+    """The stacked experts of a model whose matrices tell which of their axes is the input."""
+    found = []
+    for prefix, module in model.named_modules():
+        for own, _ in module.named_parameters(recurse=False):
+            name = f"{prefix}.{own}" if prefix else own
+            role = roles.get(name)
+            if role is not None and role.kind == "stack" and role.input_dim is not None:
+                found.append(Layer(prefix if own == "weight" else name, module, own, role.input_dim))
+    return found
+
+
 @dataclass(frozen=True)
 class Selected:
     """What to prune, in the order of the model's modules, and what stays dense with the reason why.
@@ -146,7 +210,11 @@ class Selected:
 
 
 def select_layers(
-    model: nn.Module, patterns: Mapping[str, NMPattern | None], dense: Sequence[str] = ()
+    model: nn.Module,
+    patterns: Mapping[str, NMPattern | None],
+    dense: Sequence[str] = (),
+    *,
+    stacks: bool = False,
 ) -> Selected:
     """Decides for every layer which pattern it gets.
 
@@ -159,13 +227,19 @@ def select_layers(
         glob is taken at its word.
     dense : sequence of str
         Globs of layers to leave dense.
+    stacks : bool
+        Whether stacked experts are among the layers.
 
     Raises
     ------
     NMSolveError
         If a glob matches no layer, or no layer is left to prune.
     """
+    roles = roles_of(model)
     layers = find_layers(model)
+    if stacks:
+        order = {module: place for place, module in enumerate(model.modules())}
+        layers = sorted((*layers, *find_stacks(model, roles)), key=lambda layer: order[layer.module])
     if not layers:
         raise NMSolveError("model: expected linear layers or convolutions, found none")
     others = _other_matrices(model, layers)
@@ -176,7 +250,6 @@ def select_layers(
                 meant = (f"; {name} is {what}" for name, what in others.items() if matches(name, glob))
                 have = f"{counted(len(layers), 'layer')} ({names}, ...)"
                 raise NMSolveError(f"{option}: {glob!r} matches none of the model's {have}" + next(meant, ""))
-    roles = roles_of(model)
     chosen: dict[Layer, NMPattern] = {}
     skipped: dict[str, str] = {}
     seen: dict[int, str] = {}
@@ -192,7 +265,7 @@ def select_layers(
             reason = f"dtype {str(layer.weight.dtype).removeprefix('torch.')}"
         elif layer.weight.numel() == 0 or layer.weight.is_meta:
             reason = "no weights in memory"
-        elif layer.module._parameters.get("weight") is None:
+        elif layer.module._parameters.get(layer.own) is None:
             reason = "its weight is computed from other parameters"
         elif id(layer.weight) in seen:
             reason = f"shares its weight with {seen[id(layer.weight)]}"
@@ -214,13 +287,14 @@ def select_layers(
 
 def _other_matrices(model: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
     """Parameters that hold matrices but belong to no layer and no embedding, with what they are."""
-    known = {id(layer.module) for layer in layers}
+    known = {id(layer.module) for layer in layers if not layer.is_stack}
+    stacks = {layer.weight_name for layer in layers if layer.is_stack}
     found = {}
     for prefix, module in model.named_modules():
         if id(module) in known or isinstance(module, nn.Embedding | nn.EmbeddingBag):
             continue
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            if parameter.ndim == 2 or (parameter.ndim > 2 and len(parameter) > 1):
+            if name not in stacks and (parameter.ndim == 2 or (parameter.ndim > 2 and len(parameter) > 1)):
                 found[name] = f"a parameter of {type(module).__name__}, which is no layer that can be pruned"
     return found
 

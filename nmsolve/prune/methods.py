@@ -53,11 +53,14 @@ class PruningMethod:
         What users write.
     prepare : callable
         ``prepare(hessian, **options)`` is the :class:`LayerPruner` of the layers whose inputs have the
-        Hessian ``(groups, in, in)``; None where there is no calibration.
+        Hessian ``(groups, in, in)``; of its diagonal ``(groups, in)`` alone where the row says so; of None
+        where it needs no calibration.
     needs_calibration : bool
-        Whether it needs the Hessian.
+        Whether it needs the Hessian, or its diagonal.
     updates_weights : bool
         Whether the weights that stay change; then the scores depend on the masks of the columns before.
+    diagonal : bool
+        Whether it needs only the diagonal of the Hessian: as many numbers as inputs, not their square.
     options : tuple of str
         Arguments of :func:`nmsolve.prune.prune_model` that are for this method.
     iterations : int, optional
@@ -68,6 +71,7 @@ class PruningMethod:
     prepare: Callable[..., LayerPruner]
     needs_calibration: bool
     updates_weights: bool
+    diagonal: bool = False
     options: tuple[str, ...] = ()
     iterations: int | None = None
 
@@ -94,18 +98,18 @@ def _frank_wolfe(hessian: Tensor, *, iterations: int) -> LayerPruner:
     return SystemPruner(partial(frank_wolfe, iterations=iterations), list(hessian))
 
 
-def _wanda(hessian: Tensor) -> LayerPruner:
+def _wanda(diagonal: Tensor) -> LayerPruner:
     from nmsolve.prune.layerwise.pruners import ScorePruner, input_norms
     from nmsolve.prune.layerwise.scores import wanda_scores
 
-    return ScorePruner(partial(wanda_scores, norms=input_norms(hessian)))
+    return ScorePruner(partial(wanda_scores, norms=input_norms(diagonal)))
 
 
-def _ria(hessian: Tensor) -> LayerPruner:
+def _ria(diagonal: Tensor) -> LayerPruner:
     from nmsolve.prune.layerwise.pruners import ScorePruner, input_norms
     from nmsolve.prune.layerwise.scores import ria_scores
 
-    return ScorePruner(partial(ria_scores, norms=input_norms(hessian)))
+    return ScorePruner(partial(ria_scores, norms=input_norms(diagonal)))
 
 
 def _magnitude(hessian: Tensor | None) -> LayerPruner:
@@ -135,8 +139,8 @@ _ROWS = (
         options=("iterations",),
         iterations=40,
     ),
-    PruningMethod("wanda", _wanda, needs_calibration=True, updates_weights=False),
-    PruningMethod("ria", _ria, needs_calibration=True, updates_weights=False),
+    PruningMethod("wanda", _wanda, needs_calibration=True, updates_weights=False, diagonal=True),
+    PruningMethod("ria", _ria, needs_calibration=True, updates_weights=False, diagonal=True),
     PruningMethod("magnitude", _magnitude, needs_calibration=False, updates_weights=False),
 )
 

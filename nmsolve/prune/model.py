@@ -39,6 +39,7 @@ from nmsolve.prune.arguments import (
     used_settings,
 )
 from nmsolve.prune.calibration import Batch, make_batches, measures, read_tokens
+from nmsolve.prune.experts import eager_experts
 from nmsolve.prune.layers import select_layers, uncompiled
 from nmsolve.prune.layerwise.problem import DAMPING
 from nmsolve.prune.methods import PRUNING_METHODS
@@ -163,11 +164,13 @@ def prune_model(
     bos: bool | None = None,
     damping: float = DAMPING,
     iterations: int | None = None,
+    all_experts: bool = False,
+    exact_error: bool = False,
     resume: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
     check: Callable[[], None] | None = None,
 ) -> PruneResult:
-    """Prunes the linear layers and convolutions of a model to N:M, in place.
+    """Prunes the linear layers, convolutions and experts of a model to N:M, in place.
 
     Parameters
     ----------
@@ -203,6 +206,11 @@ def prune_model(
         Share of the mean diagonal added to the diagonal of the Hessian ("sparsegpt", "alps").
     iterations : int, optional
         At most this many: of ADMM ("alps", 300 by default) or steps of Frank-Wolfe ("frank-wolfe", 40).
+    all_experts : bool
+        Whether experts are calibrated on every token, and not only on those that their router sends them.
+    exact_error : bool
+        Whether the report's error is over all tokens for the methods that need no Hessian, too: it is kept
+        for that, ``in x in`` numbers. By default theirs is over at most 512 tokens drawn at random.
     resume : path, optional
         Folder in which finished layers are kept. A run that was killed goes on from there, given the model as
         it was before, and ends with the same weights as an undisturbed one.
@@ -236,11 +244,20 @@ def prune_model(
     if isinstance(model, nn.Module):
         model = uncompiled(model)
     settings = check_settings(
-        method, transposable, mask_method, backend, sequential, damping, iterations, model
+        method,
+        transposable,
+        mask_method,
+        backend,
+        sequential,
+        damping,
+        iterations,
+        all_experts,
+        exact_error,
+        model,
     )
     patterns = parse_patterns(pattern)
     check_in_memory(model)
-    selected = select_layers(model, patterns, [dense] if isinstance(dense, str) else dense)
+    selected = select_layers(model, patterns, [dense] if isinstance(dense, str) else dense, stacks=True)
     for layer, layer_pattern in selected.layers.items():
         select(backend, layer.weight.device, layer_pattern.m)
     zeros = check_weights(selected)
@@ -287,6 +304,7 @@ def prune_model(
             store = stack.enter_context(LayerStore(resume, {**report.settings, **prints}))
         stack.enter_context(quiet_model(model))
         stack.enter_context(_uncompiled_calls())
+        stack.enter_context(eager_experts(selected.layers))
         run = Run(model, settings, selected, allowed, batches, report, store, progress, check)
         run.all()
     report.seconds = time.perf_counter() - start

@@ -56,6 +56,8 @@ def prune_checkpoint(
     bos: bool | None = None,
     iterations: int | None = None,
     damping: float | None = None,
+    all_experts: bool = False,
+    exact_error: bool = False,
     picture: bool = True,
     overwrite: bool = False,
     progress: bool | None = None,
@@ -90,7 +92,7 @@ def prune_checkpoint(
     progress, interrupts
         As in :func:`nmsolve.checkpoint.mask_checkpoint`.
     pattern, transposable, method, mask_method, backend, sequential, initial_masks, dense, samples, \
-sequence_length, batch_size, seed, bos, iterations, damping
+sequence_length, batch_size, seed, bos, iterations, damping, all_experts, exact_error
         As in :func:`nmsolve.prune.prune_model`; ``iterations`` and ``damping`` are refused where the method
         has none.
 
@@ -162,6 +164,8 @@ sequence_length, batch_size, seed, bos, iterations, damping
                 batch_size=batch_size,
                 seed=seed,
                 bos=bos,
+                all_experts=all_experts,
+                exact_error=exact_error,
                 resume=resume,
                 progress=progress,
                 check=interrupts.check,
@@ -172,7 +176,8 @@ sequence_length, batch_size, seed, bos, iterations, damping
             changed: dict[str, list[tuple[Place, Tensor]]] = {}
             for name in result.masks:
                 for place in places[name]:
-                    changed.setdefault(place.entry, []).append((place, parameters[name].detach()))
+                    values = place.of(parameters[name].detach())
+                    changed.setdefault(place.entry, []).append((place, values))
             write_checkpoint(checkpoint, staging.path, loaded, changed, dtype, interrupts.check)
             result = result.renamed(places)
             result.write_masks(staging.path, picture=picture)
@@ -198,7 +203,8 @@ def _places(
     from nmsolve.prune.layers import select_layers
     from nmsolve.prune.stored import find_places, names_of, unplaced
 
-    selected = select_layers(model, parse_patterns(pattern), [dense] if isinstance(dense, str) else dense)
+    globs = [dense] if isinstance(dense, str) else dense
+    selected = select_layers(model, parse_patterns(pattern), globs, stacks=True)
     weights = {layer.weight_name: layer.weight for layer in selected.layers}
     places = find_places(checkpoint, weights, names_of(model, weights))
     for name, found in places.items():
@@ -212,15 +218,18 @@ def _by_weight(
 ) -> dict[str, Tensor]:
     """Earlier masks, which have the names of the checkpoint's tensors, by the weights of the model.
 
-    Those of tensors that are not pruned are left out, with a warning: ``nmsolve mask`` masks matrices of
-    experts, too, which are no layers of the model.
+    Those of tensors that are not pruned are left out, with a warning.
     """
     from nmsolve.checkpoint.mask_files import load_masks
 
     found = load_masks(masks)
     by_weight = {}
-    for name, (place, *_) in places.items():
-        if place.entry in found and found[place.entry].shape[:1] == (place.rows,):
+    for name, (place, *others) in places.items():
+        if place.expert is not None:
+            mask = _of_stack([place, *others], found)
+            if mask is not None:
+                by_weight[name] = mask
+        elif place.entry in found and found[place.entry].shape[:1] == (place.rows,):
             by_weight[name] = found[place.entry][place.first : place.last]
     used = {place.entry for name in by_weight for place in places[name]}
     pruned = {place.entry for of_weight in places.values() for place in of_weight}
@@ -234,6 +243,21 @@ def _by_weight(
         )
     rest = found.keys() - used - set(dense)
     return by_weight | {name: found[name] for name in sorted(rest)}
+
+
+def _of_stack(places: Sequence[Place], masks: Mapping[str, Tensor]) -> Tensor | None:
+    """The mask of stacked experts from those of the tensors that hold them; True where there is none."""
+    import torch
+
+    last = places[-1]
+    given = [place for place in places if place.entry in masks]
+    if not given or any(len(masks[place.entry]) != place.rows for place in given):
+        return None
+    shape = (last.expert or 0) + 1, last.end, *masks[given[0].entry].shape[1:]
+    whole = torch.ones(shape, dtype=torch.bool)
+    for place in given:
+        place.of(whole).copy_(masks[place.entry])
+    return whole
 
 
 def _tell_left_out(checkpoint: Checkpoint) -> None:

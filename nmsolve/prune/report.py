@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Any
 
 from nmsolve.about import __version__, versions
 from nmsolve.checkpoint.report import finite
-from nmsolve.errors import NMSolveError
+from nmsolve.errors import NMSolveError, NMSolveWarning, counted
 from nmsolve.files import replacing, write_text
 from nmsolve.solution import relative_gap, retained_share
 
-__all__ = ["LayerReport", "PruneReport", "layer_kinds", "need_matplotlib"]
+__all__ = ["LayerReport", "PruneReport", "layer_kinds", "need_matplotlib", "tell_starved"]
+
+FEW_TOKENS = 64
+"""Experts that saw fewer are told of."""
 
 
 @dataclass
@@ -24,8 +28,11 @@ class LayerReport:
     """One pruned layer.
 
     ``relative_error`` is ``||(W - W') X||^2 / ||W X||^2`` over the calibration inputs X of the layer (None
-    without calibration), ``retained`` the kept share of the scores the masks were solved for (SparseGPT:
-    summed over its slabs; ALPS: of its last iteration; Frank-Wolfe: of the relaxed mask that was rounded).
+    without calibration), or over ``error_tokens`` of them drawn at random where the method needs no Hessian.
+    ``tokens`` is how many inputs it saw, those of all experts together; ``expert_tokens`` has those of each
+    expert (None for other layers). ``retained`` is the kept share of the scores the masks were solved for
+    (SparseGPT: summed over its slabs; ALPS: of its last iteration; Frank-Wolfe: of the relaxed mask that was
+    rounded).
     ``gap`` is how much more (relative) any other mask of the pattern could have kept at most, ``max_gap``
     that of the worst block. ``seconds`` is the time for scores, masks and weights, ``mask_seconds`` the part
     of it spent in ``mask_solves`` calls of the solver.
@@ -48,6 +55,8 @@ class LayerReport:
     seconds: float
     mask_seconds: float
     mask_solves: int
+    error_tokens: int = 0
+    expert_tokens: list[int] | None = None
 
 
 @dataclass
@@ -160,6 +169,25 @@ class PruneReport:
             pattern = ", ".join(f"{glob}={value or 'dense'}" for glob, value in pattern.items())
         kind = f"transposable by {settings['mask_method']}" if settings.get("transposable") else "ordinary"
         return f"{settings.get('method')}, {pattern} {kind}"
+
+
+def tell_starved(report: PruneReport) -> None:
+    """Warns of experts that saw too few tokens to be calibrated on."""
+    rows = [row for row in report.layers if row.expert_tokens is not None]
+    total = counted(sum(len(row.expert_tokens or ()) for row in rows), "layer")
+    for low, high, what in (
+        (0, 1, "no token and were pruned by their weights alone"),
+        (1, FEW_TOKENS, f"fewer than {FEW_TOKENS} tokens"),
+    ):
+        found = [row.name for row in rows for tokens in row.expert_tokens or () if low <= tokens < high]
+        if found:
+            names = found[0] + (", ..." if len(set(found)) > 1 else "")
+            warnings.warn(
+                f"{len(found):,} of {total} of experts saw {what}: {names}; give more text, or send every "
+                "token to every expert (all_experts=True, --all-experts)",
+                NMSolveWarning,
+                stacklevel=4,
+            )
 
 
 def layer_kinds(names: Sequence[str]) -> list[str]:

@@ -18,10 +18,12 @@ from nmsolve.errors import NMSolveError, begun
 from nmsolve.pattern import NMPattern
 from nmsolve.prune.arguments import PruneSettings
 from nmsolve.prune.calibration import Batch, call_model, real_positions
+from nmsolve.prune.experts import routed, watched
 from nmsolve.prune.layers import Layer, Selected
 from nmsolve.prune.methods import PRUNING_METHODS, LayerPruner
-from nmsolve.prune.report import LayerReport, PruneReport
+from nmsolve.prune.report import LayerReport, PruneReport, tell_starved
 from nmsolve.prune.rule import MaskRule
+from nmsolve.prune.statistics import Statistics, work_dtype
 from nmsolve.prune.store import LayerStore
 from nmsolve.prune.walk import Chain, Group, Loose, Plan, Stop, input_of, make_plan
 
@@ -45,34 +47,6 @@ class PackedMasks(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._packed)
-
-
-@dataclass
-class Hessian:
-    """``X.T @ X`` ``(groups, in, in)`` over the inputs of a group of layers, and how many there were.
-
-    ``real`` tells for the batch at hand which of its positions ``(B, T)`` are no padding.
-    """
-
-    layer: Layer
-    matrix: Tensor
-    tokens: int = 0
-    real: Tensor | None = None
-
-    @classmethod
-    def of(cls, layer: Layer) -> Hessian:
-        size = layer.matrices(layer.weight).shape[2]
-        dtype, device = _work_dtype(layer.weight), layer.weight.device
-        return cls(layer, torch.zeros((layer.groups, size, size), dtype=dtype, device=device))
-
-    def add(self, x: Tensor) -> None:
-        if self.real is not None and not self.layer.is_convolution:
-            real = self.real.flatten().to(x.device)
-            if x.shape[:-1] in (self.real.shape, real.shape):
-                x = x.reshape(-1, x.shape[-1])[real]
-        x = self.layer.inputs(x).to(self.matrix.dtype)
-        self.matrix.baddbmm_(x.transpose(1, 2), x)
-        self.tokens += x.shape[1]
 
 
 @dataclass
@@ -102,7 +76,10 @@ class Run:
             If a layer cannot be pruned.
         """
         layers = list(self.selected.layers)
-        plan = make_plan(self.model, layers, self.batches[0]) if self.batches else None
+        plan = None
+        if self.batches:
+            every = self.settings.all_experts
+            plan = make_plan(self.model, layers, self.batches[0], self.batches[1:], every)
         with begun():
             self._all(plan)
 
@@ -112,8 +89,18 @@ class Run:
         for layer, mask in self.allowed.items():
             layer.weight.data.mul_(mask.to(layer.weight.device))
         self._memory(model=sum(p.numel() * p.element_size() for p in self.model.parameters()))
-        for layer in plan.unreached if plan else ():
-            self.report.skipped[layer.name] = "not called in the forward pass of the first batch"
+        unreached = plan.unreached if plan else []
+        working = {_container(layer) for layer in self.selected.layers if layer not in set(unreached)} - {
+            None
+        }
+        unseen = [layer for layer in unreached if _container(layer) in working]
+        for layer in unreached:
+            if layer not in unseen:
+                self.report.skipped[layer.name] = (
+                    "no product with its experts was seen in the forward pass of any batch"
+                    if layer.is_stack
+                    else "not called in the forward pass of any batch"
+                )
         total = sum(x.weight.numel() for x in self.selected.layers if x.name not in self.report.skipped)
         disable = None if self.progress is None else not self.progress
         with tqdm(total=total, unit="w", unit_scale=True, disable=disable) as self.bar:
@@ -122,6 +109,8 @@ class Run:
             else:
                 for layer in self.selected.layers:
                     self._group(Group([layer]), None)
+            for layer in unseen:
+                self._group(Group([layer]), self._statistics(layer, settle=True))
             for layer, weight in self.delayed:
                 layer.weight.data.copy_(weight)
         order = {layer.name: place for place, layer in enumerate(self.selected.layers)}
@@ -129,6 +118,7 @@ class Run:
         self._memory(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         if torch.cuda.is_available():
             self._memory(peak_gpu=torch.cuda.max_memory_allocated())
+        tell_starved(self.report)
 
     def _walk(self, plan: Plan) -> None:
         # Inputs of the dense model need it dense to the end, unless one chain is all there is: its blocks
@@ -137,8 +127,7 @@ class Run:
         self.delay = self.settings.sequential == "off" and not one_chain
         for stage in plan.stages:
             if isinstance(stage, Loose):
-                for group in stage.groups:
-                    self._one_by_one([group], self._whole)
+                self._one_by_one(stage.groups, self._whole)
             else:
                 self._chain(stage)
 
@@ -179,53 +168,74 @@ class Run:
             self._all_at_once(groups, [])
 
     def _one_by_one(self, groups: Sequence[Group], forward: Callable[[int], Any]) -> None:
+        """Prunes group after group; the groups that experts have in the same place at once."""
+        together: dict[object, list[Group]] = {}
         for group in groups:
-            if self._done(group):
-                self._group(group, None)
-            else:
-                (hessian,) = self._measure([group], forward)
-                self._group(group, hessian)
+            together.setdefault(group.key, []).append(group)
+        for alike in together.values():
+            waiting = [group for group in alike if not self._done(group)]
+            measured = dict(zip(waiting, self._measure(waiting, forward) if waiting else (), strict=True))
+            for group in alike:
+                self._group(group, measured.pop(group, None))
 
-    def _all_at_once(self, groups: Sequence[Group], hessians: Sequence[Hessian]) -> None:
+    def _all_at_once(self, groups: Sequence[Group], measured: Sequence[Statistics]) -> None:
         for k, group in enumerate(groups):
-            self._group(group, hessians[k] if hessians else None)
+            self._group(group, measured[k] if measured else None)
 
     def _done(self, group: Group) -> bool:
         return self.store is not None and all(layer.name in self.store for layer in group.layers)
 
+    def _statistics(self, layer: Layer, settle: bool = False) -> Statistics:
+        found = Statistics(layer, PRUNING_METHODS[self.settings.method], self.settings.exact_error)
+        if settle:
+            found.settle()
+        return found
+
     def _measure(
         self, groups: Sequence[Group], forward: Callable[[int], Any], stop: bool = True
-    ) -> list[Hessian]:
-        """The Hessians of groups of layers, from a pass over all batches; a pass may stop at the last one."""
-        hessians = []
+    ) -> list[Statistics]:
+        """Statistics of groups of layers, from a pass over all batches; a pass may stop at the last one."""
+        measured = {group.layers[0]: self._statistics(group.layers[0]) for group in groups}
+        early = stop and len(groups) == 1 and groups[0].once
+        stacks: dict[nn.Module, list[Layer]] = {}
+        real: list[Tensor | None] = [None]
+
+        def halt() -> None:
+            if early:
+                raise Stop
+
+        def calls(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            return routed(stacks[module][0].groups, args, kwargs, self.settings.all_experts, real[0])
+
         with ExitStack() as hooks:
-            for group in groups:
-                first = group.layers[0]
-                hessian = Hessian.of(first)
-                early = stop and len(groups) == 1 and group.once
-                hook = first.module.register_forward_pre_hook(_measuring(hessian, early), with_kwargs=True)
-                hooks.callback(hook.remove)
-                hessians.append(hessian)
-            self._memory(statistics=sum(h.matrix.numel() * h.matrix.element_size() for h in hessians))
+            for layer, statistics in measured.items():
+                if layer.is_stack:
+                    stacks.setdefault(layer.module, []).append(layer)
+                else:
+                    hook = _measuring(statistics, halt)
+                    hooks.callback(layer.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            tell = watched(
+                stacks, lambda layer, expert, x: measured[layer].add_expert(expert, x), calls, halt
+            )
+            hooks.enter_context(tell)
+            self._memory(statistics=sum(found.nbytes() for found in measured.values()))
             for batch in range(len(self.batches)):
                 if self.check is not None:
                     self.check()
-                real = real_positions(self.model, self.batches[batch])
-                for hessian in hessians:
-                    hessian.real = real
+                real[0] = real_positions(self.model, self.batches[batch])
+                for found in measured.values():
+                    found.real = real[0]
                 with suppress(Stop):
                     forward(batch)
-        for group, hessian in zip(groups, hessians, strict=True):
-            if not bool(torch.isfinite(hessian.matrix).all()):
-                raise NMSolveError(
-                    f"calibration: the inputs of {group.layers[0].name} hold NaN or infinite values, or "
-                    "overflow when squared"
-                )
-        return hessians
+        for layer, found in measured.items():
+            found.check(layer.name)
+            if _is_expert(layer):
+                found.settle()
+        return list(measured.values())
 
-    def _group(self, group: Group, hessian: Hessian | None) -> None:
+    def _group(self, group: Group, measured: Statistics | None) -> None:
         """Prunes the layers of a group, or takes them from the store."""
-        prepared = cache(partial(self._prepare, hessian))  # by the first layer that is not in the store
+        prepared = cache(partial(self._prepare, measured))  # by the first layer that is not in the store
         for layer in group.layers:
             if self.check is not None:
                 self.check()
@@ -233,7 +243,7 @@ class Run:
                 weight, mask, report = self.store.load(layer.name, layer.weight)
                 self.report.resumed += 1
             else:
-                weight, mask, report = self._layer(layer, hessian, prepared)
+                weight, mask, report = self._layer(layer, measured, prepared)
                 if self.store is not None:
                     self.store.save(layer.name, weight, mask, report)
             self.masks.add(layer.weight_name, mask)
@@ -248,33 +258,30 @@ class Run:
             self.bar.set_postfix_str(f"{error}gap {report.gap:.1e}", refresh=False)
             self.bar.update(report.weights)
 
-    def _prepare(self, hessian: Hessian | None) -> LayerPruner:
-        """What prunes the layers of a group by the method of the run."""
+    def _prepare(self, measured: Statistics | None, expert: int | None = None) -> LayerPruner:
+        """What prunes the layers of a group, or one expert, by the method of the run."""
         method = PRUNING_METHODS[self.settings.method]
         options = {name: getattr(self.settings, name) for name in method.options}
-        return method.prepare(None if hessian is None else hessian.matrix, **options)
+        return method.prepare(None if measured is None else measured.needed(expert), **options)
 
     def _layer(
-        self, layer: Layer, hessian: Hessian | None, prepared: Callable[[], LayerPruner]
+        self,
+        layer: Layer,
+        measured: Statistics | None,
+        prepared: Callable[..., LayerPruner],
     ) -> tuple[Tensor, Tensor, LayerReport]:
         """New weight and mask of one layer, both in the weight's shape."""
         start = time.perf_counter()
         pattern = self.selected.layers[layer]
         rule = MaskRule(pattern, self.settings.transposable, self.settings.mask_method, self.settings.backend)
-        allowed = self.allowed.get(layer)
-        keep = None if allowed is None else layer.matrices(allowed.to(layer.weight.device))
-        dense = layer.matrices(layer.weight.detach()).to(_work_dtype(layer.weight))
-        error = None
-        with torch.autocast(dense.device.type, enabled=False):
+        with torch.autocast(layer.weight.device.type, enabled=False):
             try:
-                pruned, mask = prepared()(dense, rule, layer.positions, keep)
+                weight, mask, lost, whole = self._solve(layer, measured, prepared, rule)
             except NMSolveError as problem:
                 raise NMSolveError(f"{layer.name}: {problem}") from None
-            weight = layer.from_matrices(pruned).to(layer.weight.dtype)
-            if hessian is not None:
-                error = _relative_error(dense, layer.matrices(weight), hessian.matrix)
-        full_mask = layer.from_matrices(mask)
         tally = rule.tally
+        tokens = measured.tokens if measured is not None else [0]
+        told = measured is not None and _is_expert(layer)
         report = LayerReport(
             name=layer.name,
             shape=tuple(layer.weight.shape),
@@ -282,8 +289,8 @@ class Run:
             pattern=str(pattern),
             weights=layer.weight.numel(),
             kept=int(mask.sum()),
-            tokens=0 if hessian is None else hessian.tokens,
-            relative_error=error,
+            tokens=sum(tokens) if layer.is_stack else tokens[0],
+            relative_error=None if measured is None else max(0.0, lost / whole) if whole > 0 else 0.0,
             retained=tally.retained,
             score=tally.score,
             objective=tally.objective,
@@ -293,30 +300,73 @@ class Run:
             seconds=time.perf_counter() - start,
             mask_seconds=tally.seconds,
             mask_solves=tally.solves,
+            error_tokens=0 if measured is None else measured.error_tokens(),
+            expert_tokens=list(tokens[: layer.groups]) if told else None,
         )
-        return weight, full_mask, report
+        return weight, mask, report
+
+    def _solve(
+        self,
+        layer: Layer,
+        measured: Statistics | None,
+        prepared: Callable[..., LayerPruner],
+        rule: MaskRule,
+    ) -> tuple[Tensor, Tensor, float, float]:
+        """New weight and mask, and the squared outputs that are lost, and that there were.
+
+        Experts are solved one after the other, so that one of them is what there must be memory for.
+        """
+        allowed = self.allowed.get(layer)
+        keep = None if allowed is None else layer.matrices(allowed.to(layer.weight.device))
+        before = layer.matrices(layer.weight.detach())
+        if not layer.is_stack:
+            dense = before.to(work_dtype(layer.weight))
+            pruned, mask = prepared()(dense, rule, layer.positions, keep)
+            weight = layer.from_matrices(pruned).to(layer.weight.dtype)
+            lost, whole = _losses(dense, layer.matrices(weight), measured, None)
+            return weight, layer.from_matrices(mask), lost, whole
+        weights, masks = torch.empty_like(before), torch.empty_like(before, dtype=torch.bool)
+        rows = layer.matrix_shape[0]
+        sums = torch.zeros(2, dtype=torch.float64)
+        for expert in range(layer.groups):
+            which = slice(expert, expert + 1)
+            dense = before[which].to(work_dtype(layer.weight))
+            prune = self._prepare(measured, expert)
+            for part in range(0, dense.shape[1], rows):
+                of_part = which, slice(part, part + rows)
+                given = None if keep is None else keep[of_part]
+                found = prune(dense[:, of_part[1]], rule, layer.positions, given)
+                weights[of_part], masks[of_part] = found.weight.to(weights.dtype), found.mask
+            sums += torch.tensor(_losses(dense, weights[which], measured, expert), dtype=torch.float64)
+        lost, whole = sums.tolist()
+        return layer.from_matrices(weights), layer.from_matrices(masks), lost, whole
 
     def _memory(self, **sizes: int) -> None:
         for name, size in sizes.items():
             self.report.memory[name] = max(size, self.report.memory.get(name, 0))
 
 
-def _work_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+def _container(layer: Layer) -> str | None:
+    """The name of what holds an expert that is a module."""
+    return None if layer.expert_of is None else layer.expert_of[0]
 
 
-def _measuring(hessian: Hessian, stop: bool) -> Callable[..., None]:
+def _is_expert(layer: Layer) -> bool:
+    return layer.is_stack or layer.expert_of is not None
+
+
+def _measuring(statistics: Statistics, halt: Callable[[], None]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        hessian.add(input_of(args, kwargs).detach())
-        if stop:
-            raise Stop
+        statistics.add(input_of(args, kwargs).detach())
+        halt()
 
     return hook
 
 
-def _relative_error(dense: Tensor, pruned: Tensor, hessian: Tensor) -> float:
-    """``||(W - W') X||^2 / ||W X||^2``, with ``X X^T`` the Hessian."""
-    lost = dense - pruned.to(dense.dtype)
-    top = ((lost @ hessian) * lost).sum(dtype=torch.float64)
-    whole = ((dense @ hessian) * dense).sum(dtype=torch.float64)
-    return max(0.0, float(top / whole)) if whole > 0 else 0.0
+def _losses(
+    dense: Tensor, pruned: Tensor, measured: Statistics | None, expert: int | None
+) -> tuple[float, float]:
+    """``||(W - W') X||^2`` and ``||W X||^2``."""
+    if measured is None:
+        return 0.0, 0.0
+    return measured.loss(dense - pruned.to(dense.dtype), expert), measured.loss(dense, expert)

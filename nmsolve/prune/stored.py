@@ -36,12 +36,23 @@ _CODES = {name: code for code, name in DTYPES.items()}
 
 
 class Place(NamedTuple):
-    """Rows ``first`` to ``last`` (not included) of a tensor in a checkpoint; ``rows`` is how many it has."""
+    """Rows ``first`` to ``last`` (not included) of a tensor in a checkpoint; ``rows`` is how many it has.
+
+    What lies there is a whole weight, or of stacked experts ``(experts, rows, ...)`` the rows ``begin`` to
+    ``end`` of one ``expert``.
+    """
 
     entry: str
     first: int
     last: int
     rows: int
+    expert: int | None = None
+    begin: int = 0
+    end: int = 0
+
+    def of(self, weight: Tensor) -> Tensor:
+        """What lies there, of a weight or its mask."""
+        return weight if self.expert is None else weight[self.expert, self.begin : self.end]
 
     @property
     def is_whole(self) -> bool:
@@ -72,8 +83,8 @@ def find_places(
     Returns
     -------
     dict of str to list of Place
-        More than one place where the checkpoint holds a shared weight twice, none where no tensor, and no
-        run of rows of one, holds it.
+        More than one place where the checkpoint holds a shared weight twice, or each expert of a stack by
+        itself; none where no tensor, and no run of rows of one, holds it.
     """
     with ExitStack() as stack:
         search = _Search(checkpoint, stack)
@@ -88,9 +99,12 @@ class _Search:
         self._stack = stack
         self._held: dict[str, tuple[Shard, Entry]] = {}
         self._by_shape: dict[tuple[int, ...], list[str]] = {}
+        self._by_numbers: dict[tuple[tuple[int, ...], tuple[str, ...]], list[str]] = {}
         for shard, entry in checkpoint.entries():
             self._held[entry.name] = shard, entry
             self._by_shape.setdefault(entry.shape, []).append(entry.name)
+            numbers = tuple(_numbers(entry.name))
+            self._by_numbers.setdefault((entry.shape, numbers), []).append(entry.name)
         self._taken: set[str] = set()
 
     def places(self, weight: Tensor, names: Iterable[str]) -> list[Place]:
@@ -107,7 +121,30 @@ class _Search:
         self._taken.update(found)
         if found:
             return [Place(name, 0, shape[0], shape[0]) for name in found]
-        return self._part(weight, next(iter(names)))
+        return self._part(weight, next(iter(names))) or self._experts(weight, next(iter(names)))
+
+    def _experts(self, weight: Tensor, name: str) -> list[Place]:
+        """Tensors with the experts of a stack, or with the halves of each: gates and inputs."""
+        if weight.ndim != 3:
+            return []
+        for parts in (1, 2):
+            rows = weight.shape[1] // parts
+            found: list[Place] = []
+            for expert in range(len(weight) if rows * parts == weight.shape[1] else 0):
+                for begin in range(0, weight.shape[1], rows):
+                    place = Place("", 0, rows, rows, expert, begin, begin + rows)
+                    numbers = (*_numbers(name), str(expert))
+                    held = self._by_numbers.get((tuple(place.of(weight).shape), numbers), ())
+                    free = (entry for entry in sorted(held) if entry not in self._taken)
+                    entry = next((entry for entry in free if self._holds(entry, place.of(weight))), None)
+                    if entry is None:
+                        break
+                    self._taken.add(entry)
+                    found.append(place._replace(entry=entry))
+            if len(found) == parts * len(weight):
+                return found
+            self._taken.difference_update(place.entry for place in found)
+        return []
 
     def _part(self, weight: Tensor, name: str) -> list[Place]:
         """The run of rows that holds a weight."""
@@ -187,7 +224,7 @@ class StoredMasks(Mapping[str, Tensor]):
         first, place = parts[0]
         mask = self._masks[first]
         if place.is_whole:
-            return mask
+            return place.of(mask)
         whole = torch.ones((place.rows, *mask.shape[1:]), dtype=torch.bool)
         for name, place in parts:
             whole[place.first : place.last] = self._masks[name]

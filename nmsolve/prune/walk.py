@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nmsolve.errors import NMSolveError
 from nmsolve.prune.calibration import Batch, call_model, describe_batch
+from nmsolve.prune.experts import check_routing, watched
 from nmsolve.prune.layers import Layer
 
 __all__ = ["Chain", "Group", "Loose", "Plan", "make_plan", "quiet_model"]
@@ -27,7 +28,7 @@ class Stop(Exception):
     """Ends a forward pass whose rest is not needed."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
     """Layers that are called on the same tensor, so that they share a Hessian.
 
@@ -36,6 +37,11 @@ class Group:
 
     layers: list[Layer]
     once: bool = True
+
+    @property
+    def key(self) -> object:
+        """The same for the layers that a mixture's experts have in the same place: none sees another."""
+        return self.layers[0].expert_of or self
 
 
 @dataclass
@@ -239,66 +245,133 @@ class _Watched:
         self.last = _Seen.now(_hidden_of(output))
 
 
-def make_plan(model: nn.Module, layers: Sequence[Layer], first: Batch) -> Plan:
+class _Calls:
+    """Which layers forward passes call, in what order, and which of them on the same tensor.
+
+    ``times`` orders the layers: a layer that only a later pass calls has the time of the layer before it
+    there.
+    """
+
+    def __init__(self, layers: Sequence[Layer], all_experts: bool) -> None:
+        self.layers = layers
+        self.all_experts = all_experts
+        self.times: dict[Layer, int] = {}
+        self.groups: list[Group] = []
+        self.home: dict[Layer, Group] = {}
+        self.clock = 0
+
+    def missing(self) -> list[Layer]:
+        return [layer for layer in self.layers if layer not in self.times]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watches one forward pass."""
+        late = bool(self.times)
+        by_module = {layer.module: layer for layer in self.layers if not layer.is_stack}
+        stacks: dict[nn.Module, list[Layer]] = {}
+        for layer in self.layers:
+            if layer.is_stack:
+                stacks.setdefault(layer.module, []).append(layer)
+        counts: dict[nn.Module, int] = {}
+        met: set[Layer] = set()
+        before: Layer | None = None
+        given_before = _Seen()
+        new: set[Layer] = set()
+
+        def called(layer: Layer, given: Any) -> None:
+            nonlocal before, given_before
+            self.clock += 1
+            if layer in met:
+                return
+            met.add(layer)
+            if layer not in self.times:
+                new.add(layer)
+                self.times[layer] = self.times[before] if late and before is not None else self.clock
+                if before in new and given_before.is_still(given) and _sees_alike(before, layer):
+                    group = self.home[before]
+                    group.layers.append(layer)
+                else:
+                    group = Group([layer])
+                    place = len(self.groups)
+                    if late:
+                        place = 0 if before is None else self.groups.index(self.home[before]) + 1
+                    self.groups.insert(place, group)
+                self.home[layer] = group
+            before, given_before = layer, _Seen.now(given)
+
+        def linear(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            counts[module] = counts.get(module, 0) + 1
+            called(by_module[module], input_of(args, kwargs))
+
+        def entered(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            counts[module] = counts.get(module, 0) + 1
+
+        with ExitStack() as hooks:
+            for module in by_module:
+                hooks.callback(module.register_forward_pre_hook(linear, with_kwargs=True).remove)
+            for module in stacks:
+                hooks.callback(module.register_forward_pre_hook(entered, with_kwargs=True).remove)
+            calls = check_routing if self.all_experts else lambda *_: None
+            hooks.enter_context(watched(stacks, lambda layer, *_: called(layer, None), calls, lambda: None))
+            yield
+        for layer in new:
+            group = self.home[layer]
+            if group.layers[0] is layer:
+                group.once = counts[layer.module] == 1
+
+
+def make_plan(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    first: Batch,
+    others: Sequence[Batch] = (),
+    all_experts: bool = False,
+) -> Plan:
     """Runs the model on its first batch and decides how to walk it.
+
+    Layers that the first batch does not reach, such as an expert without a token in it, are looked for in
+    the other batches.
 
     Raises
     ------
     NMSolveError
-        If the model does not take the batch, or calls none of the layers.
+        If the model does not take the batch, or calls none of the layers; if ``all_experts``, and experts
+        are not called with a choice that can be another.
     """
-    watched = [_Watched(name, blocks) for name, blocks in _containers(model, layers)]
-    by_module = {layer.module: layer for layer in layers}
-    order: dict[Layer, int] = {}
-    counts: dict[Layer, int] = dict.fromkeys(layers, 0)
-    groups: list[Group] = []
-    last_input = [_Seen()]
-    clock = [0]
-
-    def called(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        layer = by_module[module]
-        counts[layer] += 1
-        clock[0] += 1
-        if layer in order:
-            return
-        order[layer] = clock[0]
-        given = input_of(args, kwargs)
-        if groups and last_input[0].is_still(given) and _sees_alike(groups[-1].layers[0], layer):
-            groups[-1].layers.append(layer)
-        else:
-            groups.append(Group([layer]))
-        last_input[0] = _Seen.now(given)
+    watched_chains = [_Watched(name, blocks) for name, blocks in _containers(model, layers)]
+    seen = _Calls(layers, all_experts)
 
     def entered(w: _Watched, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            clock[0] += 1
-            w.enter(index, clock[0], args, kwargs)
+            seen.clock += 1
+            w.enter(index, seen.clock, args, kwargs)
 
         return hook
 
     def left(w: _Watched) -> Callable[..., None]:
         return lambda module, args, output: w.leave(output)
 
-    with ExitStack() as hooks:
-        for layer in layers:
-            handle = layer.module.register_forward_pre_hook(called, with_kwargs=True)
-            hooks.callback(handle.remove)
-        for w in watched:
+    with seen.watching(), ExitStack() as hooks:
+        for w in watched_chains:
             for index, block in enumerate(w.blocks):
                 handle = block.register_forward_pre_hook(entered(w, index), with_kwargs=True)
                 hooks.callback(handle.remove)
                 hooks.callback(block.register_forward_hook(left(w)).remove)
         _call_first(model, first)
+    for batch in others:
+        if not seen.missing():
+            break
+        with seen.watching():
+            call_model(model, batch)
+    order, groups = seen.times, seen.groups
     if not order:
         raise NMSolveError(
             f"model: its forward pass on the first batch calls none of the {len(layers)} layers to prune"
         )
-    for group in groups:
-        group.once = counts[group.layers[0]] == 1
 
     stages: list[tuple[int, Chain | Loose]] = []
     home: dict[Layer, tuple[Chain, int]] = {}
-    for w in watched:
+    for w in watched_chains:
         inside = {layer: index for layer, index in _members(w.blocks, layers).items() if layer in order}
         if not inside or home.keys() & inside.keys() or not _is_chain(w, model, first):
             continue
@@ -318,12 +391,14 @@ def make_plan(model: nn.Module, layers: Sequence[Layer], first: Batch) -> Plan:
             merged[-1].groups += stage.groups
         else:
             merged.append(stage)
-    return Plan(merged, [layer for layer in layers if layer not in order])
+    return Plan(merged, seen.missing())
 
 
 def _call_first(model: nn.Module, batch: Batch) -> None:
     try:
         call_model(model, batch)
+    except NMSolveError:
+        raise
     except Exception as error:
         raise NMSolveError(
             f"calibration: the model cannot be called on the first batch, {describe_batch(batch)}: "
@@ -338,7 +413,7 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 def _sees_alike(a: Layer, b: Layer) -> bool:
     """Whether two layers make the same input matrix of one tensor."""
-    return not a.is_convolution and not b.is_convolution
+    return not any(layer.is_convolution or layer.is_stack for layer in (a, b))
 
 
 def _is_chain(w: _Watched, model: nn.Module, first: Batch) -> bool:

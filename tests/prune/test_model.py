@@ -281,7 +281,7 @@ def test_padding_does_not_count():
         assert max(differing) < 0.02
 
 
-def test_experts_that_are_no_layers_are_reported():
+def test_experts_may_stay_dense_and_globs_name_them():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
@@ -294,16 +294,13 @@ def test_experts_that_are_no_layers_are_reported():
         num_local_experts=4,
     )
     model = transformers.MixtralForCausalLM(config)
-    result = prune(model, tiny_models.tokens())
+    result = prune(model, tiny_models.tokens(), dense="experts.*")
     assert {name.split(".")[-2] for name in result.masks} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    reason = result.report.skipped["model.layers.0.mlp.experts.gate_up_proj"]
-    assert reason == "a parameter of MixtralExperts, which is no layer that can be pruned"
+    assert result.report.skipped["model.layers.0.mlp.experts.gate_up_proj"] == "named in dense"
     totals = result.report.totals()
     assert totals["parameters"] == sum(p.numel() for p in model.parameters()) > 5 * totals["weights"]
-    with pytest.raises(
-        nmsolve.NMSolveError, match=r"'experts\.\*' matches none .*a parameter of MixtralExperts"
-    ):
-        prune(model, tiny_models.tokens(), {"experts.*": "2:4"})
+    named = prune(model, tiny_models.tokens(12, 64), {"experts.down_proj": "2:4"})
+    assert list(named.masks) == ["model.layers.0.mlp.experts.down_proj"]
 
 
 # --- report -------------------------------------------------------------------------------------------------

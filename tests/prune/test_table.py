@@ -27,7 +27,8 @@ DATA = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
 def test_a_row_fits_what_it_names(name):
     row = PRUNING_METHODS[name]
     assert row.name == name
-    assert tuple(inspect.signature(row.prepare).parameters) == ("hessian", *row.options)
+    needs = "diagonal" if row.diagonal else "hessian"
+    assert tuple(inspect.signature(row.prepare).parameters) == (needs, *row.options)
     assert set(row.options) <= set(inspect.signature(prune_model).parameters)
 
 

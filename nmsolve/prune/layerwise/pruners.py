@@ -18,9 +18,9 @@ from nmsolve.prune.rule import MaskRule
 __all__ = ["ScorePruner", "SystemPruner", "input_norms"]
 
 
-def input_norms(hessian: Tensor) -> Tensor:
-    """The 2-norms of the inputs, ``(groups, 1, in)``, of a Hessian ``(groups, in, in)``."""
-    return hessian.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-2)
+def input_norms(diagonal: Tensor) -> Tensor:
+    """The 2-norms of the inputs, ``(groups, 1, in)``, of the diagonal ``(groups, in)`` of a Hessian."""
+    return diagonal.sqrt().unsqueeze(-2)
 
 
 class ScorePruner:
