@@ -28,13 +28,14 @@ PACKAGES = (
 
 
 def adapters() -> list[str]:
-    """The modules of nmsolve.integrations that can be imported here."""
+    """The modules of nmsolve.integrations that can be imported here; the others as exceptions, for pdoc."""
     found = []
     for module in pkgutil.iter_modules(nmsolve.integrations.__path__, "nmsolve.integrations."):
         try:
             importlib.import_module(module.name)
         except MissingClientError as error:
             print(f"left out: {module.name}: {error}", file=sys.stderr)
+            found.append(f"!{module.name}")
         else:
             found.append(module.name)
     return found

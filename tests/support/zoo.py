@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -73,11 +74,13 @@ class Species:
 
 
 def build(name: str) -> nn.Module:
-    """The model of a row of ``ZOO``, the same every time."""
+    """The model of a row of ``ZOO``, the same every time; a test of one that is too new for here is skipped."""
     import transformers
 
     species = ZOO[name]
-    kind = getattr(transformers, species.kind)
+    kind = getattr(transformers, species.kind, None)
+    if kind is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {species.kind}")
     torch.manual_seed(0)
     return kind(configuration(kind.config_class, species.config, species.parts)).eval()
 

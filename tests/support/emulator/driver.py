@@ -73,7 +73,8 @@ def install(capability: int) -> None:
 def _init_handles(compiled: Any) -> None:
     if compiled.module is None:
         compiled.module = compiled.function = 1
-        compiled._run = functools.partial(_launch, compiled)
+        by_property = isinstance(getattr(type(compiled), "run", None), property)  # since Triton 3.5
+        setattr(compiled, "_run" if by_property else "run", functools.partial(_launch, compiled))
 
 
 def _why_not(device: torch.device) -> str | None:
