@@ -74,7 +74,7 @@ class Species:
 
 
 def build(name: str) -> nn.Module:
-    """The model of a row of ``ZOO``, the same every time; a test of one that is too new for here is skipped."""
+    """The model of a row of ``ZOO``, the same every time; skips the test where transformers has none yet."""
     import transformers
 
     species = ZOO[name]
