@@ -155,11 +155,12 @@ class GatheredWeight(MaskedWeight):
     def __init__(self, chosen: Chosen, fsdp_parameter: Any, straight_through: bool) -> None:
         super().__init__(chosen)
         self._fsdp = fsdp_parameter
-        self._mask = torch.ones_like(shard_of(self.parameter), dtype=torch.bool)
         self._hooked: Any = None
         self._handle: Any = None
         self._straight_through = straight_through
+        # Before it is bound, FSDP2 may still hold the parameter on "meta" that the loaded one has replaced.
         self.bind()
+        self._mask = torch.ones_like(shard_of(self.parameter), dtype=torch.bool)
 
     @property
     def parameter(self) -> nn.Parameter:
