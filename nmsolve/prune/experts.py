@@ -1,11 +1,11 @@
 """Experts that are one parameter: which tokens reach each, seen at the products with their matrices.
 
-transformers 5 holds the experts of a mixture as parameters ``(experts, out, in)`` or ``(experts, in, out)`` of
-one module, whose forward pass multiplies the tokens of each expert by its slice. However it is written, each
-such product is an operation of torch on a view of the parameter, from which the expert and its inputs can be
-told. What is called instead of a module's own forward pass is set by
-``transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS``: some of these copy the slices, so that the own one,
-"eager", is asked for while a model is pruned.
+transformers 5 holds the experts of a mixture as parameters ``(experts, out, in)`` or ``(experts, in, out)``
+of one module, whose forward pass multiplies the tokens of each expert by its slice. However it is written,
+each such product is an operation of torch on a view of the parameter, from which the expert and its inputs
+can be told. What runs instead of a module's own forward pass is chosen from
+``transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS``; some of these copy the slices, so that the module's
+own, "eager", is asked for while a model is pruned.
 """
 
 from __future__ import annotations

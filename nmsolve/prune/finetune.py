@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nmsolve.checkpoint.roles import roles_of
 from nmsolve.errors import NMSolveError
 from nmsolve.ops.distributed import is_dtensor, shard_of, spread_like
 from nmsolve.pattern import NMPattern, PatternLike
 from nmsolve.prune.arguments import check_in_memory
-from nmsolve.prune.layers import Layer, find_layers, uncompiled
+from nmsolve.prune.layers import Layer, find_layers, find_stacks, uncompiled
 
 __all__ = ["FixedMasks", "Operands", "to_semi_structured"]
 
@@ -80,7 +81,8 @@ class FixedMasks:
             raise NMSolveError(f"masks: expected names and bool tensors, got {type(masks).__name__}")
         model = uncompiled(model)
         check_in_memory(model)
-        self._layers = {layer.weight_name: layer for layer in find_layers(model)}
+        layers = (*find_layers(model), *find_stacks(model, roles_of(model)))
+        self._layers = {layer.weight_name: layer for layer in layers}
         self._held: dict[str, _Held] = {}
         for name, mask in masks.items():
             owner, _, leaf = name.rpartition(".")

@@ -76,12 +76,24 @@ class Run:
             If a layer cannot be pruned.
         """
         layers = list(self.selected.layers)
+        if self.settings.all_experts:
+            self._check_experts()
         plan = None
         if self.batches:
             every = self.settings.all_experts
             plan = make_plan(self.model, layers, self.batches[0], self.batches[1:], every)
         with begun():
             self._all(plan)
+
+    def _check_experts(self) -> None:
+        if not any(layer.is_stack for layer in self.selected.layers):
+            raise NMSolveError("all_experts: expected experts that are one parameter, found none to prune")
+        modules = [layer.name for layer in self.selected.layers if layer.expert_of is not None]
+        if modules:
+            raise NMSolveError(
+                f"all_experts: {modules[0]} is in an expert that is a module of its own, which sees only the "
+                "tokens that the model sends it"
+            )
 
     def _all(self, plan: Plan | None) -> None:
         from tqdm import tqdm

@@ -1,7 +1,7 @@
 """What is kept of a layer's inputs: their Hessian, or its diagonal, and a sample for the report.
 
-With the inputs ``X`` ``(tokens, in)`` of a layer, methods need ``X.T @ X``, its diagonal, or nothing. What the
-report says of the error needs ``X.T @ X`` or a sample of the rows of ``X``, drawn evenly from all of them.
+With the inputs ``X`` ``(tokens, in)`` of a layer, methods need ``X.T @ X``, its diagonal, or nothing. What
+the report says of the error needs ``X.T @ X``, or a sample of the rows of ``X``, drawn evenly from all.
 Whatever a layer has several of (groups of a convolution, experts) has statistics of its own.
 """
 

@@ -16,8 +16,9 @@ from torch import nn
 
 import nmsolve
 from nmsolve.checkpoint import mask_checkpoint
-from nmsolve.checkpoint.roles import is_conv1d
+from nmsolve.checkpoint.roles import is_conv1d, roles_of
 from nmsolve.prune import prune_checkpoint, prune_model
+from nmsolve.prune.layers import find_stacks
 
 transformers = pytest.importorskip("transformers")
 
@@ -57,7 +58,16 @@ def last(weight: str) -> str:
 def check_inputs(model: nn.Module, dense: nn.Module, n: int, m: int) -> int:
     """Of every ``m`` inputs in a row, each output of a changed layer sees ``n`` at most. Returns how many."""
     count = 0
-    for (_, layer), (_, before) in zip(model.named_modules(), dense.named_modules(), strict=True):
+    of_experts = {layer.weight_name: layer for layer in find_stacks(model, roles_of(model))}
+    before_of = dict(dense.named_parameters())
+    for name, layer in of_experts.items():
+        seen = layer.matrices(layer.weight)
+        if not torch.equal(layer.weight, before_of[name]):
+            count += layer.groups * layer.parts
+            assert int((seen != 0).unflatten(-1, (-1, m)).sum(-1).max()) <= n
+    for (name, layer), (_, before) in zip(model.named_modules(), dense.named_modules(), strict=True):
+        if f"{name}.weight" in of_experts:
+            continue
         weight = getattr(layer, "weight", None)
         if not isinstance(weight, torch.Tensor) or torch.equal(weight, before.weight):
             continue
@@ -84,9 +94,11 @@ def test_mask_and_prune_agree(name, tmp_path):
     prune_checkpoint(source, tmp_path / "pruned", "4:8", method="magnitude", picture=False, **options)
 
     by_mask, by_prune = (nmsolve.load_masks(tmp_path / folder) for folder in ("masked", "pruned"))
-    assert {last(weight) for weight in by_prune} == set(row.masked.split())
-    assert by_prune.keys() <= by_mask.keys()
-    assert {last(weight) for weight in by_mask.keys() - by_prune.keys()} == set(row.experts.split())
+    assert {last(weight) for weight in by_mask} == set((row.masked + " " + row.experts).split())
+    # Experts that are one tensor without ".weight" are pruned by default, masked where they are named.
+    joint = {weight for weight in by_prune if not weight.endswith(".weight")}
+    assert by_prune.keys() - joint == by_mask.keys()
+    assert {last(weight) for weight in joint} <= {"gate_up_proj", "down_proj"}
     stay = {
         last(x.name)
         for x in report.skipped
@@ -102,8 +114,8 @@ def test_mask_and_prune_agree(name, tmp_path):
             kept = masks.get(weight, torch.ones((), dtype=torch.bool))
             assert torch.equal(after[weight], torch.where(kept, tensor, 0))
         loaded(name, tmp_path / folder)
-    for weight, mask in by_prune.items():
-        assert torch.equal(mask, by_mask[weight])
+    for weight, mask in by_mask.items():
+        assert torch.equal(mask, by_prune[weight])
 
     dense, pruned = loaded(name, source), loaded(name, tmp_path / "pruned")
     assert check_inputs(pruned, dense, 4, 8) >= len(by_prune)
@@ -112,9 +124,10 @@ def test_mask_and_prune_agree(name, tmp_path):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         prune_checkpoint(source, tmp_path / "again", "4:8", **again, **options)
-    unused = [str(w.message) for w in told if "not used, of what stays dense" in str(w.message)]
-    assert len(unused) == bool(row.experts)
-    assert nmsolve.load_masks(tmp_path / "again").keys() == by_prune.keys()
+    assert not [w for w in told if "not used, of what stays dense" in str(w.message)]
+    kept = nmsolve.load_masks(tmp_path / "again")
+    assert kept.keys() == by_prune.keys()
+    assert all(torch.equal(kept[weight], mask) for weight, mask in by_prune.items())
 
 
 @pytest.mark.parametrize("name", species(("bart", "vit", "ctrl")))
@@ -127,7 +140,8 @@ def test_wanda(name, tmp_path):
     assert check_inputs(model, dense, 4, 8) >= len(result.masks)
     result.save(model, tmp_path / "out", picture=False)
     masks, held = nmsolve.load_masks(tmp_path / "out"), tensors(tmp_path / "out")
-    assert {last(weight) for weight in masks} <= set(row.masked.split())
+    named = set((row.masked + " " + row.experts).split())
+    assert {last(weight) for weight in masks if weight.endswith(".weight")} <= named
     for weight, mask in masks.items():
         assert torch.equal(held[weight] != 0, mask)
     loaded(name, tmp_path / "out")
