@@ -154,7 +154,7 @@ class Run:
                     self._group(group, None)
             return
         chain.capture(self.model, self.batches)
-        self._memory(activations=sum(t.numel() * t.element_size() for t in chain.hidden))
+        self._memory(activations=sum(t.nbytes for t in chain.hidden if t is not None))
         for index, groups in enumerate(chain.groups[: last + 1]):
             self._block(chain, index, groups, index == last)
         chain.release()

@@ -102,14 +102,15 @@ class Loose:
 class Chain:
     """Blocks that hand their hidden states on, and where they stand.
 
-    After :meth:`capture`, ``hidden`` has the inputs of the first block, one tensor for each batch;
+    After :meth:`capture`, ``hidden`` has the inputs of the first block, one tensor for each batch, None for
+    one that does not reach the chain, as the layers of an expert that gets no token;
     :meth:`advance` turns the inputs of a block into those of the next.
     """
 
     name: str
     blocks: list[nn.Module]
     groups: list[list[Group]] = field(default_factory=list)
-    hidden: list[Tensor] = field(default_factory=list)
+    hidden: list[Tensor | None] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
 
     def capture(self, model: nn.Module, batches: Sequence[Batch]) -> None:
@@ -121,12 +122,14 @@ class Chain:
         self.release()
         for batch in batches:
             hidden, calls = self._capture_one(model, batch)
-            if self.calls:  # the same masks and positions for all batches are kept once
+            if (
+                hidden is not None and self.calls
+            ):  # the same masks and positions for all batches are kept once
                 calls = [_shared(call, first) for call, first in zip(calls, self.calls[0], strict=True)]
             self.hidden.append(hidden)
             self.calls.append(calls)
 
-    def _capture_one(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[Call]]:
+    def _capture_one(self, model: nn.Module, batch: Batch) -> tuple[Tensor | None, list[Call]]:
         first: list[Tensor] = []
         calls: list[Call] = []
         template: list[Any] = []
@@ -154,18 +157,19 @@ class Chain:
                 block.forward = stand_in(block, index)
             with suppress(Stop):
                 call_model(model, batch)
-        return first[0], calls
+        return (first[0] if first else None), calls
 
     def run(self, index: int, batch: int) -> Any:
         """Calls block ``index`` on a batch's hidden states, on a copy: blocks may work in place."""
-        args, kwargs = self.calls[batch][index].with_hidden(self.hidden[batch].clone())
+        hidden = self.hidden[batch]
+        if hidden is None:
+            return None
+        args, kwargs = self.calls[batch][index].with_hidden(hidden.clone())
         return self.blocks[index](*args, **kwargs)
 
     def advance(self, index: int, batch: int) -> None:
         """Replaces the hidden states of a batch by what block ``index`` makes of them."""
-        hidden = _hidden_of(self.run(index, batch))
-        assert hidden is not None
-        self.hidden[batch] = hidden
+        self.hidden[batch] = _hidden_of(self.run(index, batch))
 
     def release(self) -> None:
         """Forgets the hidden states."""
