@@ -282,9 +282,9 @@ def test_lightning_leaves_plain_layers_after_an_exception(lightning, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "trainer"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "trainer", "trainer-fsdp2", "trainer-sharded"])
 def test_two_processes_are_one_and_resume_to_the_bit(kind, tmp_path):
-    """Lightning under DDP and FSDP2 against one process; transformers' Trainer under DDP."""
+    """Lightning under DDP and FSDP2 against one process; transformers' Trainer under DDP and FSDP2."""
     pytest.importorskip("pytorch_lightning")
     support = Path(__file__).resolve().parents[1] / "support"
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

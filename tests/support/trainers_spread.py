@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
+import accelerate
 import pytorch_lightning
 import tiny_models
 import torch
@@ -12,7 +14,7 @@ import transformers
 from pytorch_lightning.strategies import ModelParallelStrategy
 from sparse_training import batches, network, train
 from torch import distributed, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader
 
 import nmsolve
@@ -88,11 +90,17 @@ def with_lightning(kind: str, folder: Path) -> None:
     assert fit(kind, folder, True)[0] == losses[5:]
 
 
-def trained(folder: Path, checkpoint: str | None) -> tuple[list[float], nn.Module]:
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+
+
+def trained(
+    folder: Path, checkpoint: str | None, model: nn.Module | None = None, **changes: object
+) -> tuple[list[float], nn.Module]:
     tokens = torch.randint(3, tiny_models.VOCABULARY, (32, 12), generator=torch.Generator().manual_seed(0))
     callback = for_transformers.SparseTrainingCallback("2:4", **OPTIONS)
     trainer = transformers.Trainer(
-        model=tiny_models.make("llama"),
+        model=tiny_models.make("llama") if model is None else model,
         args=transformers.TrainingArguments(
             str(folder),
             max_steps=6,
@@ -103,14 +111,16 @@ def trained(folder: Path, checkpoint: str | None) -> tuple[list[float], nn.Modul
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
+            **changes,
         ),
         train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
         callbacks=[callback],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
+    assert len(callback.masks) == 14
     for name, mask in callback.masks.items():
-        nmsolve.check_mask(mask, 2, 4)
-        assert torch.equal(trainer.model.get_parameter(name) != 0, mask)
+        nmsolve.check_mask(whole(mask), 2, 4)
+        assert torch.equal(whole(trainer.model.get_parameter(name)) != 0, whole(mask))
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer.model
 
 
@@ -125,9 +135,66 @@ def with_trainer(folder: Path) -> None:
         assert torch.equal(*parts)
 
 
+def let_accelerate_shard_on_cpus() -> None:
+    """accelerate takes its FSDP plugin on GPUs alone, though nothing in it needs one."""
+    state = accelerate.state.AcceleratorState
+    begin = state.__init__
+
+    def begin_with_plugin(self: Any, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
+        begin(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = accelerate.DistributedType.FSDP
+            accelerate.state.PartialState._shared_state["distributed_type"] = self.distributed_type
+
+    state.__init__ = begin_with_plugin
+
+
+def with_trainer_and_fsdp2(folder: Path) -> None:
+    """accelerate's FSDP2, with either kind of checkpoint."""
+    expected = trained(folder / "ddp", None, save_strategy="no")[0]
+    let_accelerate_shard_on_cpus()
+    for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
+        config = {
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "state_dict_type": kind,
+        }
+        options = {"fsdp": True, "fsdp_config": config}
+        losses, model = trained(folder / kind, None, **options)
+        assert isinstance(model, FSDPModule)
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-6, atol=0)
+        again, resumed = trained(folder / kind, str(folder / kind / "checkpoint-4"), **options)
+        assert again == losses
+        for name, value in model.state_dict().items():
+            assert torch.equal(whole(resumed.state_dict()[name]), whole(value))
+
+
+def with_trainer_and_sharded_loading(folder: Path) -> None:
+    """A model that transformers itself shards while it loads it."""
+    from transformers.distributed import DistributedConfig
+
+    expected = trained(folder / "ddp", None, save_strategy="no")[0]
+    if distributed.get_rank() == 0:
+        tiny_models.make("llama").save_pretrained(folder / "model")
+    distributed.barrier()
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        folder / "model", distributed_config=DistributedConfig(fsdp_size=2)
+    )
+    assert isinstance(model, FSDPModule)
+    losses, _ = trained(folder, None, model, save_strategy="no")  # which Trainer asks for
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-6, atol=0)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "trainer":
-        with_trainer(Path(sys.argv[2]))
+    of_trainer = {
+        "trainer": with_trainer,
+        "trainer-fsdp2": with_trainer_and_fsdp2,
+        "trainer-sharded": with_trainer_and_sharded_loading,
+    }
+    if sys.argv[1] in of_trainer:
+        of_trainer[sys.argv[1]](Path(sys.argv[2]))
     else:
         with_lightning(sys.argv[1], Path(sys.argv[2]))

@@ -6,6 +6,12 @@ import copy
 import io
 import itertools
 import math
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,3 +125,59 @@ def test_masks_in_bytes_come_back(kind, options, pattern):
     assert not torch.equal(resumed.masks["0.weight"], mask)
     resumed.load_state_dict(state)
     assert torch.equal(resumed.masks["0.weight"], mask)
+
+
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+
+
+def child(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(SUPPORT / "killed_training.py"), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path])},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def whole_run(steps: int) -> list[str]:
+    model = network()
+    optimizer = adamw(model)
+    SparseTraining(model, refresh=3, decay=0.01, backend="torch").attach(optimizer)
+    return [f"{k} {loss.hex()}" for k, loss in enumerate(train(model, optimizer, batches(steps)), 1)]
+
+
+def test_a_run_that_is_killed_goes_on_to_the_bit(tmp_path):
+    expected = whole_run(8)
+    for place, step, first in (("refresh", 3, 1), ("step", 4, 3), ("checkpoint", 6, 4)):
+        run = child(tmp_path, 8, place, step)
+        printed, _ = run.communicate(timeout=300)
+        assert run.returncode == -9
+        assert printed.splitlines() == expected[first - 1 : step - 1]
+    printed, _ = child(tmp_path, 8).communicate(timeout=300)
+    assert printed.splitlines() == expected[5:]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_any_time_goes_on_to_the_bit(tmp_path):
+    steps = 400
+    expected = dict(line.split() for line in whole_run(steps))
+    generator = random.Random(0)
+    reached = 0
+    for _ in range(8):
+        run = child(tmp_path, steps)
+        for line in itertools.islice(run.stdout, generator.randrange(1, 40)):
+            step, loss = line.split()
+            assert loss == expected[step]
+        time.sleep(generator.random() / 50)
+        run.kill()
+        assert run.wait() in (0, -9)
+        for line in run.stdout:  # what it printed before it died
+            step, loss = line.split()
+            assert loss == expected[step]
+        run.stdout.close()
+        assert int(step) > reached
+        reached = int(step)
+    printed, _ = child(tmp_path, steps).communicate(timeout=300)
+    rest = dict(line.split() for line in printed.splitlines())
+    assert rest == {k: loss for k, loss in expected.items() if int(k) >= min(map(int, rest))}
+    assert min(map(int, rest)) <= reached + 2
