@@ -38,10 +38,10 @@ def work(rank: int, processes: int, folder: str) -> None:
     run_cases(CASES, rank, processes, folder, patience=120)
 
 
-def own_batches() -> Iterator[tuple[Tensor, Tensor]]:
+def own_batches(steps: int = STEPS) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's part of every batch."""
     rank, count = distributed.get_rank(), distributed.get_world_size()
-    return ((x.chunk(count)[rank], y.chunk(count)[rank]) for x, y in batches())
+    return ((x.chunk(count)[rank], y.chunk(count)[rank]) for x, y in batches(steps))
 
 
 def run(
@@ -61,13 +61,13 @@ def averaged(losses: list[float]) -> list[float]:
     return (total / distributed.get_world_size()).tolist()
 
 
-def compare(model: nn.Module, gradient: str, data: Iterator[tuple[Tensor, Tensor]], hidden: int = 32) -> None:
+def compare(model: nn.Module, gradient: str, hidden: int = 32, steps: int = STEPS) -> None:
     """The spread run has the losses, the flips, the masks and the weights of one process."""
-    expected, expected_flips, reference = run(network(hidden=hidden), batches(), gradient)
-    losses, flips, sparse = run(model, data, gradient)
+    expected, expected_flips, reference = run(network(hidden=hidden), batches(steps), gradient)
+    losses, flips, sparse = run(model, own_batches(steps), gradient)
     torch.testing.assert_close(torch.tensor(averaged(losses)), torch.tensor(expected), rtol=1e-6, atol=0)
     assert flips == expected_flips, (flips, expected_flips)
-    assert len(flips) == STEPS
+    assert len(flips) == steps
     for name, mask in sparse.finish().items():
         whole = mask.full_tensor() if hasattr(mask, "full_tensor") else mask
         assert torch.equal(whole, reference.masks[name])
@@ -88,23 +88,23 @@ def sharded(hidden: int = 32, **options: object) -> Net:
 @case
 def fsdp_equals_one_process() -> None:
     for gradient in GRADIENTS:
-        compare(sharded(), gradient, own_batches())
+        compare(sharded(), gradient, steps=50)
 
 
 @case
 def fsdp_that_keeps_weights_after_the_forward_pass() -> None:
-    compare(sharded(reshard_after_forward=False), "straight-through", own_batches())
+    compare(sharded(reshard_after_forward=False), "straight-through")
 
 
 @case
 def fsdp_with_shards_of_columns() -> None:
     model = sharded(shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 else Shard(0))
-    compare(model, "masked", own_batches())
+    compare(model, "masked")
 
 
 @case
 def fsdp_with_uneven_shards() -> None:
-    compare(sharded(hidden=31), "straight-through", own_batches(), hidden=31)
+    compare(sharded(hidden=31), "straight-through", hidden=31)
 
 
 @case
