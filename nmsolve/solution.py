@@ -61,9 +61,19 @@ class BlockSolution:
     scale : Tensor
         float64, as ``objective``: sum of the absolute kept scores, what ``gap`` is relative to. It equals the
         objective where no score is negative.
+    resolved : Tensor, optional
+        bool, as ``objective``: the blocks that were solved once more in float64, since they have infinite
+        scores or ones that are too far apart for the backend's own arithmetic. None in a solution that was
+        put together from the others.
 
     Notes
     -----
+    Scores of +inf and -inf count as 0 in objective, bound and scale, which are of what is left to choose: no
+    mask that keeps all of the former and none of the latter has more than the bound. Of a block that is short
+    (``allow_short`` of :func:`nmsolve.transposable_mask`) no mask with as many +inf and as many entries has;
+    its duals are those of a larger block, whose further lines hold what is lacking, and
+    :func:`nmsolve.dual_bound` does not give that bound.
+
     Of a block whose absolute scores sum to more than float64 holds, objective, bound and scale are divided by
     the least power of two with which that sum is below 2^1023.
     """
@@ -74,6 +84,12 @@ class BlockSolution:
     objective: Tensor
     bound: Tensor
     scale: Tensor
+    resolved: Tensor | None = None
+
+    @property
+    def resolved_blocks(self) -> int:
+        """How many blocks were solved once more in float64."""
+        return 0 if self.resolved is None else int(_gathered(self.resolved).sum())
 
     @property
     def gap(self) -> Tensor:
@@ -143,7 +159,7 @@ def retained_share(objective: float, score: float) -> float:
 
 
 def kept_score(scores: Tensor, mask: Tensor, pattern: PatternLike) -> tuple[Tensor, Tensor]:
-    """Kept score of every block, and the sum of its absolute kept scores.
+    """Kept score of every block, and the sum of its absolute kept scores; infinite scores count as 0.
 
     Parameters
     ----------
@@ -175,6 +191,10 @@ def kept_score(scores: Tensor, mask: Tensor, pattern: PatternLike) -> tuple[Tens
             t[at] = kept.abs().sum((-2, -1))
             o[at] = kept.sum((-2, -1))
             if not torch.isfinite(t[at]).all():
+                finite = split_blocks(a[b, i, j], r, c).double()
+                kept = finite.masked_fill(finite.isinf(), 0) * split_blocks(s[b, i, j], r, c)
+                t[at] = kept.abs().sum((-2, -1))
+                o[at] = kept.sum((-2, -1))
                 o[at] = o[at].where(torch.isfinite(t[at]), (kept * _ROOM).sum((-2, -1)) / _ROOM)
     return objective, scale
 
@@ -184,7 +204,8 @@ def dual_bound(scores: Tensor, row_duals: Tensor, col_duals: Tensor, pattern: Pa
 
     For a full block ``D(u, v) = N sum(u) + N sum(v) + sum_ij max(0, A_ij - u_i - v_j)``, in float64. Weak
     duality makes D a bound for *any* u and v, so whoever trusts this function needs to trust no solver. In a
-    partial block the lines of the longer side hold at most N, so their prices count as at least 0.
+    partial block the lines of the longer side hold at most N, so their prices count as at least 0. A score of
+    -inf, which is never kept, adds nothing; one of +inf, which always is but counts as 0, ``-u_i - v_j``.
 
     Parameters
     ----------
@@ -229,5 +250,9 @@ def dual_bound(scores: Tensor, row_duals: Tensor, col_duals: Tensor, pattern: Pa
 
 def _block_bound(blocks: Tensor, u: Tensor, v: Tensor, need: Demand) -> Tensor:
     """The sum of :func:`dual_bound` for ``(..., R, C)`` blocks of one shape."""
-    surplus = blocks - u.unsqueeze(-1) - v.unsqueeze(-2)
-    return need.row * u.sum(-1) + need.col * v.sum(-1) + surplus.clamp(min=0).sum((-2, -1))
+    surplus = (blocks - u.unsqueeze(-1) - v.unsqueeze(-2)).clamp(min=0)
+    bound = need.row * u.sum(-1) + need.col * v.sum(-1) + surplus.sum((-2, -1))
+    if torch.isfinite(bound).all():
+        return bound
+    surplus = torch.where(blocks == math.inf, -u.unsqueeze(-1) - v.unsqueeze(-2), surplus)
+    return need.row * u.sum(-1) + need.col * v.sum(-1) + surplus.sum((-2, -1))

@@ -24,13 +24,13 @@ from nmsolve.blocks import chosen_blocks
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import kept_score
 
-__all__ = ["enough", "fit", "tighten"]
+__all__ = ["certificate", "enough", "exponents", "fit", "tighten", "times_power_of_two"]
 
 # The largest number that sums of blocks may reach, as a power of two.
 _LARGEST = 1023
 
 # Row duals, column duals, and the shortfall of the bound that they give: float64, and a multiple of the power
-# of two that normalises the block (:func:`_exponent`).
+# of two that normalises the block (:func:`exponents`).
 Certificate = tuple[Tensor, Tensor, Tensor]
 
 
@@ -93,11 +93,11 @@ def fit(
     ):
         blocks, optimal, kept = every[at], best_masks[at], masks[at]
         rows, cols = blocks.shape[1:]
-        u[..., :rows][at], v[..., :cols][at], left = _certificate(blocks, optimal, pattern.n, u.dtype)
-        a = _ldexp(blocks, -_exponent(blocks))
+        u[..., :rows][at], v[..., :cols][at], left = certificate(blocks, optimal, pattern.n, u.dtype)
+        a = times_power_of_two(blocks, -exponents(blocks))
         unit = _LARGEST - torch.frexp(a.abs().sum((1, 2))).exponent
-        proven[at] = _ldexp((a * optimal).sum((1, 2)) + left, unit)
-        reached[at], size[at] = (_ldexp((x * kept).sum((1, 2)), unit) for x in (a, a.abs()))
+        proven[at] = times_power_of_two((a * optimal).sum((1, 2)) + left, unit)
+        reached[at], size[at] = (times_power_of_two((x * kept).sum((1, 2)), unit) for x in (a, a.abs()))
     torch.maximum(bound, objective, out=bound)
 
 
@@ -111,8 +111,8 @@ def _replace(
     bound: Tensor,
 ) -> None:
     """Write the new duals and bounds of the ``wanted`` blocks where they are better."""
-    u, v, left = _certificate(blocks, masks, n, duals[0].dtype)
-    shortfall = _ldexp(left, _exponent(blocks))
+    u, v, left = certificate(blocks, masks, n, duals[0].dtype)
+    shortfall = times_power_of_two(left, exponents(blocks))
     finite = torch.isfinite(duals[0][wanted]).all(1) & torch.isfinite(duals[1][wanted]).all(1)
     better = ~(finite & (bound[wanted] - objective[wanted] <= shortfall))
     where = tuple(index[better] for index in wanted.nonzero(as_tuple=True))
@@ -120,14 +120,20 @@ def _replace(
     bound[where] = objective[where] + shortfall[better]
 
 
-def _certificate(blocks: Tensor, masks: Tensor, n: int, dtype: torch.dtype) -> Certificate:
-    """Duals of ``(B, R, C)`` blocks with optimal masks, as good as ``dtype`` holds them."""
+def certificate(
+    blocks: Tensor, masks: Tensor, n: int, dtype: torch.dtype, size: Tensor | None = None
+) -> Certificate:
+    """Duals of ``(B, R, C)`` blocks with optimal masks, as good as ``dtype`` holds them.
+
+    ``size`` is the sum of the absolute kept scores that the shortfall has to be small beside, if it is not
+    that of the blocks.
+    """
     if blocks.shape[1] > blocks.shape[2]:
-        u, v, shortfall = _certificate(blocks.mT, masks.mT, n, dtype)
+        u, v, shortfall = certificate(blocks.mT, masks.mT, n, dtype, size)
         return v, u, shortfall
     rows, cols = blocks.shape[1:]
-    exponent = _exponent(blocks)
-    a = _ldexp(blocks.double(), -exponent)
+    exponent = exponents(blocks)
+    a = times_power_of_two(blocks.double(), -exponent)
     potentials = _potentials(a, masks, n)
     if rows < cols:
         shifts = [potentials.amax(1, keepdim=True)]
@@ -145,7 +151,8 @@ def _certificate(blocks: Tensor, masks: Tensor, n: int, dtype: torch.dtype) -> C
     best = torch.stack([left for *_, left in found]).argmin(0)
     block = torch.arange(len(a), device=a.device)
     u, v, left = (torch.stack(parts)[best, block] for parts in zip(*found, strict=True))
-    short = left > enough(dtype) * (a * masks).abs().sum((1, 2))
+    kept = (a * masks).abs().sum((1, 2)) if size is None else times_power_of_two(size, -exponent)
+    short = left > enough(dtype) * kept
     if short.any():  # the prices themselves, before the duals' type rounds them or cuts them off
         exact_v = shifts[-1] - potentials
         exact_u, exact_left = _row_duals(a, masks, exact_v, torch.zeros_like(exponent), torch.float64)
@@ -155,7 +162,7 @@ def _certificate(blocks: Tensor, masks: Tensor, n: int, dtype: torch.dtype) -> C
         u, v = torch.where(short[:, None], exact_u, u), torch.where(short[:, None], exact_v, v)
         left = torch.where(short, exact_left, left)
     largest = torch.finfo(dtype).max
-    u, v = (_ldexp(prices, exponent).clamp(-largest, largest).to(dtype) for prices in (u, v))
+    u, v = (times_power_of_two(prices, exponent).clamp(-largest, largest).to(dtype) for prices in (u, v))
     return u, v, left
 
 
@@ -211,19 +218,19 @@ def _row_duals(
 def _rounded(x: Tensor, exponent: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Prices as ``dtype`` holds them in the scores' unit: the nearest, the one below and the one above."""
     largest = torch.finfo(dtype).max
-    nearest = _ldexp(x, exponent).clamp(-largest, largest).to(dtype)
+    nearest = times_power_of_two(x, exponent).clamp(-largest, largest).to(dtype)
     ends = (nearest.new_tensor(end) for end in (-largest, largest))
     below, above = (nearest.nextafter(end) for end in ends)
-    nearest, below, above = (_ldexp(y.double(), -exponent) for y in (nearest, below, above))
+    nearest, below, above = (times_power_of_two(y.double(), -exponent) for y in (nearest, below, above))
     return nearest, below, above
 
 
-def _exponent(blocks: Tensor) -> Tensor:
+def exponents(blocks: Tensor) -> Tensor:
     """The powers of two that ``(B, R, C)`` blocks are divided by, for their largest entry to be below 1."""
     return torch.frexp(blocks.double().abs().amax((1, 2))).exponent
 
 
-def _ldexp(x: Tensor, exponent: Tensor) -> Tensor:
+def times_power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
     """``x * 2**exponent`` for one exponent per block; in two factors, so that neither overflows."""
     e = exponent.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
     half = (e / 2).floor()

@@ -6,6 +6,8 @@ while a model is traced.
 
 Duals are float64 for float64 scores and float32 for all others, whatever a backend computes in. Outputs are
 contiguous, but for the mask of :func:`nm_mask`, whose groups' dimension is the innermost.
+
+The overloads ``default`` are those of earlier versions, for programs that were exported with them.
 """
 
 from __future__ import annotations
@@ -22,8 +24,18 @@ from nmsolve.backends.dispatch import MASK_METHODS, Backend, GroupMaskSolver, se
 from nmsolve.blocks import batched_matrices
 from nmsolve.ops.certificates import enough, fit, tighten
 from nmsolve.ops.registration import register
-from nmsolve.ops.validation import check_all_finite, check_finite_duals
-from nmsolve.ops.wider import coarse_blocks, solve_wider, worked_in_float32
+from nmsolve.ops.validation import check_finite_duals, check_numbers
+from nmsolve.ops.wider import (
+    Certificates,
+    coarse_blocks,
+    finite_part,
+    infinite_blocks,
+    over_blocks,
+    refuse_short_groups,
+    solve_wider,
+    stand_ins,
+    violating_blocks,
+)
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import BlockResult, kept_score
 
@@ -37,7 +49,7 @@ __all__ = [
 ]
 
 # The tensors of a solution, in the order of BlockSolution's fields.
-Solution = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Solution = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def solution_shapes(shape: Sequence[int], m: int) -> list[tuple[int, ...]]:
@@ -46,11 +58,11 @@ def solution_shapes(shape: Sequence[int], m: int) -> list[tuple[int, ...]]:
     Examples
     --------
     >>> solution_shapes((2, 8, 10), 4)
-    [(2, 8, 10), (2, 2, 3, 4), (2, 2, 3, 4), (2, 2, 3), (2, 2, 3), (2, 2, 3)]
+    [(2, 8, 10), (2, 2, 3, 4), (2, 2, 3, 4), (2, 2, 3), (2, 2, 3), (2, 2, 3), (2, 2, 3)]
     """
     *lead, rows, cols = shape
     blocks = (*lead, -(-rows // m), -(-cols // m))
-    return [tuple(shape), (*blocks, m), (*blocks, m), blocks, blocks, blocks]
+    return [tuple(shape), (*blocks, m), (*blocks, m), blocks, blocks, blocks, blocks]
 
 
 # --- outputs without values: of fake tensors, and of empty ones ---------------------------------------------
@@ -61,12 +73,12 @@ def _blank_mask(scores: Tensor) -> Tensor:
 
 
 def _blank_solution(scores: Tensor, m: int) -> Solution:
-    dtypes = (torch.bool, _dual_dtype(scores), _dual_dtype(scores), *[torch.float64] * 3)
+    dtypes = (torch.bool, _dual_dtype(scores), _dual_dtype(scores), *[torch.float64] * 3, torch.bool)
     shapes = solution_shapes(scores.shape, m)
-    mask, u, v, objective, bound, scale = (
+    mask, u, v, objective, bound, scale, resolved = (
         scores.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)
     )
-    return mask, u, v, objective, bound, scale
+    return mask, u, v, objective, bound, scale, resolved
 
 
 def _blank_lines(scores: Tensor, dim: int) -> Tensor:
@@ -81,95 +93,167 @@ def _dual_dtype(scores: Tensor) -> torch.dtype:
 # --- running backends ---------------------------------------------------------------------------------------
 
 
+class _Problem(NamedTuple):
+    """A matrix as backends take it, all of it finite, and what is left for :mod:`nmsolve.ops.wider`."""
+
+    name: str
+    runner: Backend
+    scores: Tensor  # as they came
+    finite: Tensor  # the same tensor where all are finite
+    infinite: Tensor | None  # the blocks with infinite scores, if there are any
+    low: float  # the least of the finite ones
+
+    def again(self, pattern: NMPattern) -> Tensor | None:
+        """The blocks that are to be solved again whatever a backend found, or None."""
+        coarse = coarse_blocks(self.finite, pattern, self.runner) if self.low < 0 else None
+        if coarse is None or self.infinite is None:
+            return coarse if self.infinite is None else self.infinite
+        return coarse | self.infinite
+
+    def is_left_out(self) -> bool:
+        """Whether no block is worth a backend's own solution."""
+        return self.infinite is not None and bool(self.infinite.all())
+
+
 def _masks(
-    scores: Sequence[Tensor], warm: Sequence[Tensor], n: int, m: int, method: str, backend: str, *options: Any
+    scores: Sequence[Tensor],
+    warm: Sequence[Tensor],
+    n: int,
+    m: int,
+    method: str,
+    backend: str,
+    iterations: int,
+    tau: float,
+    allow_short: bool = False,
 ) -> list[Tensor]:
     """One mask per matrix; ``warm`` are the duals of a single matrix, or nothing."""
     pattern = NMPattern(n, m)
-    runners, lowest = _checked(scores, warm, backend, m)
-    if method == "exact":
-        masks = [result.mask for result in _exact(runners, scores, warm, pattern, False)]
-        for runner, matrix, low, mask in zip(runners, scores, lowest, masks, strict=True):
-            if low < 0 and worked_in_float32(matrix, runner):
-                solve_wider(runner, matrix, mask, coarse_blocks(matrix, pattern), pattern)
+    problems = _checked(scores, warm, backend, pattern)
+    if method != "exact":
+        masks = _approximate(problems, pattern, method, iterations, tau)
+        for problem, mask in zip(problems, masks, strict=True):
+            if problem.infinite is not None:
+                wrong = violating_blocks(problem.scores, mask, pattern)
+                _solve_again(problem, mask, wrong, pattern, allow_short)
         return masks
-    return _approximate(runners, scores, pattern, method, *options)
+    masks = [result.mask for result in _exact(problems, warm, pattern, False)]
+    for problem, mask in zip(problems, masks, strict=True):
+        again = problem.again(pattern)
+        if again is not None:
+            _solve_again(problem, mask, again, pattern, allow_short)
+    return masks
 
 
 def _solutions(
-    scores: Sequence[Tensor], warm: Sequence[Tensor], n: int, m: int, method: str, backend: str, *options: Any
+    scores: Sequence[Tensor],
+    warm: Sequence[Tensor],
+    n: int,
+    m: int,
+    method: str,
+    backend: str,
+    iterations: int,
+    tau: float,
+    allow_short: bool = False,
 ) -> list[Solution]:
     """One solution per matrix. That of an approximate method has the exact one's duals and bound."""
     pattern = NMPattern(n, m)
-    runners, lowest = _checked(scores, warm, backend, m)
-    results = _exact(runners, scores, warm, pattern, True)
-    masks = None if method == "exact" else _approximate(runners, scores, pattern, method, *options)
+    problems = _checked(scores, warm, backend, pattern)
+    results = _exact(problems, warm, pattern, True)
+    masks = None if method == "exact" else _approximate(problems, pattern, method, iterations, tau)
     solutions = []
-    for i, (matrix, low, (mask, u, v, objective, bound)) in enumerate(
-        zip(scores, lowest, results, strict=True)
-    ):
+    for i, (problem, (mask, u, v, objective, bound)) in enumerate(zip(problems, results, strict=True)):
         assert u is not None
         assert v is not None
         assert objective is not None
         assert bound is not None
+        matrix = problem.finite
         u, v = u.to(_dual_dtype(matrix)), v.to(_dual_dtype(matrix))
-        if low >= 0:
+        if problem.low >= 0:
             scale = objective.clone()
         else:
             objective, scale = kept_score(matrix, mask, pattern)
         tighten(matrix, mask, (u, v), objective, bound, scale, pattern)
-        if worked_in_float32(matrix, runners[i]):
-            short = bound - objective > enough(matrix.dtype) * scale
-            if low < 0:
-                short |= coarse_blocks(matrix, pattern)
-            better = solve_wider(runners[i], matrix, mask, short, pattern)
-            if better.any():
-                objective, scale = kept_score(matrix, mask, pattern)
-                tighten(matrix, mask, (u, v), objective, bound.masked_fill_(better, inf), scale, pattern)
+        wanted = bound - objective > enough(matrix.dtype) * scale
+        again = problem.again(pattern)
+        if again is not None:
+            wanted |= again
+        certificates = Certificates(u, v, objective, bound, scale)
+        resolved = _solve_again(problem, mask, wanted, pattern, allow_short, certificates)
         best = mask
         if masks is not None:
             mask = masks[i]
+            if problem.infinite is not None:
+                wrong = violating_blocks(problem.scores, mask, pattern)
+                mask = torch.where(over_blocks(wrong, mask, pattern), best, mask)
             objective, scale = kept_score(matrix, mask, pattern)
             bound = torch.maximum(bound, objective)
         fit(matrix, best, mask, (u, v), objective, bound, scale, pattern)
-        solutions.append((mask, u, v, objective, bound, scale))
+        solutions.append((mask, u, v, objective, bound, scale, resolved))
     return solutions
 
 
+def _solve_again(
+    problem: _Problem,
+    mask: Tensor,
+    wanted: Tensor,
+    pattern: NMPattern,
+    allow_short: bool,
+    *proofs: Certificates,
+) -> Tensor:
+    """Masks of the ``wanted`` blocks anew, in place; which those were."""
+    return solve_wider(
+        problem.runner,
+        problem.scores,
+        mask,
+        wanted,
+        pattern,
+        allow_short=allow_short,
+        certificates=proofs[0] if proofs else None,
+        name=problem.name,
+    )
+
+
 def _checked(
-    scores: Sequence[Tensor], warm: Sequence[Tensor], backend: str, m: int
-) -> tuple[list[Backend], list[float]]:
-    """Each matrix's backend and smallest score; raises before any work if one cannot be solved."""
-    runners = [select(backend, matrix.device, m) for matrix in scores]
-    lowest = check_all_finite(scores)
+    scores: Sequence[Tensor], warm: Sequence[Tensor], backend: str, pattern: NMPattern
+) -> list[_Problem]:
+    """Each matrix with its backend; raises before any work if one cannot be solved."""
+    runners = [select(backend, matrix.device, pattern.m) for matrix in scores]
+    ends = check_numbers(scores)
     check_finite_duals(warm)
-    return runners, lowest
+    problems = []
+    for i, (runner, matrix, (low, high)) in enumerate(zip(runners, scores, ends, strict=True)):
+        name = f"scores[{i}]" if len(scores) > 1 else "scores"
+        if matrix.numel() == 0 or (low > -inf and high < inf):
+            problems.append(_Problem(name, runner, matrix, matrix, None, low))
+            continue
+        finite = finite_part(matrix)
+        infinite = infinite_blocks(matrix, pattern)
+        problems.append(_Problem(name, runner, matrix, finite, infinite, float(finite.min())))
+    return problems
 
 
 def _exact(
-    runners: Sequence[Backend],
-    scores: Sequence[Tensor],
-    warm: Sequence[Tensor],
-    pattern: NMPattern,
-    want_solution: bool,
+    problems: Sequence[_Problem], warm: Sequence[Tensor], pattern: NMPattern, want_solution: bool
 ) -> list[BlockResult]:
-    """Optimal masks, with duals, objective and bound when asked."""
+    """Optimal masks of the finite parts, with duals, objective and bound when asked; zeros if left out."""
+    left_out = [problem.is_left_out() for problem in problems]
     views = [
         _View(index, part, (duals[0], duals[1]) if duals else None)
-        for index, matrix in enumerate(scores)
-        if matrix.numel()
-        for part, *duals in batched_matrices(matrix, *warm)
+        for index, problem in enumerate(problems)
+        if problem.finite.numel() and not left_out[index]
+        for part, *duals in batched_matrices(problem.finite, *warm)
     ]
     fields = 5 if want_solution else 1
-    found: list[list[tuple[Any, ...]]] = [[] for _ in scores]
+    found: list[list[tuple[Any, ...]]] = [[] for _ in problems]
+    runners = [problem.runner for problem in problems]
     for view, result in zip(views, _solve_views(runners, views, pattern, want_solution), strict=True):
         found[view.matrix].append(result[:fields])
     results = []
-    for matrix, parts in zip(scores, found, strict=True):
+    for problem, parts in zip(problems, found, strict=True):
         if parts:
-            joined = [_joined(field, matrix.shape[:-2]) for field in zip(*parts, strict=True)]
+            joined = [_joined(field, problem.finite.shape[:-2]) for field in zip(*parts, strict=True)]
         else:
-            joined = list(_blank_solution(matrix, pattern.m)[:fields])
+            joined = [field.zero_() for field in _blank_solution(problem.finite, pattern.m)[:fields]]
         results.append(BlockResult(*joined))
     return results
 
@@ -201,26 +285,19 @@ def _solve_views(
 
 
 def _approximate(
-    runners: Sequence[Backend],
-    scores: Sequence[Tensor],
-    pattern: NMPattern,
-    method: str,
-    iterations: int,
-    tau: float,
+    problems: Sequence[_Problem], pattern: NMPattern, method: str, iterations: int, tau: float
 ) -> list[Tensor]:
+    """Masks by a method that knows no infinite scores, and may keep a -inf or leave out a +inf."""
     given = {"iterations": iterations, "tau": tau}
     options = {name: given[name] for name in MASK_METHODS[method]}
 
-    def solve(runner: Backend, part: Tensor) -> Tensor:
-        mask: Tensor = getattr(runner.masks, method)(part, pattern, **options)
-        return mask
+    def solve(problem: _Problem) -> Tensor:
+        matrix = problem.scores if problem.infinite is None else stand_ins(problem.scores, pattern)
+        solver = getattr(problem.runner.masks, method)
+        parts = [solver(part, pattern, **options) for (part,) in batched_matrices(matrix)]
+        return _joined(parts, matrix.shape[:-2])
 
-    return [
-        _joined([solve(runner, part) for (part,) in batched_matrices(matrix)], matrix.shape[:-2])
-        if matrix.numel()
-        else _blank_mask(matrix)
-        for runner, matrix in zip(runners, scores, strict=True)
-    ]
+    return [solve(problem) if problem.scores.numel() else _blank_mask(problem.scores) for problem in problems]
 
 
 def _joined(parts: Sequence[Any], lead: torch.Size) -> Tensor:
@@ -229,16 +306,22 @@ def _joined(parts: Sequence[Any], lead: torch.Size) -> Tensor:
     return whole.view(*lead, *whole.shape[1:])
 
 
-def _lines(scores: Tensor, n: int, m: int, dim: int, backend: str) -> Tensor:
+def _lines(scores: Tensor, n: int, m: int, dim: int, backend: str, allow_short: bool = False) -> Tensor:
     """The ordinary mask, groups along ``dim``."""
     pattern = NMPattern(n, m)
-    (runner,), _ = _checked([scores], (), backend, m)
+    runner = select(backend, scores.device, m)
+    ((low, high),) = check_numbers([scores])
     if scores.numel() == 0:
         return _blank_lines(scores, dim)
     moved = scores.movedim(dim, -1)
     lines = torch.atleast_2d(moved)
     parts = [runner.masks.ordinary(part, pattern) for (part,) in batched_matrices(lines)]
-    return _joined(parts, lines.shape[:-2]).view(moved.shape).movedim(-1, dim)
+    mask = _joined(parts, lines.shape[:-2]).view(moved.shape)
+    if low == -inf or high == inf:
+        if not allow_short:
+            refuse_short_groups(moved, mask, pattern, dim)
+        mask &= moved > -inf
+    return mask.movedim(-1, dim)
 
 
 # --- operators ----------------------------------------------------------------------------------------------
@@ -251,35 +334,73 @@ def _given(*duals: Tensor | None) -> list[Tensor]:
     return [tensor for tensor in duals if tensor is not None]
 
 
-transposable_mask = register(
+def _first(solution: Solution) -> tuple[Tensor, ...]:
+    """What there was before it was said which blocks were solved again."""
+    return solution[:6]
+
+
+register(
     "transposable_mask",
     f"({_SINGLE}, {_OPTIONS}) -> Tensor",
     lambda scores, u, v, *options: _masks([scores], _given(u, v), *options)[0],
     lambda scores, *_: _blank_mask(scores),
 )
-transposable_solution = register(
+register(
     "transposable_solution",
     f"({_SINGLE}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda scores, u, v, *options: _solutions([scores], _given(u, v), *options)[0],
-    lambda scores, u, v, n, m, *_: _blank_solution(scores, m),
+    lambda scores, u, v, *options: _first(_solutions([scores], _given(u, v), *options)[0]),
+    lambda scores, u, v, n, m, *_: _first(_blank_solution(scores, m)),
 )
-transposable_masks = register(
+register(
     "transposable_masks",
     f"(Tensor[] scores, {_OPTIONS}) -> Tensor[]",
     lambda scores, *options: _masks(scores, (), *options),
     lambda scores, *_: [_blank_mask(matrix) for matrix in scores],
 )
-# The tensors of the first matrix's solution, then those of the second's, and so on.
-transposable_solutions = register(
+register(
     "transposable_solutions",
     f"(Tensor[] scores, {_OPTIONS}) -> Tensor[]",
+    lambda scores, *options: list(chain.from_iterable(map(_first, _solutions(scores, (), *options)))),
+    lambda scores, n, m, *_: list(
+        chain.from_iterable(_first(_blank_solution(matrix, m)) for matrix in scores)
+    ),
+)
+register(
+    "nm_mask",
+    "(Tensor scores, int n, int m, int dim, str backend) -> Tensor",
+    _lines,
+    lambda scores, n, m, dim, backend: _blank_lines(scores, dim),
+)
+
+transposable_mask = register(
+    "transposable_mask.short",
+    f"({_SINGLE}, {_OPTIONS}, bool allow_short) -> Tensor",
+    lambda scores, u, v, *options: _masks([scores], _given(u, v), *options)[0],
+    lambda scores, *_: _blank_mask(scores),
+)
+transposable_solution = register(
+    "transposable_solution.short",
+    f"({_SINGLE}, {_OPTIONS}, bool allow_short) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda scores, u, v, *options: _solutions([scores], _given(u, v), *options)[0],
+    lambda scores, u, v, n, m, *_: _blank_solution(scores, m),
+)
+transposable_masks = register(
+    "transposable_masks.short",
+    f"(Tensor[] scores, {_OPTIONS}, bool allow_short) -> Tensor[]",
+    lambda scores, *options: _masks(scores, (), *options),
+    lambda scores, *_: [_blank_mask(matrix) for matrix in scores],
+)
+# The tensors of the first matrix's solution, then those of the second's, and so on.
+transposable_solutions = register(
+    "transposable_solutions.short",
+    f"(Tensor[] scores, {_OPTIONS}, bool allow_short) -> Tensor[]",
     lambda scores, *options: list(chain.from_iterable(_solutions(scores, (), *options))),
     lambda scores, n, m, *_: [part for matrix in scores for part in _blank_solution(matrix, m)],
 )
 # dim is negative, so that it means the same with a batch dimension in front.
 nm_mask = register(
-    "nm_mask",
-    "(Tensor scores, int n, int m, int dim, str backend) -> Tensor",
+    "nm_mask.short",
+    "(Tensor scores, int n, int m, int dim, str backend, bool allow_short) -> Tensor",
     _lines,
-    lambda scores, n, m, dim, backend: _blank_lines(scores, dim),
+    lambda scores, n, m, dim, *_: _blank_lines(scores, dim),
 )

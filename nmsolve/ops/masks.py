@@ -16,6 +16,7 @@ from nmsolve.ops.validation import (
     WarmStart,
     check_dim,
     check_duals,
+    check_flag,
     check_scores,
     describe,
     dual_pair,
@@ -43,6 +44,7 @@ def transposable_mask(
     warm_start: WarmStart | None = ...,
     iterations: int | None = ...,
     tau: float | None = ...,
+    allow_short: bool = ...,
 ) -> Tensor: ...
 @overload
 def transposable_mask(
@@ -56,6 +58,7 @@ def transposable_mask(
     warm_start: WarmStart | None = ...,
     iterations: int | None = ...,
     tau: float | None = ...,
+    allow_short: bool = ...,
 ) -> BlockSolution: ...
 def transposable_mask(
     scores: Tensor,
@@ -68,6 +71,7 @@ def transposable_mask(
     warm_start: WarmStart | None = None,
     iterations: int | None = None,
     tau: float | None = None,
+    allow_short: bool = False,
 ) -> Tensor | BlockSolution:
     """The N:M mask along rows and columns that keeps the most score.
 
@@ -77,9 +81,10 @@ def transposable_mask(
     Parameters
     ----------
     scores : Tensor
-        ``(..., rows, cols)``, float64, float32, float16 or bfloat16, finite, any strides; higher = keep. The
-        work is done in float32, or in float64 for float64 scores off the GPU, and once more in float64 in
-        blocks that float32 is too coarse for, as where large negative scores stand for what must not be kept.
+        ``(..., rows, cols)``, float64, float32, float16 or bfloat16, any strides; higher = keep. -inf is
+        never kept and +inf always; NaN is an error. The work is done in float32, or in float64 for float64
+        scores off the GPU, and once more in float64 in blocks with infinite scores, or with ones that are too
+        far apart, as where large negative scores stand for what had better not be kept.
         A DTensor, whose shards must consist of whole blocks, gives DTensors with its placements, without
         communication. Scores may be negative: what is kept is still the largest *sum* of exactly n entries
         in each line, so a mask of weights wants their magnitudes, ``weight.abs()``; with signs it drops the
@@ -104,6 +109,10 @@ def transposable_mask(
         Dykstra iterations of "tsenor" (300).
     tau : float, optional
         Inverse temperature of "tsenor", relative to each block's largest absolute score (150).
+    allow_short : bool
+        Whether a block whose infinite scores leave no mask of the pattern gets a short one, with at most n in
+        each line: as many +inf as these can hold, among such masks one with as many entries as there can be,
+        none of them -inf, and among these one with the most score. By default it is an error.
 
     Returns
     -------
@@ -113,7 +122,8 @@ def transposable_mask(
     Raises
     ------
     NMSolveError
-        If an argument is not as described.
+        If an argument is not as described, or infinite scores leave a block no mask of the pattern; the
+        message names the first one.
     BackendError
         If the backend asked for cannot run here.
 
@@ -123,12 +133,21 @@ def transposable_mask(
     >>> transposable_mask(scores, 1, 2)
     tensor([[False,  True],
             [ True, False]])
-    >>> transposable_mask(scores, 1, 2, return_solution=True).max_gap
+    >>> scores[0, 1] = -torch.inf
+    >>> transposable_mask(scores, 1, 2)
+    tensor([[ True, False],
+            [False,  True]])
+    >>> scores[0, 0] = -torch.inf
+    >>> transposable_mask(scores, 1, 2, allow_short=True)
+    tensor([[False, False],
+            [ True, False]])
+    >>> transposable_mask(scores, 1, 2, return_solution=True, allow_short=True).max_gap
     0.0
     """
     pattern = NMPattern.of(n, m)
     check_scores(scores)
     check_backend(backend)
+    check_flag("allow_short", allow_short)
     iterations, tau = tsenor_options(method, iterations, tau)
     if warm_start is not None and method != "exact":
         raise NMSolveError(f"warm_start: only method 'exact' starts from duals, got method {method!r}")
@@ -136,7 +155,7 @@ def transposable_mask(
     u = v = None
     if warm_start is not None:
         u, v = (shard_of(duals) for duals in check_duals(warm_start, scores, pattern, sharding))
-    options = (pattern.n, pattern.m, method, backend, iterations, tau)
+    options = (pattern.n, pattern.m, method, backend, iterations, tau, allow_short)
     if not return_solution:
         mask = on_shards(mask_operators.transposable_mask, [sharding], shard_of(scores), u, v, *options)
         return from_shards(sharding, [mask], [scores.shape])[0]
@@ -155,6 +174,7 @@ def transposable_masks(
     method: str = ...,
     backend: str = ...,
     return_solution: Literal[False] = False,
+    allow_short: bool = ...,
 ) -> list[Tensor]: ...
 @overload
 def transposable_masks(
@@ -165,6 +185,7 @@ def transposable_masks(
     method: str = ...,
     backend: str = ...,
     return_solution: Literal[True],
+    allow_short: bool = ...,
 ) -> list[BlockSolution]: ...
 def transposable_masks(
     scores: Sequence[Tensor],
@@ -174,6 +195,7 @@ def transposable_masks(
     method: str = "exact",
     backend: str = "auto",
     return_solution: bool = False,
+    allow_short: bool = False,
 ) -> list[Tensor] | list[BlockSolution]:
     """The transposable masks of several tensors, such as all layers of a model or all experts of a layer.
 
@@ -184,7 +206,7 @@ def transposable_masks(
     ----------
     scores : list or tuple of Tensor
         Each ``(..., rows, cols)``, of any size, dtype and device that :func:`transposable_mask` takes.
-    n, m, method, backend, return_solution
+    n, m, method, backend, return_solution, allow_short
         As in :func:`transposable_mask`, for all tensors; "auto" chooses a backend for each.
 
     Returns
@@ -195,7 +217,8 @@ def transposable_masks(
     Raises
     ------
     NMSolveError
-        If an argument is not as described; the message says which tensor, such as ``scores[3]``.
+        If an argument is not as described, or a block has no mask of the pattern; the message says which
+        tensor, such as ``scores[3]``.
     BackendError
         If the backend asked for cannot run one of them here.
 
@@ -211,7 +234,8 @@ def transposable_masks(
     for i, matrix in enumerate(scores):
         check_scores(matrix, name=f"scores[{i}]")
     check_backend(backend)
-    options = (pattern.n, pattern.m, method, backend, *tsenor_options(method, None, None))
+    check_flag("allow_short", allow_short)
+    options = (pattern.n, pattern.m, method, backend, *tsenor_options(method, None, None), allow_short)
     shardings = [sharding_of(matrix, pattern.m, _TILED, f"scores[{i}]") for i, matrix in enumerate(scores)]
     if not scores:
         return []
@@ -240,6 +264,7 @@ def solve_blocks(
     warm_start: WarmStart | None = None,
     iterations: int | None = None,
     tau: float | None = None,
+    allow_short: bool = False,
 ) -> BlockSolution:
     """Transposable masks of a batch of square blocks, with their certificates.
 
@@ -250,7 +275,7 @@ def solve_blocks(
     n : int
         Kept entries per row and column, ``0 <= n <= M``; a pattern such as ``"8:16"`` has to be that of the
         blocks. With n = 1 a mask is a permutation matrix.
-    method, backend, warm_start, iterations, tau
+    method, backend, warm_start, iterations, tau, allow_short
         As in :func:`transposable_mask`; duals to start from are ``(B, M)``.
 
     Returns
@@ -290,7 +315,9 @@ def solve_blocks(
         warm_start=warm_start,
         iterations=iterations,
         tau=tau,
+        allow_short=allow_short,
     )
+    assert solution.resolved is not None
     return BlockSolution(
         solution.mask,
         solution.row_duals[:, 0, 0],
@@ -298,11 +325,18 @@ def solve_blocks(
         solution.objective[:, 0, 0],
         solution.bound[:, 0, 0],
         solution.scale[:, 0, 0],
+        solution.resolved[:, 0, 0],
     )
 
 
 def nm_mask(
-    scores: Tensor, n: int | PatternLike, m: int | None = None, dim: int = -1, *, backend: str = "auto"
+    scores: Tensor,
+    n: int | PatternLike,
+    m: int | None = None,
+    dim: int = -1,
+    *,
+    backend: str = "auto",
+    allow_short: bool = False,
 ) -> Tensor:
     """The ordinary N:M mask: the n largest scores of every m consecutive ones along a dimension.
 
@@ -319,6 +353,9 @@ def nm_mask(
         The dimension along which groups lie; for a linear layer's ``(out, in)`` weight -1 is the input.
     backend : {"auto", "triton", "cpu", "torch"}
         All give the same mask: ties go to the lowest index.
+    allow_short : bool
+        Whether a group with fewer than n scores other than -inf keeps these, and one with more than n of +inf
+        the first n of those. By default it is an error.
 
     Returns
     -------
@@ -336,13 +373,17 @@ def nm_mask(
     --------
     >>> nm_mask(torch.tensor([0.1, 0.9, 0.5, 0.5]), 2, 4)
     tensor([False,  True,  True, False])
+    >>> nm_mask(torch.tensor([0.1, -torch.inf, 0.5, torch.inf]), 2, 4)
+    tensor([False, False,  True,  True])
     """
     pattern = NMPattern.of(n, m)
     check_scores(scores, rank=1)
     dim = check_dim(dim, scores)
     check_backend(backend)
+    check_flag("allow_short", allow_short)
     sharding = sharding_of(scores, pattern.m, [dim])
-    mask = on_shards(mask_operators.nm_mask, [sharding], shard_of(scores), pattern.n, pattern.m, dim, backend)
+    options = (pattern.n, pattern.m, dim, backend, allow_short)
+    mask = on_shards(mask_operators.nm_mask, [sharding], shard_of(scores), *options)
     return from_shards(sharding, [mask], [scores.shape], inner=dim)[0]
 
 

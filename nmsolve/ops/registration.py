@@ -35,7 +35,7 @@ def register(
     *,
     in_function: bool = False,
 ) -> torch._ops.OpOverload:
-    """Make ``torch.ops.nmsolve.<name>`` of a real and a fake implementation.
+    """Make ``torch.ops.nmsolve.<name>`` of a real and a fake implementation; "name.overload" adds to a name.
 
     Both take the schema's arguments in their order. The outputs of most operators are constants to autograd;
     under vmap, their tensors get a leading dimension more. An operator that is called ``in_function``, inside
@@ -46,7 +46,8 @@ def register(
     tags = [getattr(torch.Tag, tag) for tag in names if hasattr(torch.Tag, tag)]
     _LIBRARY.define(name + schema, tags=tags)
     _LIBRARY.impl(name, _hidden_from_compilers(real), "CompositeExplicitAutograd")
-    operator = getattr(torch.ops.nmsolve, name).default
+    packet, _, overload = name.partition(".")
+    operator = getattr(getattr(torch.ops.nmsolve, packet), overload or "default")
     torch.library.register_fake(operator, fake, lib=_LIBRARY)
     setup = None if in_function else _not_differentiable
     torch.library.register_autograd(operator, _no_gradient, setup_context=setup, lib=_LIBRARY)

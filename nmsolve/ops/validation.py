@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import torch
@@ -22,6 +22,8 @@ __all__ = [
     "check_duals",
     "check_finite",
     "check_finite_duals",
+    "check_flag",
+    "check_numbers",
     "check_scores",
     "describe",
     "dual_pair",
@@ -61,8 +63,8 @@ def check_scores(scores: object, rank: int = 2, name: str = "scores") -> None:
         raise NMSolveError(f"{name}: expected {shape}, got {describe(scores)}")
 
 
-def check_all_finite(scores: Sequence[Tensor]) -> list[float]:
-    """The smallest score of each tensor (inf if there is none); raises if any is NaN or infinite.
+def check_numbers(scores: Sequence[Tensor]) -> list[tuple[float, float]]:
+    """The smallest and the largest score of each tensor, inf and -inf if there is none; raises if any is NaN.
 
     Tensors on a GPU are waited for once, not one by one.
     """
@@ -71,16 +73,13 @@ def check_all_finite(scores: Sequence[Tensor]) -> list[float]:
     for device in {tensor.device for tensor in scores if tensor.device.type != "cpu"}:
         here = [i for i, tensor in enumerate(scores) if tensor.device == device and tensor.numel()]
         found |= zip(here, _extremes([scores[i] for i in here]), strict=True)
-    smallest = []
+    ends = []
     for i, (tensor, name) in enumerate(zip(scores, names, strict=True)):
-        if tensor.device.type == "cpu":
-            smallest.append(check_finite(tensor, name))
-            continue
-        low, high = found.get(i, (math.inf, 0.0))
-        if tensor.numel() and not (math.isfinite(low) and math.isfinite(high)):
-            _raise_not_finite(tensor, name)
-        smallest.append(low)
-    return smallest
+        low, high = _ends(tensor) if tensor.device.type == "cpu" else found.get(i, (math.inf, -math.inf))
+        if math.isnan(low):
+            _raise_wrong(tensor, name, torch.isnan, "numbers", "NaN")
+        ends.append((low, high))
+    return ends
 
 
 def _extremes(tensors: Sequence[Tensor]) -> list[tuple[float, float]]:
@@ -91,20 +90,27 @@ def _extremes(tensors: Sequence[Tensor]) -> list[tuple[float, float]]:
     return [(low, high) for low, high in torch.stack(ends).tolist()]
 
 
-def check_finite(scores: Tensor, name: str = "scores") -> float:
-    """The smallest score (inf if there is none); raises if any is NaN or infinite.
+def _ends(scores: Tensor) -> tuple[float, float]:
+    """The smallest and the largest score (inf and -inf if there is none); both NaN if there is one.
 
     On the CPU it works in pieces, so that no temporary of the matrix's size is made.
     """
-    smallest = math.inf
+    smallest, largest = math.inf, -math.inf
     in_memory_order = sorted(range(scores.ndim), key=scores.stride, reverse=True)
     ordered = scores.detach().permute(in_memory_order)
     for _, piece in _pieces(ordered, _CHUNK if scores.device.type == "cpu" else scores.numel()):
         low, high = (float(end) for end in piece.aminmax())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            _raise_not_finite(scores, name)
-        smallest = min(smallest, low)
-    return smallest
+        if math.isnan(low):
+            return low, low
+        smallest, largest = min(smallest, low), max(largest, high)
+    return smallest, largest
+
+
+def check_finite(scores: Tensor, name: str = "scores") -> None:
+    """Raise if any score is NaN or infinite."""
+    low, high = _ends(scores)
+    if scores.numel() and not (math.isfinite(low) and math.isfinite(high)):
+        _raise_wrong(scores, name, lambda piece: ~torch.isfinite(piece), "finite values", "NaN or infinite")
 
 
 def _pieces(tensor: Tensor, limit: int, at: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Tensor]]:
@@ -120,10 +126,12 @@ def _pieces(tensor: Tensor, limit: int, at: tuple[int, ...] = ()) -> Iterator[tu
             yield (*at, start, *[0] * (part.ndim - 1)), part
 
 
-def _raise_not_finite(scores: Tensor, name: str) -> NoReturn:
+def _raise_wrong(
+    scores: Tensor, name: str, is_wrong: Callable[[Tensor], Tensor], expected: str, got: str
+) -> NoReturn:
     count, first = 0, None
     for origin, piece in _pieces(scores, _CHUNK):
-        bad = ~torch.isfinite(piece)
+        bad = is_wrong(piece)
         found = int(bad.sum())
         if found and first is None:
             inside = bad.nonzero()[0].tolist()
@@ -132,7 +140,7 @@ def _raise_not_finite(scores: Tensor, name: str) -> NoReturn:
         count += found
     assert first is not None
     raise NMSolveError(
-        f"{name}: expected finite values, got {count} NaN or infinite of {scores.numel()}, "
+        f"{name}: expected {expected}, got {count} {got} of {scores.numel()}, "
         f"the first {float(scores[first])} at {first}"
     )
 
@@ -151,6 +159,12 @@ def tsenor_options(method: str, iterations: int | None, tau: float | None) -> tu
     if not isinstance(tau, (int, float)) or not 0 < tau < math.inf:
         raise NMSolveError(f"tau: expected a positive finite number, got {tau!r}")
     return iterations, float(tau)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise NMSolveError(f"{name}: expected True or False, got {describe(value)}")
 
 
 def dual_pair(warm_start: WarmStart) -> tuple[Tensor, Tensor]:

@@ -279,25 +279,25 @@ def test_only_blocks_that_need_it_are_solved_again() -> None:
     """And a solver's own better masks stay."""
     solved = []
 
-    def exact(blocks: torch.Tensor, pattern: NMPattern, **options: object) -> BlockResult:
+    def exact(blocks: torch.Tensor, pattern: NMPattern, **options: Any) -> BlockResult:
         assert blocks.dtype == torch.float64
         solved.append(len(blocks))
-        return reference.exact(blocks, pattern, warm=None, want_solution=False)
+        return reference.exact(blocks, pattern, **options)
 
     solver: Any = SimpleNamespace(masks=SimpleNamespace(exact=exact), masks_float64=True)
     ordinary = torch.randn(16, 16, generator=generator(9))
     scores = ordinary.clone()
     scores[4:8, 8:12] = torch.where(torch.rand(4, 4, generator=generator(2)) < 0.4, -1e14, scores[4:8, 8:12])
     pattern = NMPattern(2, 4)
-    assert not coarse_blocks(ordinary, pattern).any()
-    assert not coarse_blocks(-ordinary.abs(), pattern).any()
-    wanted = coarse_blocks(scores, pattern)
+    assert not coarse_blocks(ordinary, pattern, solver).any()
+    assert not coarse_blocks(-ordinary.abs(), pattern, solver).any()
+    wanted = coarse_blocks(scores, pattern, solver)
     assert wanted.nonzero().tolist() == [[1, 2]]
     best = nmsolve.transposable_mask(scores.double(), 2, 4, backend="torch")
     worse = nmsolve.transposable_mask(-scores.double(), 2, 4, backend="torch")
     mask = worse.clone()
     assert torch.equal(solve_wider(solver, scores, mask, wanted, pattern), wanted)
-    assert solved == [1]
+    assert set(solved) == {1}
     assert torch.equal(mask[4:8, 8:12], best[4:8, 8:12])
     mask[4:8, 8:12] = worse[4:8, 8:12]
     assert torch.equal(mask, worse)

@@ -357,13 +357,13 @@ def test_errors_name_argument_expectation_and_value(call: object, message: str) 
 
 @pytest.mark.parametrize("shape", [(6, 7), (3, 6, 7), (300, 5000)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_non_finite_scores_are_counted_and_located(shape: tuple[int, ...], transposed: bool) -> None:
+def test_nans_are_counted_and_located(shape: tuple[int, ...], transposed: bool) -> None:
     scores = torch.zeros(shape)
     first, last = (*[d // 2 for d in shape[:-1]], 3), tuple(d - 1 for d in shape)
-    scores[first], scores[last] = float("nan"), float("-inf")
+    scores[first], scores[last] = float("nan"), float("nan")
     if transposed:
         scores, first = scores.mT, (*first[:-2], first[-1], first[-2])
-    message = rf"got 2 NaN or infinite of {scores.numel()}, the first nan at {first}".replace("(", r"\(")
+    message = rf"got 2 NaN of {scores.numel()}, the first nan at {first}".replace("(", r"\(")
     for solve in (nmsolve.transposable_mask, nmsolve.nm_mask):
         with pytest.raises(NMSolveError, match=message.replace(")", r"\)")):
             solve(scores, 2, 4)
