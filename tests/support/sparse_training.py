@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -43,12 +44,14 @@ def train(
     optimizer: torch.optim.Optimizer,
     data: Iterator[tuple[Tensor, Tensor]] | None = None,
     after: Callable[[], object] = lambda: None,
+    clip: float = math.inf,
 ) -> list[float]:
     losses = []
     for x, y in batches() if data is None else data:
         optimizer.zero_grad()
         loss = (model(x) - y).square().mean()
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         after()
         losses.append(loss.item())
@@ -63,6 +66,7 @@ def by_hand(
     refresh: int,
     n: int = 2,
     m: int = 4,
+    clip: float = math.inf,
 ) -> tuple[list[float], list[int]]:
     """Losses and flips of a run whose masked products, gradients and decay are written out."""
     weights = [model.up.weight, model.down.weight]
@@ -75,6 +79,8 @@ def by_hand(
         loss.backward()
         for weight, operand, mask in zip(weights, operands, masks, strict=True):
             weight.grad = operand.grad * mask if gradient == "masked" else operand.grad
+        nn.utils.clip_grad_norm_(model.parameters(), clip)  # decay is none of the loss's gradient
+        for weight, mask in zip(weights, masks, strict=True):
             if gradient == "sr-ste":
                 weight.data -= optimizer.param_groups[0]["lr"] * decay * weight.data * ~mask
             else:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
 import torch._dynamo.testing
-from sparse_training import STEPS, batches, by_hand, network, train
+from sparse_training import STEPS, batches, by_hand, network, sgd, train
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -67,6 +68,21 @@ def test_gradient_accumulation_counts_optimizer_steps():
         losses.append(sum(part.item() for part in parts))
     assert sparse.step == STEPS
     assert losses == pytest.approx(expected(), rel=1e-5)
+
+
+@pytest.mark.parametrize("gradient", ["straight-through", "masked", "sr-ste"])
+def test_clipped_gradients(gradient):
+    """The norm is that of the loss's gradient, which decay is added to afterwards."""
+    runs = []
+    for clip in (0.05, math.inf):
+        model = network()
+        optimizer = sgd(model)
+        started(model, optimizer, gradient=gradient)
+        runs.append(train(model, optimizer, clip=clip))
+        other = network()
+        by_itself = by_hand(other, sgd(other), gradient, 0.05, 2, clip=clip)[0]
+        assert runs[-1] == pytest.approx(by_itself, rel=1e-6)
+    assert runs[0][-1] != pytest.approx(runs[1][-1], rel=1e-5)
 
 
 def test_a_scaler_of_gradients():
