@@ -182,9 +182,8 @@ def routed(
         return iter([arguments(given)])
 
     def calls() -> Iterator[Arguments]:
-        for expert in range(
-            experts
-        ):  # one after the other: with all at once, some make (T, experts, experts)
+        # One after the other: with all at once, some models make (T, experts, experts).
+        for expert in range(experts):
             call = list(given)
             call[index] = torch.full_like(given[index][:, :1], expert)
             if given[weights].shape == given[index].shape:
