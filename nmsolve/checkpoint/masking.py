@@ -36,6 +36,7 @@ from nmsolve.checkpoint.report import MaskedTensor, Report
 from nmsolve.checkpoint.selection import DTYPES, MatrixLayout, Selected, Selection
 from nmsolve.errors import NMSolveError
 from nmsolve.ops.masks import nm_mask, transposable_mask
+from nmsolve.ops.validation import check_finite
 from nmsolve.pattern import NMPattern
 
 __all__ = ["MaskSettings", "bytes_needed", "write_masked"]
@@ -204,6 +205,7 @@ def _solve(slab: Tensor, layout: MatrixLayout, settings: MaskSettings, row: Mask
     """The mask of a slab, contiguous on the CPU in the slab's shape; adds its figures to ``row``."""
     n, m = settings.pattern.n, settings.pattern.m
     scores = slab.to(settings.device).abs()
+    check_finite(scores)  # an infinite weight is no wish to keep it
     matrices = scores.permute(0, 3, 1, 2)
     if settings.transposable:
         solution = transposable_mask(

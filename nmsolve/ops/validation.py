@@ -18,6 +18,7 @@ from nmsolve.solution import BlockSolution
 
 __all__ = [
     "WarmStart",
+    "check_all_finite",
     "check_dim",
     "check_duals",
     "check_finite",
@@ -88,6 +89,13 @@ def _extremes(tensors: Sequence[Tensor]) -> list[tuple[float, float]]:
         return []
     ends = [torch.stack(tensor.detach().aminmax()).double() for tensor in tensors]
     return [(low, high) for low, high in torch.stack(ends).tolist()]
+
+
+def check_all_finite(scores: Sequence[Tensor]) -> None:
+    """Raise if any score of any tensor is NaN or infinite; the message says which tensor."""
+    for i, (tensor, (low, high)) in enumerate(zip(scores, check_numbers(scores), strict=True)):
+        if tensor.numel() and not (math.isfinite(low) and math.isfinite(high)):
+            check_finite(tensor, f"scores[{i}]" if len(scores) > 1 else "scores")
 
 
 def _ends(scores: Tensor) -> tuple[float, float]:

@@ -27,6 +27,7 @@ from nmsolve.errors import NMSolveError
 from nmsolve.ops.assignment import assignment
 from nmsolve.ops.masks import nm_mask, transposable_mask
 from nmsolve.ops.sinkhorn import sinkhorn
+from nmsolve.ops.validation import check_finite
 from nmsolve.pattern import NMPattern
 
 __all__ = [
@@ -258,6 +259,7 @@ def kept_in_order(scores: Tensor, index: Tensor, pattern: NMPattern, transposabl
 
 
 def _mask(scores: Tensor, pattern: NMPattern, transposable: bool) -> Tensor:
+    check_finite(scores)
     if transposable:
         return transposable_mask(scores, pattern.n, pattern.m)
     return nm_mask(scores, pattern.n, pattern.m)

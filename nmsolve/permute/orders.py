@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nmsolve.errors import NMSolveError
 from nmsolve.ops.masks import nm_mask
-from nmsolve.ops.validation import check_scores, describe
+from nmsolve.ops.validation import check_finite, check_scores, describe
 from nmsolve.pattern import PatternLike
 
 __all__ = ["check_permutation", "retained_score"]
@@ -66,6 +66,7 @@ def retained_score(
     (tensor(5., dtype=torch.float64), tensor(7., dtype=torch.float64))
     """
     check_scores(scores)
+    check_finite(scores)
     if permutation is not None:
         check_permutation(permutation, scores.shape[-1])
         index = permutation.unsqueeze(-2).expand(*scores.shape[:-1], permutation.shape[-1])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nmsolve.checkpoint.mask_files import load_masks
 from nmsolve.checkpoint.roles import told
 from nmsolve.errors import NMSolveError, WorkFailed
+from nmsolve.ops.validation import check_flag
 from nmsolve.pattern import NMPattern, PatternLike
 from nmsolve.prune.calibration import Batch, fingerprint
 from nmsolve.prune.layers import Layer, Selected
@@ -67,13 +68,9 @@ def check_settings(
 ) -> PruneSettings:
     if not isinstance(model, nn.Module):
         raise NMSolveError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    for name, value in (
-        ("transposable", transposable),
-        ("all_experts", all_experts),
-        ("exact_error", exact_error),
-    ):
-        if not isinstance(value, bool):
-            raise NMSolveError(f"{name}: expected True or False, got {value!r}")
+    check_flag("transposable", transposable)
+    check_flag("all_experts", all_experts)
+    check_flag("exact_error", exact_error)
     row = check_pruning_method(method)
     check_sequential(sequential)
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):

@@ -11,6 +11,7 @@ from torch import Tensor
 from nmsolve.backends.dispatch import check_mask_method
 from nmsolve.errors import NMSolveError
 from nmsolve.ops.masks import nm_mask, transposable_mask
+from nmsolve.ops.validation import check_finite
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import relative_gap, retained_share
 
@@ -81,6 +82,7 @@ class MaskRule:
     def choose(self, scores: Tensor) -> Tensor:
         """The mask of non-negative ``(..., out, in)`` scores, counted in the tally with its certificate."""
         start = time.perf_counter()
+        check_finite(scores)
         n, m = self.pattern.n, self.pattern.m
         if self.transposable:
             solution = transposable_mask(
@@ -100,6 +102,7 @@ class MaskRule:
     def step(self, scores: Tensor) -> Tensor:
         """The mask of scores of any sign without its certificate: the tally counts the time alone."""
         start = time.perf_counter()
+        check_finite(scores)
         n, m = self.pattern.n, self.pattern.m
         if self.transposable:
             mask = transposable_mask(scores, n, m, method=self.method, backend=self.backend)

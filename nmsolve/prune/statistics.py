@@ -48,7 +48,7 @@ class Statistics:
     diagonal : Tensor or None
         ``(groups, in)``, where there is no Hessian and the method needs its diagonal.
     sample : Tensor or None
-        ``(groups, rows, in)``, where there is no Hessian: zeros but for the first ``held[group]`` rows.
+        ``(groups, rows, in)``, where there is no Hessian: the first rows are taken, the others zeros.
     tokens : list of int
         How many each group has seen.
     real : Tensor or None

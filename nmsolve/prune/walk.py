@@ -122,10 +122,10 @@ class Chain:
         self.release()
         for batch in batches:
             hidden, calls = self._capture_one(model, batch)
-            if (
-                hidden is not None and self.calls
-            ):  # the same masks and positions for all batches are kept once
-                calls = [_shared(call, first) for call, first in zip(calls, self.calls[0], strict=True)]
+            # The same masks and positions for all batches are kept once.
+            known = next(filter(None, self.calls), None)
+            if hidden is not None and known is not None:
+                calls = [_shared(call, first) for call, first in zip(calls, known, strict=True)]
             self.hidden.append(hidden)
             self.calls.append(calls)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from nmsolve.errors import NMSolveError, WorkFailed
 from nmsolve.ops.distributed import shard_of
 from nmsolve.ops.masks import nm_mask, transposable_masks
+from nmsolve.ops.validation import check_all_finite
 from nmsolve.train.arguments import TrainSettings
 from nmsolve.train.weights import MaskedWeight
 
@@ -32,6 +33,7 @@ def solve_masks(weights: Sequence[MaskedWeight], settings: TrainSettings) -> dic
         scores = [weights[k].matrices(weights[k].local.abs()) for k in members]
         n, m, backend = pattern.n, pattern.m, settings.backend
         try:
+            check_all_finite(scores)  # an infinite weight is no wish to keep it
             if settings.transposable:
                 masks = transposable_masks(scores, n, m, backend=backend)
             else:

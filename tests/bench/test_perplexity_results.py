@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 from common import RESULTS, read_csv
+from tables import pruning
 
 SIZES = ("2:4", "4:8", "8:16", "16:32")
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
@@ -103,3 +107,27 @@ def test_masks_take_less_than_half_of_a_run_with_wanda(rows):
     }
     assert {("wanda", size, mask) for size in SIZES for mask in ("ordinary", "exact")} <= shares.keys()
     assert max(shares.values()) < 0.5
+
+
+@pytest.mark.parametrize("pattern", ["8:16", "16:32"])
+def test_what_is_said_to_be_beyond_the_spread_is(pattern):
+    """Differences in loss, window by window: the middle 95 % of what other draws of windows give."""
+    losses = {
+        row["method"]: np.array(row["losses"].split(), float)
+        for row in read_csv(RESULTS / "perplexity_spread.csv")
+        if (row["model"], row["pattern"], row["mask"]) == ("smollm2", pattern, "transposable")
+    }
+    assert all(len(of_windows) * 512 >= 32768 for of_windows in losses.values())
+
+    def spread(method: str, other: str) -> tuple[float, float]:
+        return pruning.bootstrapped(losses[method] - losses[other])
+
+    assert spread("frank-wolfe", "wanda")[1] < math.log(0.6)
+    assert spread("frank-wolfe", "ria")[1] < math.log(0.6)
+    squared = spread("wanda squared", "wanda")
+    if pattern == "8:16":
+        assert squared[0] > 0
+        assert spread("frank-wolfe", "sparsegpt")[1] < 0
+        assert spread("sparsegpt, mask of frank-wolfe", "sparsegpt")[1] < 0
+    else:
+        assert squared[1] < 0

@@ -137,11 +137,13 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(file, out, capsys, mon
     assert out.read_text() == "mine"
 
 
-def test_weights_that_are_not_finite(tmp_path, out, capsys):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kind", [["--transposable"], []])
+def test_weights_that_are_not_finite(value, kind, tmp_path, out, capsys):
     state = llama(torch.float32)
-    state["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    state["model.layers.1.mlp.up_proj.weight"][3, 5] = value
     save_file(state, tmp_path / "m.safetensors")
-    assert mask(tmp_path / "m.safetensors", out, "--transposable") == 1
+    assert mask(tmp_path / "m.safetensors", out, *kind) == 1
     assert re.search(r"model\.layers\.1\.mlp\.up_proj\.weight, weights 0 to 2559: .*1 NaN", one_error(capsys))
     assert names(out.parent) == []
 

@@ -148,15 +148,19 @@ def test_optimizers_that_do_not_fit(optimizers, message):
         sparse.attach(adamw(model))
 
 
-def test_weights_that_run_away_are_named():
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("transposable", [True, False])
+def test_weights_that_run_away_are_named(value, transposable):
+    """A single one as well: an infinite magnitude is no wish to keep it."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    sparse = SparseTraining(model, refresh=1)
+    sparse = SparseTraining(model, refresh=1, transposable=transposable)
     sparse.attach(optimizer)
     masks = sparse.masks
     for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, math.inf)
-    with pytest.raises(nmsolve.NMSolveError, match=r"model: up\.weight: expected finite values, got 512 NaN"):
+        parameter.grad = torch.zeros_like(parameter)
+    model.up.weight.grad[3, 5] = value
+    with pytest.raises(nmsolve.NMSolveError, match=r"model: up\.weight: expected finite values, got 1 NaN"):
         optimizer.step()
     assert all(torch.equal(mask, masks[name]) for name, mask in sparse.masks.items())
 
