@@ -36,6 +36,7 @@ KERNELS = {
     "tsenor": Kernel("dykstra", SIZES, {}, "tsenor"),
     "greedy": Kernel("dykstra", SIZES, {"transport": False}, "greedy"),
     "nm": Kernel("nm", SIZES, {}, "nm"),
+    "hierarchical": Kernel("strips", SIZES[1:], {}, "hierarchical"),
     "sinkhorn, forward": Kernel("sinkhorn_forward", SINKHORN_SIZES, {}, "sinkhorn"),
     "sinkhorn, training": Kernel("sinkhorn_forward", SINKHORN_SIZES, {"keep": True}, "sinkhorn"),
     "sinkhorn, backward": Kernel("sinkhorn_backward", SINKHORN_SIZES, {}, "sinkhorn, backward"),
@@ -114,6 +115,8 @@ def shipped_tile(kernel: str, m: int) -> tuple[int, ...]:
 
 def n_of(trips: str, m: int) -> int:
     """N of the blocks that are counted."""
+    if trips == "hierarchical":
+        return 2
     return 1 if trips == "assignment" else m // 2
 
 
@@ -124,6 +127,8 @@ def blocks_of(meta: Mapping[str, Any]) -> int:
 
 def weights_per_program(case: Case, meta: Mapping[str, Any]) -> float:
     """Entries of the scores that a program reads."""
+    if case.kernel == "hierarchical":
+        return offline.STRIP * case.m
     if "ROWS" in meta:
         return meta["ROWS"] * (SIDE if meta["NORM"] else meta["COLS"])
     if "GROUPS" in meta:
@@ -133,6 +138,8 @@ def weights_per_program(case: Case, meta: Mapping[str, Any]) -> float:
 
 def bytes_per_weight(case: Case) -> float:
     """Bytes that have to move for each weight: input read once, output written once."""
+    if case.kernel == "hierarchical":
+        return 8  # its launcher makes them float64
     item = 2 if case.dtype == "bfloat16" else 4
     if case.kernel in ("permute_columns", "rms_norm_permute"):
         return 2 * item

@@ -31,6 +31,9 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 OTHER_TARGETS = ("sm_86", "sm_89", "sm_120", "gfx90a", "gfx950", "gfx1100", "gfx1201")
 """GPUs that the launch table is not made for, but that users have."""
 
+STRIP = 64
+"""Rows of a strip of the hierarchical masks that are counted, which keep 2 of 4 of M."""
+
 # One process compiles a few jobs: starting one costs as much as a job.
 _JOBS_PER_PROCESS = 12
 # A job that has not ended by then is ended, and is one that fails.
@@ -85,7 +88,8 @@ def jobs_of(
 
     Options: ``edge`` (partial blocks), ``padded``, ``packed``, ``warm``, ``solution``, ``transport``;
     ``tile`` (rows_in, cols_in, blocks, warps) in place of the launch table's; for Sinkhorn ``cols`` (default
-    m), ``keep``, ``tolerance``; for the gather ``norm``; for the exhaustive one ``n``.
+    m), ``keep``, ``tolerance``; for the gather ``norm``; for the exhaustive one ``n``; for strips ``v`` and
+    ``k``.
     """
     yield {"kernel": kernel, "m": m, "target": target, "dtype": dtype, "options": options}
 
@@ -98,6 +102,7 @@ KERNELS = {
     "grouped_exhaustive": (("grouped.py", "exhaustive.py"), "grouped_exhaustive_kernel"),
     "dykstra": (("dykstra.py",), "dykstra_kernel"),
     "nm": (("nm.py",), "nm_kernel"),
+    "strips": (("strips.py",), "strips_kernel"),
     "sinkhorn_forward": (("sinkhorn.py",), "sinkhorn_forward_kernel"),
     "sinkhorn_backward": (("sinkhorn.py",), "sinkhorn_backward_kernel"),
     "gather": (("gather.py",), "permute_columns_kernel"),
@@ -138,7 +143,21 @@ def _arguments(job: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
     scores = getattr(torch, job["dtype"])
     if job["kernel"] in ("exact", "exhaustive", "grouped", "grouped_exhaustive", "dykstra", "nm"):
         return _block_arguments(job, scores)
+    if job["kernel"] == "strips":
+        return _strip_arguments(job)
     return _permute_arguments(job, scores)
+
+
+def _strip_arguments(job: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
+    import torch
+    from nmsolve.kernels import strips
+
+    from nmsolve.backends.triton.strips import strip_tile
+
+    v, n, k = job["options"].get("v", STRIP), 2, job["options"].get("k", 4)
+    positional = [*[torch.float64] * 4, torch.int64, torch.int8, n, job["m"], v, k, 1 << 18]
+    amd = job["target"].startswith("gfx")
+    return strips.strips_kernel, positional, strip_tile(v, job["m"], k, amd=amd)
 
 
 def _block_arguments(job: dict[str, Any], scores: Any) -> tuple[Any, list[Any], dict[str, Any]]:

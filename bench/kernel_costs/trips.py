@@ -44,6 +44,8 @@ def run_programs(name: str, m: int, blocks: int | None, distribution: str, progr
     """(blocks per program, programs that ran) of one launch."""
     if name in ("permute_columns", "rms_norm_permute"):
         return _run_gather(norm=name == "rms_norm_permute")
+    if name == "hierarchical":
+        return _run_strips(m, distribution, programs)
     if name.startswith("sinkhorn"):
         return _run_sinkhorn(m, programs, backward=name == "sinkhorn, backward")
     return _run_masks(name, m, blocks, distribution, programs)
@@ -61,6 +63,16 @@ def _run_gather(*, norm: bool) -> tuple[int, int]:
     else:
         gpu_permute.permute_columns(torch.randn(rows, cols), torch.randperm(cols))
     return 1, 1
+
+
+def _run_strips(m: int, distribution: str, programs: int) -> tuple[int, int]:
+    from common import scores
+
+    from nmsolve.backends.triton import strips as gpu_strips
+
+    blocks = scores(distribution, (programs, m, offline.STRIP)).double()
+    gpu_strips.best_columns(blocks, n_of("hierarchical", m), 4, 1 << 18)
+    return 1, programs
 
 
 def _run_sinkhorn(m: int, programs: int, *, backward: bool) -> tuple[int, int]:

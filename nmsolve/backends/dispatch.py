@@ -1,10 +1,10 @@
 """Which backends there are, what each can be asked for, and which one runs a tensor.
 
 :data:`BACKENDS` is the one table: whatever else needs the name of a backend, its limits or the package it
-needs reads them here. A backend is a folder with two modules, one for masks (:class:`MaskSolver`) and one for
-soft and hard permutations (:class:`PermutationSolver`), imported when they are first needed, so that ``import
-nmsolve`` needs neither triton nor numba. Nothing here imports torch before there is a device to ask about:
-the command line takes its choices from these tables, too.
+needs reads them here. A backend is a folder with three modules: masks (:class:`MaskSolver`), soft and hard
+permutations (:class:`PermutationSolver`) and hierarchical masks (:class:`StripSolver`), imported when they
+are first needed, so that ``import nmsolve`` needs neither triton nor numba. Nothing here imports torch before
+there is a device to ask about: the command line takes its choices from these tables, too.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class PermutationSolver(Protocol):
 
 
 class StripSolver(Protocol):
-    """What a backend's module for hierarchical masks offers, if it has one."""
+    """What a backend's module for hierarchical masks offers."""
 
     def best_columns(self, columns: Tensor, n: int, k: int, limit: int) -> tuple[Tensor, Tensor]:
         """The k columns of float64 ``(B, M, V)`` blocks that keep the most, and a bound on the best.
@@ -146,7 +146,7 @@ class Backend:
     name : str
         What users write.
     folder : str
-        The package that has the modules ``masks`` and ``permutations``.
+        The package that has the modules ``masks``, ``permutations`` and ``strips``.
     preferred_on : tuple of str
         Types of devices on which "auto" takes it, if it can run there.
     needs : str, optional
@@ -159,8 +159,9 @@ class Backend:
         The largest number of rows or columns of a plan.
     masks_float64, sinkhorn_float64 : bool
         Whether float64 scores, and float64 logits, are worked on in float64.
-    has_strips : bool
-        Whether the package has a module ``strips``, for hierarchical masks.
+    max_strip, max_kept_columns : int, optional
+        The largest block of a hierarchical mask, as rows times columns (or four times the kept columns, if
+        that is more) of the next powers of two, and how many columns of it may be kept.
     assignment_finds_infinite : bool
         Whether its assignment puts -1 in front where a matrix is not finite, so that nobody else has to look.
     slab : int
@@ -176,7 +177,8 @@ class Backend:
     max_sinkhorn: int | None = None
     masks_float64: bool = True
     sinkhorn_float64: bool = True
-    has_strips: bool = False
+    max_strip: int | None = None
+    max_kept_columns: int | None = None
     assignment_finds_infinite: bool = False
     slab: int = 1 << 22
 
@@ -209,10 +211,15 @@ class Backend:
         """Whether blocks of size ``m`` are small enough for it."""
         return self.max_m is None or m <= self.max_m
 
+    def holds_strip(self, rows: int, cols: int, kept: int) -> bool:
+        """Whether blocks of a hierarchical mask are small enough for it."""
+        height, width, listed = (1 << (size - 1).bit_length() for size in (rows, cols, kept))
+        lanes = height * max(width, 4 * listed)
+        small = self.max_strip is None or lanes <= self.max_strip
+        return self.holds(cols) and small and (self.max_kept_columns is None or kept <= self.max_kept_columns)
 
-REFERENCE = Backend(
-    "torch", "nmsolve.backends.torch", has_strips=True, slab=1 << 20
-)  # works in many times what it solves
+
+REFERENCE = Backend("torch", "nmsolve.backends.torch", slab=1 << 20)  # works in many times what it solves
 """The one that runs everywhere, whatever the sizes and dtypes."""
 
 _ROWS = (
@@ -226,6 +233,8 @@ _ROWS = (
         max_sinkhorn=128,
         masks_float64=False,
         sinkhorn_float64=False,
+        max_strip=1 << 14,
+        max_kept_columns=8,
     ),
     Backend(
         "cpu",
@@ -233,7 +242,6 @@ _ROWS = (
         preferred_on=("cpu",),
         needs="numba",
         remedy="pip install numba",
-        has_strips=True,
         assignment_finds_infinite=True,
     ),
     REFERENCE,

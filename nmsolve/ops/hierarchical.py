@@ -9,7 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from nmsolve.backends.dispatch import AUTO, BACKENDS, REFERENCE, Backend, check_backend, select
+from nmsolve.backends.dispatch import AUTO, REFERENCE, Backend, check_backend, select
 from nmsolve.errors import BackendError, NMSolveError
 from nmsolve.ops.distributed import is_dtensor
 from nmsolve.ops.registration import register
@@ -132,8 +132,9 @@ def hierarchical_mask(
         numbers; what it has then is a good choice, with a gap. 0 is the best choice that exchanges of single
         columns find. The default has been enough for 4 columns of up to 128 (docs/hierarchical.md).
     backend : {"auto", "cpu", "torch"}
-        "cpu" is Numba, "torch" the reference on any device; there is no Triton kernel, and "auto" takes the
-        reference on a GPU.
+        "cpu" is Numba, "torch" the reference on any device. "triton" searches a block in the registers of a
+        program, for M up to 64, up to 8 columns kept, and V times M up to 16384, in powers of two (M at
+        least four times the kept columns); "auto" takes it on a GPU, and the reference for larger blocks.
     return_solution : bool
         Return a :class:`~nmsolve.HierarchicalSolution`, with columns, objective, bound and gap.
 
@@ -264,13 +265,17 @@ def _tiles(scores: Tensor, pattern: VNMPattern) -> Iterator[tuple[int, slice, sl
 # --- solving ------------------------------------------------------------------------------------------------
 
 
-def _runner(backend: str, device: torch.device) -> Backend:
-    row = select(backend, device)
-    if row.has_strips:
+def _runner(backend: str, scores: Tensor, pattern: VNMPattern) -> Backend:
+    row = select(backend, scores.device)
+    # The largest block, those at edges being smaller.
+    height, width = (min(*pair) for pair in zip((pattern.v, pattern.m), scores.shape[-2:], strict=True))
+    if not scores.numel() or row.holds_strip(height, width, pattern.columns):
         return row
     if backend != AUTO:
-        able = ", ".join(repr(name) for name, other in BACKENDS.items() if other.has_strips)
-        raise BackendError(f"backend: {row.name!r} has no hierarchical masks; expected 'auto' or {able}")
+        raise BackendError(
+            f"backend: {row.name!r} holds no blocks of {height} x {width} that keep {pattern.columns} "
+            "columns; use 'auto' or 'torch'"
+        )
     return REFERENCE
 
 
@@ -278,13 +283,13 @@ def _solve(
     scores: Tensor, v: int, n: int, m: int, columns: int, limit: int, backend: str
 ) -> tuple[Tensor, ...]:
     """The tensors of a :class:`HierarchicalSolution`, in their order."""
-    row = _runner(backend, scores.device)
+    pattern = VNMPattern(v, n, m, columns)
+    row = _runner(backend, scores, pattern)
     check_finite(scores)
     if scores.dtype == torch.float64 and scores.numel() and float(scores.abs().max()) >= _LARGEST:
         raise NMSolveError(
             f"scores: expected absolute values below {_LARGEST:.1e}, got {scores.abs().max():.1e}"
         )
-    pattern = VNMPattern(v, n, m, columns)
     outputs = _blank_solution(scores, v, n, m, columns, limit, backend)
     if scores.numel() == 0:
         return outputs

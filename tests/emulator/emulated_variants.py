@@ -223,10 +223,23 @@ def norm_permute(m: int, dtype: torch.dtype) -> tuple[int, float]:
     return 1, float((found - wide).abs().max())
 
 
+def hierarchical(m: int, dtype: torch.dtype) -> tuple[int, float]:
+    """What strips of 16 rows keep of a group, beside the reference."""
+    scores = oracles.sample("student_t", (16, 2 * m), seed=m, dtype=dtype)
+    found, best = (
+        nmsolve.hierarchical_mask(scores, (16, 2, m), backend=name, return_solution=True)
+        for name in ("triton", "torch")
+    )
+    nmsolve.check_hierarchical_mask(found.mask, (16, 2, m))
+    assert found.max_gap == 0
+    return 2, relative(best.objective - found.objective, best.scale)
+
+
 SOLVED = (*SIZES, *BETWEEN)
 PARTIAL = tuple(m for m in SOLVED if m > 1)  # a block of one entry has no part
 LARGER = tuple(m for m in SOLVED if m != 4)  # blocks of 4 are solved exhaustively
 PLANS = (*SIZES, 3, 20, 128)
+GROUPS = (8, 16, 32, 64, 6, 20)
 NOT_WIDE = FLOATS[:3]
 VARIANTS = {
     "exhaustive": Variant("exhaustive_kernel", exact_mask, EXACT, (4,)),
@@ -249,6 +262,7 @@ VARIANTS = {
     "greedy, edge": Variant("dykstra_kernel", greedy_edge, SAME, PARTIAL),
     "tsenor": Variant("dykstra_kernel", tsenor, 2e-3, SOLVED, noisy=2e-3),
     "nm": Variant("nm_kernel", ordinary, SAME, SOLVED),
+    "hierarchical": Variant("strips_kernel", hierarchical, EXACT, GROUPS),
     "sinkhorn, forward": Variant(
         "sinkhorn_forward_kernel", sinkhorn, 5e-6, PLANS, noisy=2e-5, dtypes=NOT_WIDE
     ),

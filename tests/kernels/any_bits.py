@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nmsolve.backends.triton import masks as gpu
 from nmsolve.backends.triton import permutations as gpu_permute
+from nmsolve.backends.triton import strips as gpu_strips
 from nmsolve.pattern import NMPattern
 
 EMULATED = bool(os.environ.get("NMSOLVE_PTX_SM"))
@@ -84,6 +85,18 @@ def test_many_matrices(m: int) -> None:
     for want_solution in (False, True):
         for result in gpu.exact_group(group, NMPattern(max(1, m // 2), m), want_solution=want_solution):
             check(result.mask)
+
+
+@pytest.mark.parametrize("m", [m for m in SIZES if m > 2])
+def test_strips(m: int) -> None:
+    """Choices of columns, whatever they keep; sums of scores may overflow as well."""
+    blocks = kinds((m, 5), seed=m).double()
+    for limit in (0, 500):
+        for scale in (1.0, 1e290):
+            chosen, _ = gpu_strips.best_columns(blocks * scale, 1, m // 2, limit)
+            assert chosen.min() >= 0
+            assert chosen.max() < m
+            assert (chosen.diff(dim=1) > 0).all()
 
 
 @pytest.mark.parametrize("m", SIZES)

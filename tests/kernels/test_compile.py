@@ -20,6 +20,17 @@ pytest.importorskip("triton")
 SIZES = (4, 8, 16, 32, 64)
 SINKHORN_SHAPES = [(4, 4), (8, 8), (16, 16), (32, 32), (64, 64), (128, 128), (1, 3), (33, 20), (20, 33)]
 SINKHORN_SHAPES += [(8, 128), (128, 8), (16, 64), (64, 16), (128, 64), (64, 128)]
+STRIPS = [
+    (1, 8, 4),
+    (16, 16, 4),
+    (64, 8, 4),
+    (64, 16, 4),
+    (64, 32, 4),
+    (64, 64, 4),
+    (64, 64, 8),
+    (128, 20, 4),
+]
+STRIPS += [(256, 64, 4), (256, 64, 8), (1024, 8, 4), (512, 16, 8), (32, 8, 2)]
 
 
 def shipped(target: str) -> list[dict[str, Any]]:
@@ -44,6 +55,8 @@ def shipped(target: str) -> list[dict[str, Any]]:
         jobs += offline.jobs_of("sinkhorn_backward", rows, target, cols=cols)
     for norm in (False, True):
         jobs += offline.jobs_of("gather", 0, target, "bfloat16", norm=norm)
+    for v, m, k in STRIPS:
+        jobs += offline.jobs_of("strips", m, target, v=v, k=k)
     return jobs
 
 
@@ -63,12 +76,14 @@ def selected(target: str) -> list[dict[str, Any]]:
         jobs += offline.jobs_of("sinkhorn_forward", 128, target, cols=8)
         jobs += offline.jobs_of("sinkhorn_forward", 128, target, keep=True, tolerance=True)
         jobs += offline.jobs_of("sinkhorn_backward", 128, target)
+        jobs += offline.jobs_of("strips", 64, target, v=256)
     elif target.startswith("sm_"):
         jobs += offline.jobs_of("exact", 16, target)
         jobs += offline.jobs_of("exact", 32, target, edge=True, solution=True)
         jobs += offline.jobs_of("dykstra", 32, target)
         jobs += offline.jobs_of("nm", 16, target)
         jobs += offline.jobs_of("sinkhorn_backward", 20, target, cols=33)
+        jobs += offline.jobs_of("strips", 16, target)
     else:
         jobs += offline.jobs_of("exact", 16, target)
         jobs += offline.jobs_of("exact", 4, target, edge=True, solution=True, warm=True)

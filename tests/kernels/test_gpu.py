@@ -320,6 +320,25 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         assert torch.allclose(mine.grad.cpu().double(), theirs.grad, rtol=8 * eps, atol=1e-4)
 
 
+# --- hierarchical masks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", cases(DTYPES))
+@pytest.mark.parametrize(
+    "pattern", cases(["4:2:8", "64:2:16", "16:1:12", "128:2:32", "200:2:40"], ("4:2:8",))
+)
+def test_hierarchical(pattern: str, dtype: torch.dtype) -> None:
+    """As much as the reference, proven; a last strip and a last group are partial."""
+    v, _, m = map(int, pattern.split(":"))
+    groups = sized(16, 1)
+    scores = oracles.sample("student_t", (v + 1, m * groups + 3), seed=8, dtype=dtype)
+    found = nmsolve.hierarchical_mask(scores.to(DEVICE), pattern, backend="triton", return_solution=True)
+    nmsolve.check_hierarchical_mask(found.mask.cpu(), pattern)
+    expected = nmsolve.hierarchical_mask(scores, pattern, backend="torch", return_solution=True)
+    assert torch.allclose(found.objective.cpu(), expected.objective, rtol=1e-12, atol=0)
+    assert found.max_gap <= 1e-12
+
+
 # --- what surrounds the kernels -----------------------------------------------------------------------------
 
 
@@ -342,6 +361,9 @@ def test_every_kernel_once(m: int) -> None:
             oracles.check_mask_counts(mask.cpu(), n, m)
         ordinary = gpu.ordinary(scores, pattern)
         assert torch.equal(ordinary.cpu(), reference.ordinary(scores.cpu(), pattern))
+    if m > 4:
+        hierarchical = nmsolve.hierarchical_mask(scores[0], (2, 2, m), backend="triton")
+        nmsolve.check_hierarchical_mask(hierarchical.cpu(), (2, 2, m))
     logits = torch.randn(3, m, m + 1, device=DEVICE, requires_grad=True)
     for tolerance in (None, 1e-3):
         plan = nmsolve.sinkhorn(logits, 0.5, 5, tolerance=tolerance, backend="triton")

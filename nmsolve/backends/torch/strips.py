@@ -26,7 +26,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["best_columns"]
+__all__ = ["best_columns", "bounds_of", "priced"]
 
 # Elements of the largest temporaries.
 _CHUNK = 1 << 22
@@ -63,15 +63,27 @@ def best_columns(columns: Tensor, n: int, k: int, limit: int) -> tuple[Tensor, T
 
 
 def _solve(columns: Tensor, n: int, k: int, limit: int) -> tuple[Tensor, Tensor]:
-    m = columns.shape[1]
     chosen, best = _exchanged(columns, columns.sum(2).topk(k, dim=1).indices, n)
-    even = max(1, min(m - 1, n * m // k))
-    prices = columns.topk(even + 1, dim=1).values[:, -2:].mean(1)
-    worth = _gains(columns, prices)
+    prices, worth = priced(columns, n, k)
     other, value = _exchanged(columns, worth.topk(k, dim=1).indices, n)
     better = value > best
     chosen, best = torch.where(better[:, None], other, chosen), torch.where(better, value, best)
     done = _search(columns, n, prices, worth, chosen, best, limit)
+    return chosen, bounds_of(columns, n, chosen, prices, done)
+
+
+def priced(columns: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """Prices u ``(B, V)`` that bound choices well, and with them the worth c ``(B, M)`` of each column."""
+    m = columns.shape[1]
+    even = max(1, min(m - 1, n * m // k))
+    prices = columns.topk(even + 1, dim=1).values[:, -2:].mean(1)
+    return prices, _gains(columns, prices)
+
+
+def bounds_of(columns: Tensor, n: int, chosen: Tensor, prices: Tensor, done: Tensor) -> Tensor:
+    """What ``best_columns`` returns as bounds of ``chosen``, the best where a search is ``done``."""
+    k = chosen.shape[1]
+    best = _kept(columns, chosen, n)[0]
     bounds = torch.full_like(best, -torch.inf)
     # Sums of scores that cancel prove no more than their rounding allows.
     error = 2.0**-50 * (k + 2) * columns.abs().amax(1).sum(1)
@@ -82,7 +94,7 @@ def _solve(columns: Tensor, n: int, k: int, limit: int) -> tuple[Tensor, Tensor]
         bound = _lowered(columns[open_], n, k, prices[open_], best[open_])
         proven = bound <= _floor(best[open_])
         bounds[open_] = torch.where(proven, bounds[open_], bound)
-    return chosen, bounds
+    return bounds
 
 
 def _floor(best: Tensor) -> Tensor:

@@ -30,7 +30,17 @@ from nmsolve.kernels.nm import nm_kernel
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import BlockResult
 
-__all__ = ["exact", "exact_group", "greedy", "ordinary", "shipped_tile", "tsenor", "use_tiles", "why_not"]
+__all__ = [
+    "device_of",
+    "exact",
+    "exact_group",
+    "greedy",
+    "ordinary",
+    "shipped_tile",
+    "tsenor",
+    "use_tiles",
+    "why_not",
+]
 
 SCHEDULE = AscentSchedule(*(getattr(ascent_schedule, name) for name in AscentSchedule._fields))
 """The constants of the dual ascent, as the exact kernels take them."""
@@ -83,7 +93,7 @@ def exact(
         warm_u, warm_v = (duals.to(_dual_dtype(scores)).contiguous() for duals in warm)
     for region in _regions(grid, pattern.m, scores):
         if _is_exhaustive(pattern, region.edge, want_solution):
-            with _device_of(scores):
+            with device_of(scores):
                 exhaustive_kernel[_programs(region, _launch.EXHAUSTIVE_BLOCKS)](
                     scores_ptr=scores,
                     mask_ptr=_mask_pointer(result.mask, region),
@@ -94,7 +104,7 @@ def exact(
                 )
             continue
         tile = _exact_tile(region.edge, pattern.m)
-        with _device_of(scores):
+        with device_of(scores):
             exact_kernel[_programs(region, tile.blocks)](
                 scores_ptr=scores,
                 mask_ptr=_mask_pointer(result.mask, region),
@@ -136,7 +146,7 @@ def exact_group(
     would copy it again at every replay, from memory that is no longer its own: while one is captured, every
     matrix has launches of its own, whose arguments are all in the graph.
     """
-    with _device_of(scores[0]):
+    with device_of(scores[0]):
         if scores[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return [exact(matrix, pattern, want_solution=want_solution) for matrix in scores]
     results = [_empty_result(matrix, pattern, want_solution) for matrix in scores]
@@ -148,7 +158,7 @@ def exact_group(
         if _is_exhaustive(pattern, edge, want_solution):
             meta = exhaustive_arguments(pattern)
             table, programs = _table(members, meta["BLOCKS"], pattern)
-            with _device_of(scores[0]):
+            with device_of(scores[0]):
                 grouped_exhaustive_kernel[(programs,)](
                     table_ptr=table,
                     regions=len(members),
@@ -159,7 +169,7 @@ def exact_group(
             continue
         tile = _exact_tile(edge, pattern.m)
         table, programs = _table(members, tile.blocks, pattern)
-        with _device_of(scores[0]):
+        with device_of(scores[0]):
             grouped_kernel[(programs,)](
                 table_ptr=table,
                 regions=len(members),
@@ -195,7 +205,7 @@ def _approximate(
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     for region in _regions(grid_of(scores, pattern), pattern.m, scores):
         tile = dykstra_tile(pattern.m, scores.dtype, transport=transport, packed=region.packed)
-        with _device_of(scores):
+        with device_of(scores):
             dykstra_kernel[_programs(region, tile.blocks)](
                 scores_ptr=scores,
                 mask_ptr=_mask_pointer(mask, region),
@@ -222,7 +232,7 @@ def ordinary(scores: Tensor, pattern: NMPattern) -> Tensor:
     groups = batch * rows * -(-cols // pattern.m)
     if groups:
         size, together = _launch.group_tile(pattern.m, scores.element_size() * 8)
-        with _device_of(scores):
+        with device_of(scores):
             nm_kernel[(triton.cdiv(groups, together),)](
                 scores_ptr=scores,
                 mask_ptr=mask.view(torch.uint8),
@@ -382,5 +392,5 @@ def _programs(region: _Region, per_program: int) -> tuple[int]:
     return (triton.cdiv(region.blocks, per_program),)
 
 
-def _device_of(scores: Tensor) -> contextlib.AbstractContextManager[None]:
+def device_of(scores: Tensor) -> contextlib.AbstractContextManager[None]:
     return torch.cuda.device(scores.device) if scores.is_cuda else contextlib.nullcontext()
