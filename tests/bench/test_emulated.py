@@ -68,16 +68,14 @@ def test_a_difference_of_trips_would_be_noticed() -> None:
     assert unlike(expected | {"kernel.while1": 9.0}, expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_trips_counted_anew(target: str, tmp_path: Path) -> None:
-    """By executing the PTX that is compiled now: blocks of up to 16, on normal scores."""
+def check_anew(
+    target: str, chosen: list[Key], expected: Mapping[Key, Mapping[str, float]], cache: Path
+) -> None:
+    """Execute the PTX that is compiled now, and compare."""
     pytest.importorskip("triton")
-    expected = counted()
     programs = {tuple(row[name] for name in COUNTS): int(row["programs"]) for row in read_csv(TRIPS)}
-    chosen = [key for key in expected if int(key[1]) <= 16 and key[3] == "normal"]
     lines = [[k[0], int(k[1]), int(k[2]), k[3], programs[k], ""] for k in chosen]
-    environment = os.environ | {"NMSOLVE_PTX_SM": target[3:], "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = os.environ | {"NMSOLVE_PTX_SM": target[3:], "TRITON_CACHE_DIR": str(cache)}
     environment.pop("TRITON_INTERPRET", None)
     script = ROOT / "tests" / "emulator" / "emulated_trips.py"
     child = subprocess.run(
@@ -92,6 +90,39 @@ def test_trips_counted_anew(target: str, tmp_path: Path) -> None:
         for fault in unlike(row["entries"], expected[key])
     ]
     assert not faults, "\n".join(faults)
+
+
+def test_trips_of_small_blocks(tmp_path: Path) -> None:
+    pytest.importorskip("numpy", minversion="2.0", reason="the emulator promotes integers as NumPy 2 does")
+    expected = counted()
+    chosen = [
+        key for key in expected if key[:2] in {("nm", "4"), ("exact, edge", "4")} and key[3] == "normal"
+    ]
+    assert len(chosen) == 2
+    check_anew("sm_90", chosen, expected, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_trips_counted_anew(target: str, tmp_path: Path) -> None:
+    """Blocks of up to 16, on normal scores."""
+    expected = counted()
+    chosen = [key for key in expected if int(key[1]) <= 16 and key[3] == "normal"]
+    check_anew(target, chosen, expected, tmp_path)
+
+
+def test_trips_in_the_file_are_those_of_the_cost_table() -> None:
+    """Every configuration of the table, executed for each target."""
+    expected = counted()
+    for target in TARGETS:
+        executed: dict[Key, dict[str, float]] = {}
+        for row in read_csv(RESULTS / "emulator_trips.csv"):
+            if row["target"] == target:
+                key = tuple(row[name] for name in COUNTS)
+                executed.setdefault(key, {})[row["region"]] = float(row["executed"])
+        assert executed.keys() == expected.keys()
+        faults = [f"{key}: {fault}" for key in executed for fault in unlike(executed[key], expected[key])]
+        assert not faults, "\n".join(faults)
 
 
 # --- rows ---------------------------------------------------------------------------------------------------

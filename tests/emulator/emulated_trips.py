@@ -67,7 +67,7 @@ def entries(launch: emulator.Launch, sources: source_regions.Sources) -> dict[st
     largest: dict[str, sass.Block] = {}
     for b in sass.reachable(blocks):
         around = region_of[innermost.get(b)]
-        region = source_regions.region_of_block(code, blocks[b], around, sources)
+        region = source_regions.region_of_run(code, [blocks[b]], around, sources)
         largest[region] = max(largest.get(region, blocks[b]), blocks[b], key=lambda x: x.last - x.first)
     executed = {region: times[block.first] for region, block in largest.items()}
     for region in source_regions.peeled_loops(code, blocks, loops, region_of, sources):

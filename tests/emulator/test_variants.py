@@ -15,7 +15,7 @@ TARGETS = (80, 90, 100)
 GROUPS = {
     "exact": [
         "exhaustive-4", "exact-8", "exact, solution-4", "exact, warm-4", "exact, edge-4",
-        "exact, edge, solution-4", "assignment-8",
+        "exact, edge, solution-4", "assignment-8", "hierarchical-8",
     ],
     "many matrices": [
         "exhaustive, many matrices-4", "exact, many matrices-8", "exact, many matrices, solution-4",
