@@ -31,11 +31,12 @@ def floor_of(best):
 
 
 @triton.jit
-def kept_by(block_ptr, taken, count, n, v, ROWS: tl.constexpr, LISTED: tl.constexpr):
+def kept_by(block_ptr, taken, count, n, v, ROWS: tl.constexpr):
     """What a block keeps of the first ``count`` columns of a list, and each row's n-th largest of those.
 
     float64 and float32 ``[ROWS]``; the second has no meaning where there are fewer than n columns.
     """
+    LISTED: tl.constexpr = taken.shape[0]
     lanes = tl.arange(0, LISTED)
     rows = tl.arange(0, ROWS)
     inside = rows < v
@@ -61,11 +62,11 @@ def gains_of(block, least):
 
 
 @triton.jit
-def exchanged(
-    block_ptr, block, taken, best, n, k, m, v, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LISTED: tl.constexpr
-):
+def exchanged(block_ptr, block, taken, best, n, k, m, v):
     """One column exchanged for another while any exchange is better, the best one first."""
-    lanes = tl.arange(0, LISTED)
+    ROWS: tl.constexpr = block.shape[0]
+    COLUMNS: tl.constexpr = block.shape[1]
+    lanes = tl.arange(0, taken.shape[0])
     columns = tl.arange(0, COLUMNS)
     going = 1
     while going != 0:
@@ -76,7 +77,7 @@ def exchanged(
         free = (of_last == 0) & (columns < m)
         for out in range(k):
             rest = tl.where(lanes == out, last, taken)
-            kept, least = kept_by(block_ptr, rest, k - 1, n, v, ROWS, LISTED)
+            kept, least = kept_by(block_ptr, rest, k - 1, n, v, ROWS)
             gains = tl.where(free, gains_of(block, least), -1.0)
             gain = tl.max(gains, 0)
             value = kept + gain
@@ -85,7 +86,7 @@ def exchanged(
                 into = tl.min(tl.where(gains == gain, columns, COLUMNS), 0)
                 trial = tl.where(lanes == out, into, taken)
         # The sum anew: that of the gains is rounded.
-        kept = kept_by(block_ptr, trial, k, n, v, ROWS, LISTED)[0]
+        kept = kept_by(block_ptr, trial, k, n, v, ROWS)[0]
         going = 0
         if kept > floor_of(best):
             best = kept
@@ -127,8 +128,8 @@ def strips_kernel(
     margin = tl.load(margin_ptr + program)
 
     taken = tl.where(lanes < k, lanes, 0)
-    best = kept_by(block_ptr, taken, k, n, v, ROWS, LISTED)[0]
-    chosen, best = exchanged(block_ptr, block, taken, best, n, k, m, v, ROWS, COLUMNS, LISTED)
+    best = kept_by(block_ptr, taken, k, n, v, ROWS)[0]
+    chosen, best = exchanged(block_ptr, block, taken, best, n, k, m, v)
 
     one = tl.full((COLUMNS,), 1, tl.int64)
     open_ = tl.zeros((LISTED,), tl.int64)  # for each depth, the columns that may come next
@@ -150,7 +151,7 @@ def strips_kernel(
                 reach += base + tl.sum(tl.sum(tl.where(held, worth[:, None], 0.0), 1), 0)
                 passes += 1
             else:
-                kept, least = kept_by(block_ptr, taken, depth, n, v, ROWS, LISTED)
+                kept, least = kept_by(block_ptr, taken, depth, n, v, ROWS)
                 gains = tl.where(later, gains_of(block, least), 0.0)
                 reach = kept + margin + gains
                 rest = gains
@@ -171,7 +172,7 @@ def strips_kernel(
             open_ = tl.where(lanes == depth, word ^ bit, open_)
             taken = tl.where(lanes == depth, tl.sum(tl.where((one << columns) == bit, columns, 0), 0), taken)
             if depth + 1 == k:
-                kept = kept_by(block_ptr, taken, k, n, v, ROWS, LISTED)[0]
+                kept = kept_by(block_ptr, taken, k, n, v, ROWS)[0]
                 passes += 1
                 if kept > floor_of(best):
                     best = kept

@@ -16,8 +16,10 @@ import nmsolve
 from gpu_day.setting import Setting
 from nmsolve.backends.torch import masks as reference
 from nmsolve.backends.torch import permutations as reference_permutations
+from nmsolve.backends.torch import strips as reference_strips
 from nmsolve.backends.triton import masks as gpu
 from nmsolve.backends.triton import permutations as gpu_permute
+from nmsolve.backends.triton import strips as gpu_strips
 from nmsolve.pattern import NMPattern
 
 TEMPERATURE, ITERATIONS, EPS = 0.1, 20, 1e-6
@@ -25,6 +27,8 @@ MATRICES = 64
 """That a group has."""
 SAMPLE = 64
 """Blocks that are compared with the reference."""
+STRIPS = 4
+"""Of hierarchical masks, whose reference is slow."""
 
 
 class Prepared(NamedTuple):
@@ -154,6 +158,25 @@ def ordinary(setting: Setting, m: int, dtype: torch.dtype, side: int, seed: int)
         return f"{off} entries differ from the reference's" if off else ""
 
     return Prepared(lambda: gpu.ordinary(scores, pattern), size_of(scores) + scores.numel(), wrong)
+
+
+def hierarchical(setting: Setting, m: int, dtype: torch.dtype, side: int, seed: int) -> Prepared:
+    """Strips of 64 rows that keep 2 of 4 columns of each m, to the end of the search."""
+    v = min(64, side)
+    blocks = normal(setting, (max(1, side * side // (v * m)), m, v), dtype, seed).double()
+
+    def kept(part: Tensor, chosen: Tensor) -> Tensor:
+        held = part.gather(1, chosen.unsqueeze(2).expand(-1, -1, v))
+        return held.topk(2, dim=1).values.sum((1, 2))
+
+    def wrong(result: tuple[Tensor, Tensor]) -> str:
+        part = blocks[:STRIPS].cpu()
+        best = kept(part, reference_strips.best_columns(part, 2, 4, 1 << 18)[0])
+        worst = float(((best - kept(part, result[0][:STRIPS].cpu())).abs() / best).max())
+        return f"keeps {worst:.2g} less or more than the reference's columns" if worst > 1e-12 else ""
+
+    call = lambda: gpu_strips.best_columns(blocks, 2, 4, 1 << 18)  # noqa: E731
+    return Prepared(call, size_of(blocks, call()), wrong)
 
 
 # --- permutations -------------------------------------------------------------------------------------------
@@ -301,6 +324,7 @@ CASES = (
     Case("tsenor", every, mask_case(tsenor, below=0.05)),
     Case("greedy", every, mask_case(greedy, below=0.05)),
     Case("nm", every, ordinary),
+    Case("hierarchical", larger, hierarchical),
     Case("exact, solution", every, mask_case(solution)),
     Case("sinkhorn, forward", plan_sizes, sinkhorn(keep=False)),
     Case("sinkhorn, training", plan_sizes, sinkhorn(keep=True)),

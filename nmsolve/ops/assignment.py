@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from nmsolve.backends.dispatch import AUTO, BACKENDS, REFERENCE, Backend, check_backend, select
+from nmsolve.backends.dispatch import (
+    AUTO,
+    BACKENDS,
+    REFERENCE,
+    Backend,
+    check_backend,
+    select,
+)
 from nmsolve.errors import BackendError, NMSolveError
 from nmsolve.ops.certificates import fit, tighten
+from nmsolve.ops.levels import block_solvers, solve_levels
 from nmsolve.ops.registration import register
-from nmsolve.ops.validation import check_finite, check_scores, describe
+from nmsolve.ops.validation import check_numbers, check_scores, describe
+from nmsolve.ops.wider import coarse_blocks, reason_of
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import relative_gap
 
@@ -30,7 +40,7 @@ class AssignmentSolution:
     row_duals, col_duals : Tensor
         float64 ``(..., M)``: prices u and v of rows and columns, in the unit of the scores.
     objective : Tensor
-        float64 ``(...)``: total score of the permutation.
+        float64 ``(...)``: total score of the permutation; those of +inf count as 0.
     bound : Tensor
         float64 ``(...)``: ``sum(u) + sum(v) + sum_ij max(0, A[i, j] - u[i] - v[j])``; whatever u and v are,
         no permutation scores more.
@@ -68,12 +78,13 @@ def assignment(
     """The permutation of largest total score, for each matrix of a batch.
 
     This is the transposable 1:M mask, as indices: ``sum_i scores[i, p[i]]`` is the largest of all
-    permutations p, and the certificate proves it.
+    permutations p, and the certificate proves it. A score of -inf is never taken, and one of +inf always;
+    large finite ones are weighed exactly, however far apart they lie (:mod:`nmsolve.ops.levels`).
 
     Parameters
     ----------
     scores : Tensor
-        ``(..., M, M)``, float64, float32, float16 or bfloat16, finite, any strides; higher = better.
+        ``(..., M, M)``, float64, float32, float16 or bfloat16, no NaN, any strides; higher = better.
     backend : {"auto", "triton", "cpu", "torch"}
         "cpu" is Jonker and Volgenant's algorithm (Computing 38, 1987) in Numba, in float64 whatever the
         scores are, for any M. "triton" is the block solver of the masks with one kept entry per line, in
@@ -93,7 +104,8 @@ def assignment(
     Raises
     ------
     NMSolveError
-        If the scores are not square, not finite or of another dtype.
+        If the scores are not square, NaN or of another dtype, or if a matrix has no permutation that takes
+        every +inf and no -inf.
     BackendError
         If the backend asked for cannot run here.
 
@@ -105,6 +117,8 @@ def assignment(
     >>> solution = assignment(scores, return_solution=True)
     >>> solution.objective.item(), solution.max_gap
     (6.0, 0.0)
+    >>> assignment(torch.tensor([[4.0, float("-inf")], [3.0, 1.0]]))
+    tensor([0, 1])
     """
     check_scores(scores)
     if scores.shape[-1] != scores.shape[-2]:
@@ -136,17 +150,77 @@ def _solve(scores: Tensor, backend: str, want_solution: bool) -> tuple[Tensor, .
     if scores.numel() == 0:
         return _blank(scores, want_solution)
     row, through_host = _runner(backend, scores)
-    if not row.assignment_finds_infinite:
-        check_finite(scores)
     matrices = scores.reshape(-1, m, m)
     if through_host:
         matrices = matrices.cpu()
-    found = row.permutations.assignment(matrices, want_solution)
-    if row.assignment_finds_infinite and bool((found[0][:, 0] < 0).any()):
-        check_finite(scores)
-    if want_solution:
-        _tighten(matrices, *found)
+    found, again = _first(row, scores, matrices, want_solution)
+    if again.any():
+        _solve_again(row, matrices, again, found, tuple(lead))
     return tuple(tensor.to(scores.device).view((*lead, *tensor.shape[1:])) for tensor in found)
+
+
+def _first(
+    row: Backend, scores: Tensor, matrices: Tensor, want_solution: bool
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What the backend finds, and which matrices are to be solved again: with infinite scores, or coarse."""
+    m = matrices.shape[1]
+    finite = matrices
+    if row.assignment_finds_infinite:
+        found = row.permutations.assignment(matrices, want_solution)
+        infinite = found[0][:, 0] < 0
+        if infinite.any():
+            check_numbers([scores])
+            finite = matrices.masked_fill(matrices.isinf(), 0)
+        low = float(finite.amin())
+    else:
+        low, high = check_numbers([scores])[0]
+        infinite = torch.zeros(len(matrices), dtype=torch.bool, device=matrices.device)
+        if math.isinf(low) or math.isinf(high):
+            infinite = matrices.isinf().any(2).any(1)
+            finite = matrices.masked_fill(matrices.isinf(), 0)
+        found = row.permutations.assignment(finite, want_solution)
+    if want_solution:
+        whole = not infinite.any()
+        parts = found if whole else tuple(tensor[~infinite] for tensor in found)
+        _tighten(finite if whole else finite[~infinite], *parts)
+        if not whole:
+            for tensor, part in zip(found, parts, strict=True):
+                tensor[~infinite] = part
+    if low >= 0:
+        return found, infinite
+    worked_in = torch.float64 if row.masks_float64 else torch.float32
+    return found, infinite | coarse_blocks(finite, NMPattern(1, m), worked_in).view(-1)
+
+
+def _solve_again(
+    row: Backend, matrices: Tensor, again: Tensor, found: tuple[Tensor, ...], lead: tuple[int, ...]
+) -> None:
+    """The solution of matrices whatever numbers they hold but NaN, in place."""
+    blocks = matrices[again].double()
+    first, exact = block_solvers((row if row.masks_float64 else REFERENCE).masks, 1)
+    want_solution = len(found) > 1
+    levels = solve_levels(blocks, 1, torch.float64, first, exact, allow_short=False, want_duals=want_solution)
+    if not levels.full.all():
+        k = int((~levels.full).nonzero()[0])
+        place = int(again.nonzero()[k])
+        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), lead)) if lead else ()
+        raise NMSolveError(
+            f"scores: {f'matrix {where}' if lead else 'the matrix'} has no permutation that takes every inf "
+            f"and no -inf{reason_of(blocks[k], NMPattern(1, len(blocks[k])))}"
+        )
+    found[0][again] = levels.mask.view(torch.uint8).argmax(2)
+    if want_solution:
+        taken = blocks.masked_fill(blocks.isinf(), 0) * levels.mask
+        objective = taken.sum((1, 2))
+        values = (
+            levels.row_duals,
+            levels.col_duals,
+            objective,
+            objective + levels.loss,
+            taken.abs().sum((1, 2)),
+        )
+        for tensor, value in zip(found[1:], values, strict=True):
+            tensor[again] = value
 
 
 def _tighten(

@@ -105,7 +105,9 @@ class _Problem(NamedTuple):
 
     def again(self, pattern: NMPattern) -> Tensor | None:
         """The blocks that are to be solved again whatever a backend found, or None."""
-        coarse = coarse_blocks(self.finite, pattern, self.runner) if self.low < 0 else None
+        wide = self.finite.dtype == torch.float64 and self.runner.masks_float64
+        worked_in = torch.float64 if wide else torch.float32
+        coarse = coarse_blocks(self.finite, pattern, worked_in) if self.low < 0 else None
         if coarse is None or self.infinite is None:
             return coarse if self.infinite is None else self.infinite
         return coarse | self.infinite

@@ -30,6 +30,7 @@ __all__ = [
     "finite_part",
     "infinite_blocks",
     "over_blocks",
+    "reason_of",
     "refuse_short_groups",
     "solve_wider",
     "stand_ins",
@@ -55,10 +56,12 @@ class Certificates(NamedTuple):
     scale: Tensor
 
 
-def coarse_blocks(scores: Tensor, pattern: NMPattern, backend: Backend) -> Tensor:
-    """Which blocks of finite ``(..., rows, cols)`` scores have negative ones that dwarf others."""
-    wide = scores.dtype == torch.float64 and backend.masks_float64
-    share = _SMALL[torch.float64 if wide else torch.float32]
+def coarse_blocks(scores: Tensor, pattern: NMPattern, worked_in: torch.dtype) -> Tensor:
+    """Which blocks of finite ``(..., rows, cols)`` scores have negative ones that dwarf others.
+
+    ``worked_in`` is what they are solved in, float64 or float32.
+    """
+    share = _SMALL[worked_in]
     grid = grid_of(scores, pattern)
     shape = (*scores.shape[:-2], grid.block_rows, grid.block_cols)
     coarse = torch.zeros(shape, dtype=torch.bool, device=scores.device)
@@ -177,11 +180,12 @@ def _refuse_short(scores: Tensor, short: Tensor, pattern: NMPattern, name: str) 
     block = scores[at]
     raise NMSolveError(
         f"{name}: block {tuple(where)} has no {pattern} mask that keeps every inf and no -inf"
-        f"{_reason(block, pattern)}; allow_short=True keeps what fits there"
+        f"{reason_of(block, pattern)}; allow_short=True keeps what fits there"
     )
 
 
-def _reason(block: Tensor, pattern: NMPattern) -> str:
+def reason_of(block: Tensor, pattern: NMPattern) -> str:
+    """A line that shows why a block has no mask of the pattern, if there is one."""
     rows, cols = block.shape
     for name, dim, lines, others in (("row", 1, rows, cols), ("column", 0, cols, rows)):
         most = min(pattern.n, others)

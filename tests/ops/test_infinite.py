@@ -193,3 +193,71 @@ def test_what_the_error_says() -> None:
         nmsolve.transposable_masks([scores[0], column], 2, 4, backend="torch")
     with pytest.raises(NMSolveError, match="allow_short: expected True or False, got 1"):
         nmsolve.transposable_mask(scores, 2, 4, allow_short=1)  # type: ignore[call-overload]
+
+
+# --- assignment ---------------------------------------------------------------------------------------------
+
+
+def best_permutation(block: list[list[float]]) -> tuple[int, int, Fraction] | None:
+    """Of all permutations, exactly; None where every one takes a -inf."""
+    values = [worth(block, list(enumerate(p))) for p in itertools.permutations(range(len(block)))]
+    return max((value for value in values if value is not None), default=None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [1, 2, 5])
+def test_every_permutation_of_small_matrices(backend: str, dtype: torch.dtype, m: int) -> None:
+    needs(backend)
+    g = generator(m)
+    seen = set()
+    for trial in range(6 if backend == "triton" else 20):
+        chance = torch.rand(m, m, generator=g)
+        scores = torch.randint(-5, 101, (m, m), generator=g).to(dtype)
+        scores.masked_fill_(chance < 0.1 * (trial % 6), -INF).masked_fill_(chance > 0.97, INF)
+        best = best_permutation(scores.double().tolist())
+        feasible = best is not None and best[0] == int((scores == INF).sum())
+        seen.add(feasible)
+        if not feasible:
+            with pytest.raises(NMSolveError, match="scores: the matrix has no permutation that takes"):
+                nmsolve.assignment(scores, backend=backend)
+            continue
+        solution = nmsolve.assignment(scores, backend=backend, return_solution=True)
+        for found in (solution.permutation, nmsolve.assignment(scores, backend=backend)):
+            assert worth(scores.double().tolist(), list(enumerate(found.tolist()))) == best
+        assert float(solution.objective) == float(best[2])
+        assert 0 <= solution.max_gap <= 1e-6
+    assert True in seen
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("apart", [10, 30, 60, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_assignments_of_scores_that_lie_far_apart(backend: str, apart: int, dtype: torch.dtype) -> None:
+    """Costs of -2^apart beside small integers, and both among what is taken."""
+    needs(backend)
+    g = generator(apart)
+    for _ in range(2 if backend == "triton" else 6):
+        small = torch.randint(1, 8, (5, 5), generator=g).double()
+        large = -torch.randint(1, 4, (5, 5), generator=g).double() * 2.0**apart
+        scores = torch.where(torch.rand(5, 5, generator=g) < 0.6, large, small).to(dtype)
+        solution = nmsolve.assignment(scores, backend=backend, return_solution=True)
+        best = best_permutation(scores.double().tolist())
+        assert worth(scores.double().tolist(), list(enumerate(solution.permutation.tolist()))) == best
+        assert 0 <= solution.max_gap <= 1e-6
+
+
+def test_against_scipy_with_forbidden_entries() -> None:
+    """Whole batches, of which only some matrices have infinite scores; large matrices."""
+    optimize = pytest.importorskip("scipy.optimize")
+    needs("cpu")
+    g = generator(3)
+    for m in (7, 64, 300):
+        scores = torch.randn(4, m, m, generator=g, dtype=torch.float64)
+        scores[1:3].masked_fill_(torch.rand(2, m, m, generator=g) < 0.5, -INF)
+        solution = nmsolve.assignment(scores, return_solution=True)
+        for matrix, found, bound in zip(scores, solution.permutation, solution.bound, strict=True):
+            rows, cols = optimize.linear_sum_assignment(-matrix.numpy())
+            best = float(matrix[rows, cols].sum())
+            assert float(matrix.gather(1, found.unsqueeze(1)).sum()) == pytest.approx(best, rel=1e-12)
+            assert float(bound) == pytest.approx(best, rel=1e-9)
