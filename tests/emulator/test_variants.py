@@ -77,6 +77,14 @@ def test_scores_that_are_not_finite(cache: Path) -> None:
 
 
 @pytest.mark.slow
+def test_integers_with_a_third_forbidden(cache: Path) -> None:
+    """The masks of allowed entries alone: 2:4, 3:8, 8:16, 16:32 in four dtypes."""
+    selected = ("-m", "slow or not slow", "-k", "a_third_forbidden and triton")
+    name = "tests/ops/test_infinite.py"
+    assert "16 passed" in emulated.run(90, *selected, name, cache=cache, timeout=3600)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_that_are_not_ours(target: int, cache: Path) -> None:
     assert "10 passed" in emulated.run(target, TUTORIALS, cache=cache, timeout=3600)
