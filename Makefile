@@ -87,7 +87,7 @@ bench: $(MODEL)
 	$(BENCH) ascent
 	$(BENCH) quality
 	$(BENCH) fuzz_backends
-	$(BENCH) forbidden --backends cpu torch triton
+	$(BENCH) forbidden
 	$(BENCH) speed_cpu
 	$(BENCH) peers_cpu
 	$(BENCH) scaling

@@ -3,8 +3,8 @@
 Blocks of integers 1 to 100, of which a third of the entries must not be kept, whatever number says so. The
 optimum is that of OR-tools' min-cost flow on integers; a block without a mask of allowed entries alone must
 be refused where -inf forbids, and else keep as few forbidden entries as can be, and then as much as can be.
-Writes bench/results/forbidden.csv. The triton backend is interpreted, or with NMSOLVE_PTX_SM=90 (80, 100) its
-PTX is executed (docs/internals/emulator.md).
+Writes bench/results/forbidden.csv. The triton backend is interpreted, and its PTX executed
+(docs/internals/emulator.md), each in a child.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -25,23 +26,15 @@ FILE = "forbidden.csv"
 KEY = ("backend", "pattern", "dtype", "forbidden_by")
 PATTERNS = ((2, 4), (3, 8), (8, 16), (16, 32))
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+BACKENDS = {
+    "cpu": ("cpu", "cpu"),
+    "torch": ("torch", "torch"),
+    "interpreted": ("triton", "triton, interpreted"),
+    "emulated": ("triton", "triton, PTX of sm_90"),
+}
+"""What can be asked for: the backend, and its name in the file."""
+CAPABILITY = 90
 FORBIDDEN_BY = ("-inf", "-1e9", "-1e14", "-1e30")
-
-
-def install() -> str:
-    """Have the triton backend interpreted or emulated, before it is imported; its name in the file."""
-    sm = os.environ.get("NMSOLVE_PTX_SM")
-    if not sm:
-        os.environ["TRITON_INTERPRET"] = "1"
-        from kernel_costs import interpreter
-
-        interpreter.install()
-        return "triton, interpreted"
-    sys.path.append(str(ROOT / "tests" / "support"))
-    import emulator
-
-    emulator.install(int(sm))
-    return f"triton, PTX of sm_{sm}"
 
 
 def optimum(block: Tensor, allowed: Tensor, n: int) -> tuple[int, int]:
@@ -99,29 +92,42 @@ def row_of(backend: str, n: int, m: int, dtype: str, forbidden_by: str, blocks: 
     }
 
 
-def rows(backends: list[str], named: str, blocks: int, interpreted: int) -> Iterator[dict[str, Any]]:
-    for backend in backends:
-        for n, m in PATTERNS:
-            for dtype in DTYPES:
-                for forbidden_by in FORBIDDEN_BY:
-                    count = interpreted if backend == "triton" else blocks
-                    name = named if backend == "triton" else backend
-                    key = dict(zip(KEY, (name, f"{n}:{m}", dtype, forbidden_by), strict=True))
-                    yield key | row_of(backend, n, m, dtype, forbidden_by, count)
+def rows(backend: str, named: str, blocks: int) -> Iterator[dict[str, Any]]:
+    for n, m in PATTERNS:
+        for dtype in DTYPES:
+            for forbidden_by in FORBIDDEN_BY:
+                key = dict(zip(KEY, (named, f"{n}:{m}", dtype, forbidden_by), strict=True))
+                yield key | row_of(backend, n, m, dtype, forbidden_by, blocks)
+
+
+def in_a_child(way: str, blocks: int) -> int:
+    """The triton backend in a process of its own, where its kernels are interpreted or executed from PTX."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, str(ROOT / "bench"), "forbidden"]
+    if way == "emulated":
+        del environment["TRITON_INTERPRET"]
+        script = ROOT.joinpath("tests", "support", "on_emulator.py")
+        command = [sys.executable, str(script), str(CAPABILITY), "forbidden"]
+    return subprocess.run([*command, "--here", way, "--few", str(blocks)], env=environment).returncode
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--backends", nargs="+", choices=("cpu", "torch", "triton"), default=["cpu", "torch"])
-    parser.add_argument("--blocks", type=int, default=40, help="of each row (40)")
-    parser.add_argument("--interpreted", type=int, default=2, help="blocks of each row of triton (2)")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--blocks", type=int, default=40, help="of each row of cpu and torch (40)")
+    parser.add_argument("--few", type=int, default=2, help="blocks of each row of triton (2)")
+    parser.add_argument("--here", choices=BACKENDS, help="one, with kernels as this process has them")
     arguments = parser.parse_args()
-    named = install() if "triton" in arguments.backends else ""
     wrong = 0
-    for row in rows(arguments.backends, named, arguments.blocks, arguments.interpreted):
-        wrong += row["below"] + row["wrongly_refused"]
-        replace_rows(RESULTS / FILE, [row], lambda old, row=row: all(old[k] == row[k] for k in KEY))
-        print(*row.values(), flush=True)
+    for name in [arguments.here] if arguments.here else arguments.backends:
+        backend, named = BACKENDS[name]
+        if backend == "triton" and not arguments.here:
+            wrong += in_a_child(name, arguments.few)
+            continue
+        for row in rows(backend, named, arguments.few if backend == "triton" else arguments.blocks):
+            wrong += row["below"] + row["wrongly_refused"]
+            replace_rows(RESULTS / FILE, [row], lambda old, row=row: all(old[k] == row[k] for k in KEY))
+            print(*row.values(), flush=True)
     return 1 if wrong else 0
 
 

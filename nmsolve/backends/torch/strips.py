@@ -26,16 +26,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["best_columns", "bounds_of", "priced"]
+from nmsolve.backends.strip_bounds import bounds_of, floor_of, gains_of, kept_by, priced
+
+__all__ = ["best_columns"]
 
 # Elements of the largest temporaries.
 _CHUNK = 1 << 22
-
-# What is within rounding of the best choice so far is not searched for.
-_ROUNDING = 1e-13
-
-# Steps that lower D(u) where the search ended early, for each column of a group.
-_STEPS = 8
 
 
 def best_columns(columns: Tensor, n: int, k: int, limit: int) -> tuple[Tensor, Tensor]:
@@ -72,66 +68,24 @@ def _solve(columns: Tensor, n: int, k: int, limit: int) -> tuple[Tensor, Tensor]
     return chosen, bounds_of(columns, n, chosen, prices, done)
 
 
-def priced(columns: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
-    """Prices u ``(B, V)`` that bound choices well, and with them the worth c ``(B, M)`` of each column."""
-    m = columns.shape[1]
-    even = max(1, min(m - 1, n * m // k))
-    prices = columns.topk(even + 1, dim=1).values[:, -2:].mean(1)
-    return prices, _gains(columns, prices)
-
-
-def bounds_of(columns: Tensor, n: int, chosen: Tensor, prices: Tensor, done: Tensor) -> Tensor:
-    """What ``best_columns`` returns as bounds of ``chosen``, the best where a search is ``done``."""
-    k = chosen.shape[1]
-    best = _kept(columns, chosen, n)[0]
-    bounds = torch.full_like(best, -torch.inf)
-    # Sums of scores that cancel prove no more than their rounding allows.
-    error = 2.0**-50 * (k + 2) * columns.abs().amax(1).sum(1)
-    coarse = error > 1e-12 * best.abs()
-    bounds[coarse] = (best + error)[coarse]
-    if not bool(done.all()):
-        open_ = (~done).nonzero()[:, 0]
-        bound = _lowered(columns[open_], n, k, prices[open_], best[open_])
-        proven = bound <= _floor(best[open_])
-        bounds[open_] = torch.where(proven, bounds[open_], bound)
-    return bounds
-
-
-def _floor(best: Tensor) -> Tensor:
-    """What a choice has to keep more than, to be looked at."""
-    return best + _ROUNDING * best.abs()
-
-
-def _gains(columns: Tensor, least: Tensor) -> Tensor:
-    """``sum_r max(0, A[r, j] - t[r])`` for ``(..., M, V)`` and ``(..., V)``."""
-    return (columns - least.unsqueeze(-2)).clamp_(min=0).sum(-1)
-
-
-def _kept(columns: Tensor, chosen: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """f of ``(P, K)`` columns of ``(P, M, V)``, and each row's N-th largest score in them."""
-    index = chosen.unsqueeze(-1).expand(*chosen.shape, columns.shape[-1])
-    top = columns.gather(-2, index).topk(n, dim=-2).values
-    return top.sum((-2, -1)), top[..., -1, :]
-
-
 def _exchanged(columns: Tensor, chosen: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """One column exchanged for another while any exchange is better, the best one first; f(S) of the last."""
     k = chosen.shape[1]
-    best = _kept(columns, chosen, n)[0]
+    best = kept_by(columns, chosen, n)[0]
     going = torch.arange(len(columns), device=columns.device)
     while len(going):
         here, held = columns[going], chosen[going]
         taken = torch.zeros(here.shape[:2], dtype=torch.bool, device=here.device).scatter_(1, held, True)
         values = []
         for i in range(k):
-            rest, least = _kept(here, torch.cat([held[:, :i], held[:, i + 1 :]], 1), n)
-            values.append((rest[:, None] + _gains(here, least)).masked_fill_(taken, -torch.inf))
+            rest, least = kept_by(here, torch.cat([held[:, :i], held[:, i + 1 :]], 1), n)
+            values.append((rest[:, None] + gains_of(here, least)).masked_fill_(taken, -torch.inf))
         value, which = torch.stack(values, 1).flatten(1).max(1)
         out, into = which // here.shape[1], which % here.shape[1]
         trial = held.scatter(1, out[:, None], into[:, None])
         # The sum anew: differences of large scores do not add up.
-        kept = _kept(here, trial, n)[0]
-        better = (value > _floor(best[going])) & (kept > best[going])
+        kept = kept_by(here, trial, n)[0]
+        better = (value > floor_of(best[going])) & (kept > best[going])
         going = going[better]
         chosen[going], best[going] = trial[better], kept[better]
     return chosen, best
@@ -155,8 +109,8 @@ def _search(
             block, taken = todo.pop()
             depth = taken.shape[1]
             block, taken = (part[passes[block] <= limit] for part in (block, taken))
-            kept, least = _kept(ranked[block], taken, n)
-            gains = _gains(ranked[block], least)
+            kept, least = kept_by(ranked[block], taken, n)
+            gains = gains_of(ranked[block], least)
             passes.index_add_(0, block, torch.full_like(block, m))
             later = torch.arange(m, device=block.device) > taken[:, -1:]
             gains.masked_fill_(~later, -torch.inf)
@@ -166,7 +120,7 @@ def _search(
                 continue
             # With j the next column, the others gain no more than the largest that are left.
             reach = kept[:, None] + gains + most[:, : k - depth - 1].sum(1, keepdim=True)
-            row, into = (reach > _floor(best)[block, None]).nonzero(as_tuple=True)
+            row, into = (reach > floor_of(best)[block, None]).nonzero(as_tuple=True)
             step = max(1, _CHUNK // ranked[0].numel())
             for part in torch.arange(len(row), device=row.device).split(step):
                 deeper = torch.cat([taken[row[part]], into[part, None]], 1)
@@ -186,7 +140,7 @@ def _first_choices(
         last = few[:, -1]
         reach = worth[:, few].sum(2) + summed[:, last + 1 + k - n] - summed[:, last + 1]
         reach += n * prices.sum(1, keepdim=True)
-        block, which = (reach > _floor(best)[:, None]).nonzero(as_tuple=True)
+        block, which = (reach > floor_of(best)[:, None]).nonzero(as_tuple=True)
         step = max(1, _CHUNK // (m * prices.shape[1]))
         for part in torch.arange(len(block), device=block.device).split(step):
             yield block[part], few[which[part]]
@@ -207,32 +161,9 @@ def _improve(
     gain, last = gains.max(1)
     value = kept + gain
     most = torch.full_like(best, -torch.inf).scatter_reduce_(0, block, value, "amax")
-    first = (value == most[block]) & (value > _floor(best)[block])
+    first = (value == most[block]) & (value > floor_of(best)[block])
     block, full = block[first], torch.cat([taken, last[:, None]], 1)[first]
-    value = _kept(ranked[block], full, n)[0]
+    value = kept_by(ranked[block], full, n)[0]
     for b, whole, new in zip(block.tolist(), full, value, strict=True):
         if new > best[b]:
             best[b], chosen[b] = new, order[b, whole]
-
-
-def _lowered(columns: Tensor, n: int, k: int, prices: Tensor, best: Tensor) -> Tensor:
-    """D(u), lowered by subgradients with Polyak's step towards ``best``."""
-    least, kept_prices = torch.full_like(best, torch.inf), prices
-    trial, factor = prices, torch.ones_like(best)
-    waited = torch.zeros_like(best, dtype=torch.int64)
-    for _ in range(_STEPS * columns.shape[1]):
-        most, taken = _gains(columns, trial).topk(k, dim=1)
-        value = n * trial.sum(1) + most.sum(1)
-        better = value < least
-        least = torch.where(better, value, least)
-        kept_prices = torch.where(better[:, None], trial, kept_prices)
-        waited = torch.where(better, 0, waited + 1)
-        # Back to the best prices with half the step when it has not helped for a while.
-        stuck = waited == 4
-        factor, waited = torch.where(stuck, factor / 2, factor), torch.where(stuck, 0, waited)
-        index = taken.unsqueeze(2).expand(-1, -1, columns.shape[2])
-        short = n - (columns.gather(1, index) > trial[:, None]).sum(1)
-        size = short.square().sum(1).clamp(min=1)
-        step = (factor * (value - best) / size)[:, None] * short
-        trial = torch.where(stuck[:, None], kept_prices, trial - step)
-    return least

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nmsolve.backends.torch import strips as reference
+from nmsolve.backends.strip_bounds import bounds_of, priced
 from nmsolve.backends.triton import masks as gpu
 from nmsolve.kernels import _launch
 from nmsolve.kernels.strips import strips_kernel
@@ -48,7 +48,7 @@ def strip_tile(v: int, m: int, k: int, *, amd: bool = torch.version.hip is not N
 def best_columns(columns: Tensor, n: int, k: int, limit: int) -> tuple[Tensor, Tensor]:
     """As the reference's ``best_columns``, of blocks of at most 64 columns."""
     batch, m, v = columns.shape
-    prices, worth = reference.priced(columns, n, k)
+    prices, worth = priced(columns, n, k)
     worth, order = worth.sort(dim=1, descending=True, stable=True)
     exponent = torch.frexp(columns.abs().amax((1, 2))).exponent
     ranked = _scaled(columns.gather(1, order.unsqueeze(2).expand_as(columns)), exponent)
@@ -72,7 +72,7 @@ def best_columns(columns: Tensor, n: int, k: int, limit: int) -> tuple[Tensor, T
             **strip_tile(v, m, k),
         )
     chosen = order.gather(1, ranks).sort(dim=1).values
-    return chosen, reference.bounds_of(columns, n, chosen, prices, done.bool())
+    return chosen, bounds_of(columns, n, chosen, prices, done.bool())
 
 
 def _scaled(x: Tensor, exponent: Tensor) -> Tensor:
