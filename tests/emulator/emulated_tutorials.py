@@ -110,7 +110,7 @@ def test_layer_norm(dtype: torch.dtype) -> None:
 def test_what_it_does_not_know_is_named() -> None:
     """Tensor cores and atomics, in one line."""
     a, b = random(32, 32).half(), random(32, 32, seed=2).half()
-    with pytest.raises(emulator.PtxError, match=r"^matmul_kernel: unknown instruction ldmatrix.\S+trans\S+$"):
+    with pytest.raises(emulator.PtxError, match=r"^matmul_kernel: unknown instruction mma\.sync\S+$"):
         matmul_kernel[(1,)](a, b, torch.empty(32, 32), SIZE=32, INNER=32)
     with pytest.raises(emulator.PtxError, match=r"^locked_sum_kernel: unknown instruction atom\.\S+cas.b32$"):
         locked_sum_kernel[(4,)](random(512), torch.zeros(1, dtype=torch.int32), torch.zeros(1), BLOCK=128)

@@ -171,6 +171,25 @@ def test_matrices_come_back_as_they_were_stored() -> None:
     assert run(body)[:32].tolist() == [2 * t for t in range(32)]
 
 
+def test_matrices_with_rows_as_columns() -> None:
+    """Of what is stored row by row, and of what is stored column by column."""
+    body = """
+	and.b32 %r7, %r1, 7;
+	shl.b32 %r7, %r7, 4;
+	add.s32 %r7, %r5, %r7;
+	stmatrix.sync.aligned.m8n8.x1{store}.shared.b16 [%r7], {{%r1}};
+	bar.warp.sync -1;
+	ldmatrix.sync.aligned.m8n8.x1{load}.shared.b16 {{%r10}}, [%r7];
+	st.global.b32 [%rd3], %r10;
+"""
+    # Lane 4 r + c holds columns 2 c and 2 c + 1 of row r, the numbers 4 r + c and 0.
+    entry = [[4 * r + c // 2 if c % 2 == 0 else 0 for c in range(8)] for r in range(8)]
+    turned = [entry[2 * (t % 4)][t // 4] + (entry[2 * (t % 4) + 1][t // 4] << 16) for t in range(32)]
+    assert run(body.format(store="", load=".trans"))[:32].tolist() == turned
+    assert run(body.format(store=".trans", load=""))[:32].tolist() == turned
+    assert run(body.format(store=".trans", load=".trans"))[:32].tolist() == list(range(32))
+
+
 COPIED = """
 	cp.async.ca.shared.global [%r6 + 0], [%rd3 + 0], 0x4, {read};
 	cp.async.commit_group;

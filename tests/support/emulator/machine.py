@@ -390,18 +390,21 @@ class Machine:
                 rest.append(_Copy(*(part[~done] for part in copy)))
         self._copies = rest
 
-    def ldmatrix(self, at: Array, registers: list[Array], mask: Mask, place: Place) -> None:
+    def ldmatrix(self, at: Array, registers: list[Array], turned: bool, mask: Mask, place: Place) -> None:
         """Matrices of 8 rows of 16 bytes, row r of matrix q where lane 8 q + r says; a lane gets 4 bytes."""
         self._here = place
         warps, lanes = self._row_lanes(len(registers), mask)
         data = self.shared.load(at[lanes], 4, 4, lanes).reshape(len(warps), len(registers), 32)
+        if turned:
+            data = _turned(data)
         for q, register in enumerate(registers):
             register.reshape(-1, 32)[warps] = data[:, q]
 
-    def stmatrix(self, at: Array, registers: list[Array], mask: Mask, place: Place) -> None:
+    def stmatrix(self, at: Array, registers: list[Array], turned: bool, mask: Mask, place: Place) -> None:
         self._here = place
         warps, lanes = self._row_lanes(len(registers), mask)
-        data = np.stack([register.reshape(-1, 32)[warps] for register in registers], 1).reshape(len(lanes), 4)
+        data = np.stack([register.reshape(-1, 32)[warps] for register in registers], 1)
+        data = (_turned(data) if turned else data).reshape(len(lanes), 4)
         columns = [np.ascontiguousarray(data[:, c]) for c in range(4)]
         self._launch.same_shared_stores += self.shared.store(at[lanes], 4, columns, lanes)
 
@@ -419,6 +422,12 @@ class _Copy(NamedTuple):
     to: Array
     words: Array
     group: Array
+
+
+def _turned(words: Array) -> Array:
+    """Matrices of 8 x 8 halves, 32 words each, with rows as columns."""
+    halves = np.ascontiguousarray(words).view(np.uint16).reshape(*words.shape[:-1], 8, 8)
+    return np.ascontiguousarray(halves.swapaxes(-1, -2)).view(words.dtype).reshape(words.shape)
 
 
 def _applied(function: Callable[..., Array], *operands: Array) -> Array:

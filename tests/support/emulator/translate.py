@@ -515,14 +515,15 @@ def _memory(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     w.lines.append(f"{function}({_address(w, address)}, {size}, [{', '.join(values)}], {w.mask}, {w.place})")
 
 
-@rule(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(?:\.shared)?\.b16")
+@rule(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?(?:\.shared)?\.b16")
 def _matrices(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     registers, address = i.operands if match[1] == "ld" else reversed(i.operands)
     names = _names(registers)
     if len(names) != int(match[2]):
         raise PtxError(f"{len(names)} registers for {i.opcode}")
     values = ", ".join(w.value(name, "u32") for name in names)
-    w.lines.append(f"{match[1]}matrix({_address(w, address)}, [{values}], {w.mask}, {w.place})")
+    turned = match[3] is not None
+    w.lines.append(f"{match[1]}matrix({_address(w, address)}, [{values}], {turned}, {w.mask}, {w.place})")
 
 
 @rule(r"cp\.async\.(?:ca|cg)\.shared\.global(?:\.L2::\d+B)?")
