@@ -3,8 +3,9 @@
     python bench against COMMIT
 
 Each checkout has a process of its own, which imports nmsolve from there; the two solve the same scores one
-after the other. Writes bench/results/against.csv: medians of both, and the median and quartiles of the ratios
-of neighbours, this checkout's time over the other's.
+after the other, on one thread. Writes bench/results/against.csv: medians of both in processor time, which other
+work on the machine disturbs less, and the median and quartiles of the ratios of neighbours, this checkout's
+time over the other's.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import nmsolve
 assert nmsolve.__file__.startswith(sys.argv[1]), nmsolve.__file__
-torch.set_num_threads(int(sys.argv[2]))
+torch.set_num_threads(1)
 for line in sys.stdin:
     what, pattern, dtype, backend, side = json.loads(line)
     n, m = map(int, pattern.split(":"))
@@ -54,19 +55,19 @@ for line in sys.stdin:
         "ordinary": lambda: nmsolve.nm_mask(x, n, m, backend=backend),
         "assignment": lambda: nmsolve.assignment(x.view(-1, m, m), backend=backend),
     }
-    start = time.perf_counter()
+    start = time.process_time()
     calls[what]()
-    print(time.perf_counter() - start, flush=True)
+    print(time.process_time() - start, flush=True)
 """
 
 
 class Worker:
     """A process that solves with the nmsolve of a checkout."""
 
-    def __init__(self, root: Path, threads: int) -> None:
+    def __init__(self, root: Path) -> None:
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         self.child = subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(root), str(threads)],
+            [sys.executable, "-c", WORKER, str(root)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
 
@@ -101,7 +102,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("commit", help="to compare with")
     parser.add_argument("--runs", type=int, default=20, help="of each case (20)")
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     git = ["git", "-C", str(ROOT)]
     name = subprocess.run(
@@ -111,10 +111,10 @@ def main() -> None:
         before = Path(folder).resolve() / "before"
         subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(before), name], check=True)
         try:
-            new, old = Worker(ROOT, arguments.threads), Worker(before, arguments.threads)
+            new, old = Worker(ROOT), Worker(before)
             for case in CASES:
                 key = dict(zip(KEY, (name, *case), strict=True))
-                row = key | {"threads": arguments.threads} | compared(case, new, old, arguments.runs)
+                row = key | compared(case, new, old, arguments.runs)
                 replace_rows(
                     RESULTS / FILE, [row], lambda old, key=key: all(old[k] == str(key[k]) for k in KEY)
                 )
