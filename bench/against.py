@@ -3,9 +3,9 @@
     python bench against COMMIT
 
 Each checkout has a process of its own, which imports nmsolve from there; the two solve the same scores one
-after the other, on one thread. Writes bench/results/against.csv: medians of both in processor time, which other
-work on the machine disturbs less, and the median and quartiles of the ratios of neighbours, this checkout's
-time over the other's.
+after the other, on one thread. Writes bench/results/against.csv: medians of both in processor time, which
+other work on the machine disturbs less, and the median and quartiles of the ratios of neighbours, this
+checkout's time over the other's.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ CASES += [
 ]
 CASES += [(what, "8:16", "float32", "torch", 128) for what in ("mask", "solution")]
 CASES += [("assignment", "1:64", dtype, "cpu", 512) for dtype in ("float32", "float64")]
+WHAT = tuple(dict.fromkeys(case[0] for case in CASES))
 
 WORKER = """
 import json, sys, time
@@ -101,6 +102,7 @@ def compared(case: tuple[Any, ...], new: Worker, old: Worker, runs: int) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("commit", help="to compare with")
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT, help=", ".join(WHAT))
     parser.add_argument("--runs", type=int, default=20, help="of each case (20)")
     arguments = parser.parse_args()
     git = ["git", "-C", str(ROOT)]
@@ -112,7 +114,7 @@ def main() -> None:
         subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(before), name], check=True)
         try:
             new, old = Worker(ROOT), Worker(before)
-            for case in CASES:
+            for case in (case for case in CASES if case[0] in arguments.what):
                 key = dict(zip(KEY, (name, *case), strict=True))
                 row = key | compared(case, new, old, arguments.runs)
                 replace_rows(

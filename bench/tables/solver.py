@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tables.columns import fixed, in_order, left, listing, markdown, results, right, share, source
+from tables.columns import fixed, in_order, left, listing, markdown, results, right, rounding, share, source
 
 PATHS = "augmentations.csv"
 PATTERNS = ("8:16", "16:32")
@@ -51,4 +51,44 @@ def augmentations() -> str:
     return markdown(head, lines, "l" + "r" * (len(head) - 1)) + source(PATHS, rows[0])
 
 
-TABLES: dict[str, Callable[[], str]] = {"ascent": ascent, "augmentations": augmentations}
+def forbidden() -> str:
+    """Masks where entries are forbidden, beside the optimum of integers."""
+    file = "forbidden.csv"
+    rows = results(file)
+    lines = []
+    for backend in in_order(rows, "backend"):
+        here = [row for row in rows if row["backend"] == backend]
+        counts = [
+            sum(int(row[key]) for row in here) for key in ("blocks", "below", "wrongly_refused", "refused")
+        ]
+        worst = max((row["largest_gap"] for row in here), key=float)
+        lines.append([backend, *(f"{count:,}" for count in counts), rounding(worst)])
+    head = ["backend", "blocks", "below the optimum", "wrongly refused", "rightly refused", "largest gap"]
+    return markdown(head, lines, "lrrrrr") + source(file, rows[0])
+
+
+def against() -> str:
+    """Processor time of ordinary scores, beside that of an earlier commit."""
+    file = "against.csv"
+    rows = results(file)
+    lines = []
+    for what, backend in dict.fromkeys((row["what"], row["backend"]) for row in rows):
+        for dtype in in_order(rows, "dtype"):
+            here = [r for r in rows if (r["what"], r["backend"], r["dtype"]) == (what, backend, dtype)]
+            if here:
+                ratios = [f"{r['pattern']}: {float(r['ratio']):.2f}" for r in here]
+                spread = [
+                    f"{float(r['ratio_first_quartile']):.2f} to {float(r['ratio_third_quartile']):.2f}"
+                    for r in here
+                ]
+                lines.append([what, backend, dtype, ", ".join(ratios), ", ".join(spread)])
+    head = ["", "backend", "scores", "time / time before", "quartiles"]
+    return markdown(head, lines, "lllll") + source(file, rows[0])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "ascent": ascent,
+    "augmentations": augmentations,
+    "forbidden": forbidden,
+    "against": against,
+}

@@ -154,42 +154,39 @@ def _solve(scores: Tensor, backend: str, want_solution: bool) -> tuple[Tensor, .
     if through_host:
         matrices = matrices.cpu()
     found, again = _first(row, scores, matrices, want_solution)
-    if again.any():
+    if again is not None and again.any():
         _solve_again(row, matrices, again, found, tuple(lead))
     return tuple(tensor.to(scores.device).view((*lead, *tensor.shape[1:])) for tensor in found)
 
 
 def _first(
     row: Backend, scores: Tensor, matrices: Tensor, want_solution: bool
-) -> tuple[tuple[Tensor, ...], Tensor]:
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """What the backend finds, and which matrices are to be solved again: with infinite scores, or coarse."""
-    m = matrices.shape[1]
-    finite = matrices
+    finite, infinite = matrices, None
     if row.assignment_finds_infinite:
         found = row.permutations.assignment(matrices, want_solution)
-        infinite = found[0][:, 0] < 0
-        if infinite.any():
+        if int(found[0][:, 0].min()) < 0:
             check_numbers([scores])
-            finite = matrices.masked_fill(matrices.isinf(), 0)
+            finite, infinite = matrices.masked_fill(matrices.isinf(), 0), found[0][:, 0] < 0
         low = float(finite.amin())
     else:
         low, high = check_numbers([scores])[0]
-        infinite = torch.zeros(len(matrices), dtype=torch.bool, device=matrices.device)
         if math.isinf(low) or math.isinf(high):
             infinite = matrices.isinf().any(2).any(1)
             finite = matrices.masked_fill(matrices.isinf(), 0)
         found = row.permutations.assignment(finite, want_solution)
     if want_solution:
-        whole = not infinite.any()
-        parts = found if whole else tuple(tensor[~infinite] for tensor in found)
-        _tighten(finite if whole else finite[~infinite], *parts)
-        if not whole:
+        parts = found if infinite is None else tuple(tensor[~infinite] for tensor in found)
+        _tighten(finite if infinite is None else finite[~infinite], *parts)
+        if infinite is not None:
             for tensor, part in zip(found, parts, strict=True):
                 tensor[~infinite] = part
     if low >= 0:
         return found, infinite
     worked_in = torch.float64 if row.masks_float64 else torch.float32
-    return found, infinite | coarse_blocks(finite, NMPattern(1, m), worked_in).view(-1)
+    coarse = coarse_blocks(finite, NMPattern(1, matrices.shape[1]), worked_in).view(-1)
+    return found, coarse if infinite is None else coarse | infinite
 
 
 def _solve_again(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nmsolve.backends.dispatch import check_mask_method
+from nmsolve.backends.dispatch import AUTO, BACKENDS, check_mask_method
 from nmsolve.errors import NMSolveError
 from nmsolve.ops.masks import nm_mask, transposable_mask
 from nmsolve.ops.validation import check_finite
 from nmsolve.pattern import NMPattern
-from nmsolve.solution import relative_gap, retained_share
+from nmsolve.solution import BlockSolution, relative_gap, retained_share
 
 __all__ = ["MaskRule", "Tally"]
 
@@ -79,19 +80,25 @@ class MaskRule:
                 f"mask_method: {self.method!r} needs transposable=True; ordinary N:M has only one method"
             )
 
-    def choose(self, scores: Tensor) -> Tensor:
-        """The mask of non-negative ``(..., out, in)`` scores, counted in the tally with its certificate."""
+    def choose(self, scores: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """The mask of non-negative ``(..., out, in)`` scores, counted in the tally with its certificate.
+
+        Of what ``allowed``, bool of the scores' shape, leaves, the mask that keeps the most: at most N of a
+        line, and fewer where no more are allowed or more would keep less.
+        """
         start = time.perf_counter()
         check_finite(scores)
-        n, m = self.pattern.n, self.pattern.m
+        if allowed is not None:
+            scores = scores * allowed
         if self.transposable:
-            solution = transposable_mask(
-                scores, n, m, method=self.method, backend=self.backend, return_solution=True
-            )
+            solution = self._solved(scores, allowed, return_solution=True)
+            assert isinstance(solution, BlockSolution)
             mask, objective, bound = solution.mask, solution.total_objective, solution.total_bound
             self.tally.max_gap = max(self.tally.max_gap, solution.max_gap)
+            if allowed is not None:
+                mask = _corners(mask, scores, self.pattern.m) & allowed
         else:
-            mask = nm_mask(scores, n, m, backend=self.backend)
+            mask = self._ordinary(scores, allowed)
             objective = bound = _sum(torch.where(mask, scores, 0))
         self.tally.score += _sum(scores)
         self.tally.objective += objective
@@ -99,21 +106,68 @@ class MaskRule:
         self._count(start)
         return mask
 
-    def step(self, scores: Tensor) -> Tensor:
-        """The mask of scores of any sign without its certificate: the tally counts the time alone."""
+    def step(self, scores: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """The mask of scores without its certificate: the tally counts the time alone.
+
+        Scores may have any sign, unless ``allowed`` is given.
+        """
         start = time.perf_counter()
         check_finite(scores)
-        n, m = self.pattern.n, self.pattern.m
+        if allowed is not None:
+            scores = scores * allowed
         if self.transposable:
-            mask = transposable_mask(scores, n, m, method=self.method, backend=self.backend)
+            mask = self._solved(scores, allowed, return_solution=False)
+            assert isinstance(mask, Tensor)
+            if allowed is not None:
+                mask = _corners(mask, scores, self.pattern.m) & allowed
         else:
-            mask = nm_mask(scores, n, m, backend=self.backend)
+            mask = self._ordinary(scores, allowed)
         self._count(start)
         return mask
+
+    def _ordinary(self, scores: Tensor, allowed: Tensor | None) -> Tensor:
+        mask = nm_mask(scores, self.pattern.n, self.pattern.m, backend=self.backend)
+        return mask if allowed is None else mask & allowed
+
+    def _solved(
+        self, scores: Tensor, allowed: Tensor | None, *, return_solution: bool
+    ) -> BlockSolution | Tensor:
+        """The solution, or the mask alone: with ``allowed``, that of :func:`_cornered` scores."""
+        m, backend = self.pattern.m, self.backend
+        if allowed is not None:
+            scores = _cornered(scores, m)
+            m *= 2
+            if backend != AUTO and not BACKENDS[backend].holds(m):
+                backend = AUTO
+        options: dict[str, Any] = {"method": self.method, "backend": backend}
+        if return_solution:
+            return transposable_mask(scores, self.pattern.n, m, return_solution=True, **options)
+        return transposable_mask(scores, self.pattern.n, m, **options)
 
     def _count(self, start: float) -> None:
         self.tally.seconds += time.perf_counter() - start
         self.tally.solves += 1
+
+
+def _cornered(scores: Tensor, m: int) -> Tensor:
+    """The blocks as corners of blocks of twice the size, whose other entries are 0.
+
+    Whatever a block keeps, with at most N in each line, is the corner of a mask with N in each line of the
+    larger one. What must not be kept is 0 as well: it may be chosen, but only where nothing else could be.
+    """
+    *lead, rows, cols = scores.shape
+    down, across = -(-rows // m), -(-cols // m)
+    padded = torch.nn.functional.pad(scores, (0, across * m - cols, 0, down * m - rows))
+    wide = scores.new_zeros(*lead, down, 2 * m, across, 2 * m)
+    wide[..., :m, :, :m] = padded.unflatten(-1, (across, m)).unflatten(-3, (down, m))
+    return wide.flatten(-2).flatten(-3, -2)
+
+
+def _corners(mask: Tensor, scores: Tensor, m: int) -> Tensor:
+    """The mask of the scores from that of :func:`_cornered` ones."""
+    rows, cols = scores.shape[-2:]
+    blocks = mask.unflatten(-1, (-1, 2 * m)).unflatten(-3, (-1, 2 * m))[..., :m, :, :m]
+    return blocks.flatten(-2).flatten(-3, -2)[..., :rows, :cols]
 
 
 def _sum(scores: Tensor) -> float:

@@ -241,6 +241,60 @@ def test_what_an_earlier_mask_prunes_stays_pruned(method):
     assert (pruned.mask.unflatten(0, (-1, 8)).sum(1) <= 4).all()
 
 
+def best_within(scores: np.ndarray, allowed: np.ndarray, n: int) -> float:
+    """The most that at most n allowed entries of every line keep, by HiGHS."""
+    from scipy.optimize import linprog
+
+    rows, cols = np.nonzero(allowed)
+    if not len(rows):
+        return 0.0
+    lines = np.zeros((sum(scores.shape), len(rows)))
+    lines[rows, np.arange(len(rows))] = 1
+    lines[len(scores) + cols, np.arange(len(rows))] = 1
+    worth = scores[rows, cols]
+    result = linprog(-worth, A_ub=lines, b_ub=np.full(len(lines), n), bounds=(0, 1), method="highs")
+    assert result.status == 0
+    return float(-result.fun)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize(
+    ("n", "m", "rows", "cols"), [(2, 4, 8, 12), (2, 3, 3, 3), (3, 8, 13, 9), (8, 16, 16, 32)]
+)
+def test_of_what_is_allowed_the_most_is_kept(backend, share, n, m, rows, cols):
+    """Also where no mask with n in every line is allowed, or where one would keep less."""
+    if backend == "cpu":
+        pytest.importorskip("numba")
+    generator = torch.Generator().manual_seed(rows)
+    scores = torch.randn(2, rows, cols, generator=generator, dtype=torch.float64).square()
+    allowed = torch.rand(2, rows, cols, generator=generator) < share
+    mask_rule = MaskRule(f"{n}:{m}", backend=backend)
+    mask = mask_rule.choose(scores, allowed)
+    assert torch.equal(mask_rule.step(scores, allowed), mask)
+    assert not (mask & ~allowed).any()
+    best = 0.0
+    for b in range(2):
+        for i in range(0, rows, m):
+            for j in range(0, cols, m):
+                block = (b, slice(i, i + m), slice(j, j + m))
+                assert mask[block].sum(0).max() <= n
+                assert mask[block].sum(1).max() <= n
+                best += best_within(scores[block].numpy(), allowed[block].numpy(), n)
+    assert float((scores * mask).sum()) == pytest.approx(best, rel=1e-9, abs=1e-12)
+    assert mask_rule.tally.objective == pytest.approx(best, rel=1e-9, abs=1e-12)
+    assert mask_rule.tally.score == pytest.approx(float((scores * allowed).sum()))
+    assert mask_rule.tally.max_gap <= 1e-12
+
+
+def test_groups_of_what_is_allowed():
+    scores = torch.tensor([[5.0, 4.0, 3.0, 2.0]])
+    allowed = torch.tensor([[False, True, False, True]])
+    ordinary = MaskRule("1:2", transposable=False)
+    assert ordinary.choose(scores, allowed).tolist() == [[False, True, False, True]]
+    assert ordinary.tally.objective == 6.0
+
+
 def test_the_tally_has_the_certificate():
     weight, inputs = problem(16, 32)
     exact, greedy = rule("4:8", True), MaskRule("4:8", True, "greedy", "torch")

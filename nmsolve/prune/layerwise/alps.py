@@ -18,6 +18,7 @@ gradients (at most 10 steps) then solve :math:`B \hat H = G` on the support that
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -141,26 +142,23 @@ def _admm(
 ) -> tuple[Tensor, Tensor]:
     """The last B, and the support of the last D."""
 
-    def scores(z: Tensor) -> Tensor:
-        squares = z.square()
-        if allowed is not None:
-            squares.mul_(allowed)
-        return squares if positions == 1 else squares.unflatten(1, (positions, -1)).movedim(1, 0)
+    def split(entries: Tensor) -> Tensor:
+        return entries if positions == 1 else entries.unflatten(1, (positions, -1)).movedim(1, 0)
 
-    def support(chosen: Tensor) -> Tensor:
-        flat = chosen if positions == 1 else chosen.movedim(0, 1).flatten(1)
-        return flat if allowed is None else flat & allowed
+    def support(choose: Callable[[Tensor, Tensor | None], Tensor], z: Tensor) -> Tensor:
+        chosen = choose(split(z.square()), None if allowed is None else split(allowed))
+        return chosen if positions == 1 else chosen.movedim(0, 1).flatten(1)
 
     rho, moved = RHO, False
     inverse = _inverse(system, rho)
     z = dense
-    mask = start = last = support(rule.step(scores(z)))
+    mask = start = last = support(rule.step, z)
     kept = max(1, int(mask.sum()))
     d, v = dense * mask, torch.zeros_like(dense)
     for k in range(1, iterations + 1):
         b = (target - v).add_(d, alpha=rho) @ inverse
         z = torch.add(b, v, alpha=1 / rho)
-        mask = support(rule.step(scores(z)))
+        mask = support(rule.step, z)
         d = z * mask
         v = (z - d).mul_(rho)
         if k % _UPDATE_EVERY:
@@ -181,7 +179,7 @@ def _admm(
         if k > _REST_FROM and changed < _REST * kept:
             break
         inverse = _inverse(system, rho)
-    return b, support(rule.choose(scores(z)))
+    return b, support(rule.choose, z)
 
 
 def _inverse(system: AlpsSystem, rho: float) -> Tensor:

@@ -33,10 +33,11 @@ class ScorePruner:
         self.scores = scores
 
     def __call__(self, dense: Tensor, rule: MaskRule, positions: int, allowed: Tensor | None) -> Pruned:
-        split = self.scores(dense).unflatten(2, (positions, -1)).transpose(1, 2)
-        mask = rule.choose(split).transpose(1, 2).flatten(2)
-        if allowed is not None:
-            mask = mask & allowed
+        def split(entries: Tensor) -> Tensor:
+            return entries.unflatten(2, (positions, -1)).transpose(1, 2)
+
+        chosen = rule.choose(split(self.scores(dense)), None if allowed is None else split(allowed))
+        mask = chosen.transpose(1, 2).flatten(2)
         return Pruned(dense * mask, mask)
 
 

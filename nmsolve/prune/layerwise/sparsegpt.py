@@ -123,11 +123,7 @@ def sparsegpt(
             errors = torch.empty_like(columns[start:stop])
         for a, b in slabs:
             scores = columns[a:b].square() / scale[a:b]
-            if allowed is not None:
-                scores.mul_(allowed.T[a:b])
-            keep[a:b] = rule.choose(scores.T).T
-            if allowed is not None:
-                keep[a:b] &= allowed.T[a:b]
+            keep[a:b] = rule.choose(scores.T, None if allowed is None else allowed[:, a:b]).T
             for j in range(a, b):
                 error = torch.where(keep[j], 0, columns[j]).div_(upper[j, j])
                 columns[j].mul_(keep[j])
