@@ -220,12 +220,18 @@ def regions_of_loops(
 
 
 def region_of_run(code: list[sass.Instruction], run: list[sass.Block], around: str, sources: Sources) -> str:
-    """The region that most instructions of a run are of: the loop ``around`` it, or an ``if`` in that."""
+    """The region that most instructions of a run are of: the loop ``around`` it, or an ``if`` in that.
+
+    What the compiler has moved out of an inner loop is of what is around that loop, also if it comes from a
+    branch in the loop.
+    """
     tally: Counter[str] = Counter()
     for block in run:
         for chain, n in _chains(code, block, sources).items():
             inside = chain[: chain.index(around)] if around in chain else ()
-            tally[next((name for name in inside if _branch(sources.regions[name])), around)] += n
+            moved = any(sources.regions[name].loop for name in inside)
+            branches = () if moved else inside
+            tally[next((name for name in branches if _branch(sources.regions[name])), around)] += n
     return max(tally, key=lambda name: (tally[name], name)) if tally else around
 
 

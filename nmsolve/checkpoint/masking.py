@@ -1,19 +1,22 @@
 """Masks a checkpoint slab by slab: the work of :func:`nmsolve.checkpoint.mask_checkpoint`.
 
 A tensor is read, solved, masked and written in slabs of whole block rows, so that memory depends on the slab
-and not on the model: a slab's weights, its scores, its mask and the solver's working memory. A block's mask
-does not depend on what is solved with it, so the slabs do not show in the result.
+and not on the model: a slab's weights, its scores, its mask and the solver's working memory, and a few slabs
+that are read ahead or wait to be written. A block's mask does not depend on what is solved with it, so the
+slabs do not show in the result.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from threading import Event
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -26,12 +29,14 @@ from nmsolve.checkpoint.format import (
     REPORT_NAME,
     SUFFIX,
     Checkpoint,
+    Entry,
     Shard,
     StreamWriter,
     output_names,
     read_into,
 )
 from nmsolve.checkpoint.mask_files import BitStream, masks_writer, packed_size
+from nmsolve.checkpoint.overlap import Behind, ahead
 from nmsolve.checkpoint.report import MaskedTensor, Report
 from nmsolve.checkpoint.selection import DTYPES, MatrixLayout, Selected, Selection
 from nmsolve.errors import NMSolveError
@@ -57,6 +62,8 @@ class MaskSettings:
     method: str
     backend: str
     device: str
+    certificate: bool = True
+    """Whether transposable masks are proven to be within a bound; ordinary ones are the best in any case."""
 
 
 def bytes_needed(checkpoint: Checkpoint, selection: Selection) -> int:
@@ -114,7 +121,7 @@ def _write_shard(
     """One safetensors file: the header and the dense tensors as they are, masked ones slab by slab."""
     chosen = {item.entry.name: item for item in selection.masked if item.shard is shard}
     with ExitStack() as stack:
-        source = stack.enter_context(shard.path.open("rb"))
+        source, copied = (stack.enter_context(shard.path.open("rb")) for _ in range(2))
         data_bytes = sum(entry.nbytes for entry in shard.entries)
         weights = stack.enter_context(StreamWriter(weights_path, shard.header, data_bytes))
         masks = None
@@ -123,24 +130,63 @@ def _write_shard(
             masks = stack.enter_context(
                 masks_writer(masks_path, shapes, settings.pattern, settings.transposable)
             )
+        slabs = stack.enter_context(closing(ahead(_reads(shard, chosen, settings, backend, source))))
+        behind = stack.enter_context(Behind())
         for entry in shard.entries:
             progress(0, entry.name)
             item = chosen.get(entry.name)
             if item is None or masks is None:
-                for done in weights.copy(source, entry):
-                    progress(done, entry.name)
+                behind.call(_copy, weights, copied, entry, behind.stopped)
+                progress(entry.nbytes, entry.name)
             else:
-                row = _write_masked_tensor(item, settings, backend, source, weights, masks, progress)
-                report.tensors.append(row)
+                output = _Output(behind, weights, masks)
+                report.tensors.append(_mask_tensor(item, settings, backend, slabs, output, progress))
 
 
-def _write_masked_tensor(
+class _Output(NamedTuple):
+    """Where the slabs of a shard go, and the thread that writes them."""
+
+    behind: Behind
+    weights: StreamWriter
+    masks: StreamWriter
+
+
+def _copy(weights: StreamWriter, source: BinaryIO, entry: Entry, stopped: Event) -> None:
+    """A dense tensor as it is, unless the run ends meanwhile."""
+    for _ in weights.copy(source, entry):
+        if stopped.is_set():
+            return
+
+
+def _reads(
+    shard: Shard, chosen: Mapping[str, Selected], settings: MaskSettings, backend: Backend, source: BinaryIO
+) -> Iterator[Callable[[], Tensor]]:
+    """Calls that read the slabs of a shard's masked tensors, in their order."""
+    for entry in shard.entries:
+        if entry.name in chosen:
+            position = entry.start
+            dtype = getattr(torch, DTYPES[entry.dtype])
+            for shape in _slabs(chosen[entry.name].layout, settings.pattern.m, backend.slab):
+                yield partial(_read, source, position, shape, dtype)
+                position += math.prod(shape) * dtype.itemsize
+
+
+def _read(source: BinaryIO, position: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    slab = torch.empty(shape, dtype=dtype)
+    read_into(source, position, _bytes_of(slab))
+    return slab
+
+
+def _bytes_of(slab: Tensor) -> memoryview:
+    return slab.view(-1).view(torch.uint8).numpy().data
+
+
+def _mask_tensor(
     item: Selected,
     settings: MaskSettings,
     backend: Backend,
-    source: BinaryIO,
-    weights: StreamWriter,
-    masks: StreamWriter,
+    slabs: Iterator[Tensor],
+    output: _Output,
     progress: Progress,
 ) -> MaskedTensor:
     entry = item.entry
@@ -156,17 +202,14 @@ def _write_masked_tensor(
         weights=entry.size,
     )
     bits = BitStream()
-    position = entry.start
+    first = 0
     seconds = 0.0
-    for shape in _slabs(item.layout, settings.pattern.m, backend.slab):
-        slab = torch.empty(shape, dtype=getattr(torch, DTYPES[entry.dtype]))
-        raw = slab.view(-1).view(torch.uint8).numpy().data
-        read_into(source, position, raw)
+    for _ in _slabs(item.layout, settings.pattern.m, backend.slab):
+        slab = next(slabs)
         started = time.perf_counter()
         try:
             keep = _solve(slab, item.layout, settings, row)
         except NMSolveError as error:
-            first = (position - entry.start) // slab.element_size()
             raise NMSolveError(
                 f"{entry.name}, weights {first} to {first + slab.numel() - 1}: "
                 f"{_not_finite(slab, first, entry.shape) or error}"
@@ -175,13 +218,21 @@ def _write_masked_tensor(
         row.zeros_before += slab.numel() - int(torch.count_nonzero(slab))
         _drop(slab, keep)
         row.nonzero += int(torch.count_nonzero(slab))
-        weights.write(raw)
-        masks.write(bits.push(keep))
-        position += raw.nbytes
-        progress(raw.nbytes, entry.name)
-    masks.write(bits.finish())
+        output.behind.call(_write, output, slab, bits, keep)
+        first += slab.numel()
+        progress(slab.nbytes, entry.name)
+    output.behind.call(_finish, output, bits)
     row.finish(seconds)
     return row
+
+
+def _write(output: _Output, slab: Tensor, bits: BitStream, keep: Tensor) -> None:
+    output.weights.write(_bytes_of(slab))
+    output.masks.write(bits.push(keep))
+
+
+def _finish(output: _Output, bits: BitStream) -> None:
+    output.masks.write(bits.finish())
 
 
 def _slabs(layout: MatrixLayout, m: int, elements: int) -> Iterator[tuple[int, int, int, int]]:
@@ -207,24 +258,26 @@ def _solve(slab: Tensor, layout: MatrixLayout, settings: MaskSettings, row: Mask
     scores = slab.to(settings.device).abs()
     check_finite(scores)  # an infinite weight is no wish to keep it
     matrices = scores.permute(0, 3, 1, 2)
-    if settings.transposable:
+    if settings.transposable and settings.certificate:
         solution = transposable_mask(
             matrices, n, m, method=settings.method, backend=settings.backend, return_solution=True
         )
         mask = solution.mask
         row.objective += solution.total_objective
-        row.bound += solution.total_bound
-        row.max_gap = max(row.max_gap, solution.max_gap)
+        row.prove(solution.total_bound, solution.max_gap)
+    elif settings.transposable:
+        mask = transposable_mask(matrices, n, m, method=settings.method, backend=settings.backend)
     else:
         mask = nm_mask(matrices, n, m, dim=layout.input_dim - 2, backend=settings.backend)
     row.score += _sum(scores)
     keep = mask.permute(0, 2, 3, 1).cpu().contiguous()
-    if not settings.transposable:
+    if not (settings.transposable and settings.certificate):
         host = scores.cpu()
         _drop(host, keep)
         kept_score = _sum(host)
         row.objective += kept_score
-        row.bound += kept_score
+        if not settings.transposable:
+            row.prove(kept_score, 0.0)
     row.kept += int(np.count_nonzero(keep.numpy()))
     return keep
 

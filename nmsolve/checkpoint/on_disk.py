@@ -91,6 +91,7 @@ def mask_checkpoint(
     input_first: Sequence[str] = (),
     input_last: Sequence[str] = (),
     overwrite: bool = False,
+    certificate: bool = True,
     progress: bool | None = None,
     interrupts: Interrupts | None = None,
 ) -> Report:
@@ -118,6 +119,9 @@ def mask_checkpoint(
         Globs of tensors, see :func:`nmsolve.checkpoint.selection.select_tensors`.
     overwrite : bool
         Whether ``out`` may be replaced: a file, or a folder that nmsolve wrote.
+    certificate : bool
+        Whether the report has a bound that proves how good transposable masks are. Without one they are the
+        same masks, sooner, and the report has null in its place.
     progress : bool, optional
         Whether to show a progress bar; by default on a terminal.
     interrupts : Interrupts, optional
@@ -145,6 +149,8 @@ def mask_checkpoint(
     """
     pattern = NMPattern.of(pattern)
     check_backend(backend)
+    if not isinstance(certificate, bool):
+        raise NMSolveError(f"certificate: expected True or False, got {certificate!r}")
     prepared = prepare(
         checkpoint,
         out,
@@ -169,7 +175,7 @@ def mask_checkpoint(
     device = chosen_device(device)
     select(backend, device, pattern.m)
     check_space(target.parent, bytes_needed(found, selection))
-    settings = MaskSettings(pattern, transposable, method or "exact", backend, device)
+    settings = MaskSettings(pattern, transposable, method or "exact", backend, device, certificate)
     report = Report(
         input=os.fspath(checkpoint),
         output=os.fspath(out),
@@ -179,6 +185,7 @@ def mask_checkpoint(
             "method": settings.method if transposable else "ordinary",
             "backend": backend,
             "device": device,
+            "certificate": certificate,
             "include": list(include),
             "exclude": list(exclude),
             "input_first": list(input_first),

@@ -21,9 +21,10 @@ class MaskedTensor:
     """One masked tensor. Scores are the weights' magnitudes, summed in float64.
 
     ``bound`` is a proven upper bound on the kept score of any mask of the pattern, ``gap`` is
-    ``(bound - objective) / objective`` (0 proves optimality), ``max_gap`` is the largest gap of one block,
-    and ``retained`` is ``objective / score``. ``kept`` counts the entries of the mask, ``zeros_before`` the
-    weights that were zero before it, and ``nonzero`` those that are not zero behind it.
+    ``(bound - objective) / objective`` (0 proves optimality), and ``max_gap`` is the largest gap of a block;
+    all three are None if no certificate was asked for. ``retained`` is ``objective / score``. ``kept`` counts
+    the entries of the mask, ``zeros_before`` the weights that were zero before it, and ``nonzero`` those that
+    are not zero behind it.
     """
 
     name: str
@@ -40,15 +41,21 @@ class MaskedTensor:
     nonzero: int = 0
     score: float = 0.0
     objective: float = 0.0
-    bound: float = 0.0
-    gap: float = 0.0
-    max_gap: float = 0.0
+    bound: float | None = None
+    gap: float | None = None
+    max_gap: float | None = None
     retained: float = 1.0
     seconds: float = 0.0
 
+    def prove(self, bound: float, gap: float) -> None:
+        """Adds the bound of some blocks, and the largest gap of one of them."""
+        self.bound = (self.bound or 0.0) + bound
+        self.max_gap = max(self.max_gap or 0.0, gap)
+
     def finish(self, seconds: float) -> None:
         """Derives the ratios once the sums are complete."""
-        self.gap = relative_gap(self.bound - self.objective, self.objective)
+        if self.bound is not None:
+            self.gap = relative_gap(self.bound - self.objective, self.objective)
         self.retained = retained_share(self.objective, self.score)
         self.seconds = seconds
 
@@ -78,9 +85,12 @@ class Report:
 
     def totals(self) -> dict[str, Any]:
         """Sums over the masked tensors, and the ratios of the sums."""
-        score, objective, bound = (
-            sum(getattr(tensor, name) for tensor in self.tensors) for name in ("score", "objective", "bound")
+        score, objective = (
+            sum(getattr(tensor, name) for tensor in self.tensors) for name in ("score", "objective")
         )
+        bounds = [tensor.bound for tensor in self.tensors if tensor.bound is not None]
+        gaps = [tensor.max_gap for tensor in self.tensors if tensor.max_gap is not None]
+        proven = len(bounds) == len(self.tensors)
         return {
             "tensors_masked": len(self.tensors),
             "tensors_skipped": len(self.skipped),
@@ -90,9 +100,9 @@ class Report:
             "nonzero": sum(tensor.nonzero for tensor in self.tensors),
             "score": score,
             "objective": objective,
-            "bound": bound,
-            "gap": relative_gap(bound - objective, objective),
-            "max_gap": max((tensor.max_gap for tensor in self.tensors), default=0.0),
+            "bound": sum(bounds) if proven else None,
+            "gap": relative_gap(sum(bounds) - objective, objective) if proven else None,
+            "max_gap": max(gaps, default=0.0) if proven else None,
             "retained": retained_share(objective, score),
             "seconds_solving": sum(tensor.seconds for tensor in self.tensors),
             "seconds": self.seconds,

@@ -77,6 +77,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_mask_method(parser, "--method")
     options.add_backend(parser)
     options.add_device(parser)
+    parser.add_argument(
+        "--certificate", choices=("on", "off"), default="on",
+        help="off: no bound that proves how good transposable masks are; the same masks, sooner",
+    )  # fmt: skip
     options.add_globs(parser, "--include", "mask the tensors that match, instead of the default choice")
     options.add_globs(parser, "--exclude", "leave these dense")
     options.add_globs(parser, "--input-first", "these weights are stored (in, out), where that is not known")
@@ -111,6 +115,7 @@ def run(args: argparse.Namespace) -> None:
             out,
             pattern,
             backend=args.backend,
+            certificate=args.certificate == "on",
             progress=options.progress_of(args),
             interrupts=interrupts,
             **arguments,
@@ -133,7 +138,12 @@ def _print_selection(selection: Selection) -> None:
 
 def _print_summary(report: Report) -> None:
     totals, settings = report.totals(), report.settings
-    certificate = f"provably within {totals['gap']:.1e} of the optimum" if totals["gap"] else "the optimum"
+    if totals["gap"] is None:
+        certificate = "no certificate was asked for"
+    else:
+        certificate = (
+            f"provably within {totals['gap']:.1e} of the optimum" if totals["gap"] else "the optimum"
+        )
     kind = str(settings["pattern"])
     if settings["transposable"]:
         kind = f"transposable {kind} by {settings['method']}"

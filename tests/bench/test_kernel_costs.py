@@ -217,6 +217,18 @@ def test_a_branch_in_several_pieces_is_one(sources: source_regions.Sources) -> N
     assert sizes == {"kernel": 3, "kernel.while1": 5, "kernel.while1.while1": 3, "kernel.while1.if1": 5}
 
 
+def test_what_is_moved_out_of_a_loop_is_not_of_its_branches(sources: source_regions.Sources) -> None:
+    """Addresses that a branch in the loop needs, worked out before it: once, however often it is taken."""
+    line_5 = '\t//## File "/somewhere/k.py", line 5\n'
+    assert LISTING.count(line_5) == 1
+    moved = line_5.replace("line 5", "line 9") + "".join(
+        f"        /*{k:04x}*/                   IMAD R{k}, R3, R3, RZ ;\n" for k in range(1, 6)
+    )
+    found = source_regions.phases(sass.parse(LISTING.replace(line_5, moved + line_5)), sources)
+    sizes = {name: sum(counts["kinds"].values()) for name, counts in found.items()}
+    assert sizes == {"kernel": 8, "kernel.while1": 5, "kernel.while1.while1": 3, "kernel.while1.if1": 2}
+
+
 def test_a_loop_that_the_source_does_not_have_is_an_error(sources: source_regions.Sources) -> None:
     with pytest.raises(ValueError, match="none of the source's"):
         source_regions.phases(sass.parse(LISTING.replace("line 7", "line 3")), sources)

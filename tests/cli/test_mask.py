@@ -55,6 +55,41 @@ def test_a_file_to_a_file(tmp_path, out, dtype, capsys):
     assert said.err == ""
 
 
+def test_without_a_certificate(file, out, capsys):
+    """The same masks and weights; the report claims nothing about the optimum."""
+    assert mask(file, out, "--transposable") == 0
+    proven = json.loads(out.with_name("sparse.report.json").read_text())
+    bare = out.with_name("bare.safetensors")
+    capsys.readouterr()
+    assert mask(file, bare, "--transposable", "--certificate", "off") == 0
+    assert "; no certificate was asked for" in capsys.readouterr().out
+    report = json.loads(out.with_name("bare.report.json").read_text())
+    assert out.read_bytes() == bare.read_bytes()
+    masks = [path.with_name(f"{path.stem}.masks.safetensors").read_bytes() for path in (out, bare)]
+    assert masks[0] == masks[1]
+    assert (proven["settings"]["certificate"], report["settings"]["certificate"]) == (True, False)
+    for row, with_bound in zip(
+        [report["totals"], *report["tensors"]], [proven["totals"], *proven["tensors"]], strict=True
+    ):
+        assert row["bound"] is row["gap"] is row["max_gap"] is None
+        assert with_bound["max_gap"] <= 1e-6
+        for same in ("score", "kept", "retained", "objective"):
+            assert row[same] == pytest.approx(with_bound[same], rel=1e-12)
+
+
+def test_an_ordinary_mask_is_the_best_without_being_asked(file, out):
+    assert mask(file, out, "--certificate", "off") == 0
+    totals = json.loads(out.with_name("sparse.report.json").read_text())["totals"]
+    assert (totals["gap"], totals["bound"]) == (0, totals["objective"])
+    with pytest.raises(nmsolve.NMSolveError, match="certificate: expected True or False, got 'off'"):
+        mask_checkpoint(file, out, "2:4", certificate="off", overwrite=True)
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "nmsolve", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["nmsolve", nmsolve.__version__])
+
+
 def test_the_report_says_what_ran(file, out):
     options = [
         "--transposable",
