@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -228,10 +229,10 @@ def region_of_run(code: list[sass.Instruction], run: list[sass.Block], around: s
     tally: Counter[str] = Counter()
     for block in run:
         for chain, n in _chains(code, block, sources).items():
-            inside = chain[: chain.index(around)] if around in chain else ()
-            moved = any(sources.regions[name].loop for name in inside)
-            branches = () if moved else inside
-            tally[next((name for name in branches if _branch(sources.regions[name])), around)] += n
+            inside = reversed(chain[: chain.index(around)]) if around in chain else ()
+            outside_loops = itertools.takewhile(lambda name: not sources.regions[name].loop, inside)
+            branches = [name for name in outside_loops if _branch(sources.regions[name])]
+            tally[branches[-1] if branches else around] += n
     return max(tally, key=lambda name: (tally[name], name)) if tally else around
 
 
