@@ -20,6 +20,8 @@ from kernel_costs import sass
 
 LOOPS = (ast.For, ast.While)
 _ENTER = "__enter_region"
+_STAY = ("SHFL", "LDG", "STG", "LDS", "STS", "BAR", "shfl", "ld", "st", "bar")
+"""Instructions of SASS and PTX that are seldom moved out of a loop."""
 
 
 class SourceRegion(NamedTuple):
@@ -172,19 +174,27 @@ def peeled_loops(
 ) -> set[str]:
     """The loops whose first turn the compiler has put before the loop, so that it makes one less.
 
-    Of these over half of the body is there twice; of others no more than what was moved out of them.
+    Of these over half of the body is there twice; of others no more than what was moved out of them. That
+    may be much, but is seldom what lanes exchange, loads and stores: a body that has any is told by them.
     """
     innermost = sass.innermost(loops)
-    inside: Counter[str] = Counter()
-    before: Counter[str] = Counter()
+    inside: Counter[tuple[str, bool]] = Counter()
+    before: Counter[tuple[str, bool]] = Counter()
     loop_around = {region_of[k]: region_of[loop.parent] for k, loop in enumerate(loops)}
     for b in sass.reachable(blocks):
         here = region_of[innermost.get(b)]
-        for chain, n in _chains(code, blocks[b], sources).items():
-            for name in chain:
-                inside[name] += n * (name == here)
-                before[name] += n * (loop_around.get(name) == here)
-    return {name for name in loop_around if 2 * before[name] > inside[name]}
+        for line in code[blocks[b].first : blocks[b].last]:
+            region = sources.at(*line.source)
+            for name in (sources.chain(region) if region else None) or ():
+                key = name, line.name.startswith(_STAY)
+                inside[key] += name == here
+                before[key] += loop_around.get(name) == here
+    peeled = set()
+    for name in loop_around:
+        compared = [(name, True)] if inside[name, True] else [(name, True), (name, False)]
+        if 2 * sum(before[key] for key in compared) > sum(inside[key] for key in compared):
+            peeled.add(name)
+    return peeled
 
 
 def regions_of_loops(
@@ -221,7 +231,15 @@ def regions_of_loops(
 
 
 def region_of_run(code: list[sass.Instruction], run: list[sass.Block], around: str, sources: Sources) -> str:
-    """The region that most instructions of a run are of: the loop ``around`` it, or an ``if`` in that.
+    """The region that most instructions of a run are of: the loop ``around`` it, or an ``if`` in that."""
+    tally = tally_of_run(code, run, around, sources)
+    return max(tally, key=lambda name: (tally[name], name)) if tally else around
+
+
+def tally_of_run(
+    code: list[sass.Instruction], run: list[sass.Block], around: str, sources: Sources
+) -> Counter[str]:
+    """How many instructions of a run are of the loop ``around`` it, and of each ``if`` in that.
 
     What the compiler has moved out of an inner loop is of what is around that loop, also if it comes from a
     branch in the loop.
@@ -233,7 +251,7 @@ def region_of_run(code: list[sass.Instruction], run: list[sass.Block], around: s
             outside_loops = itertools.takewhile(lambda name: not sources.regions[name].loop, inside)
             branches = [name for name in outside_loops if _branch(sources.regions[name])]
             tally[branches[-1] if branches else around] += n
-    return max(tally, key=lambda name: (tally[name], name)) if tally else around
+    return tally
 
 
 def _chains(code: list[sass.Instruction], block: sass.Block, sources: Sources) -> Counter[tuple[str, ...]]:

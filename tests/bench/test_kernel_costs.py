@@ -253,6 +253,12 @@ def test_a_loop_whose_first_turn_is_before_it_makes_one_less(sources: source_reg
     assert source_regions.phases(sass.parse(first + loop + end), sources)["kernel.while1"]["peeled"]
     moved = first.partition("  /*0008*/")[0]  # of two instructions one
     assert not source_regions.phases(sass.parse(moved + loop + end), sources)["kernel.while1"]["peeled"]
+    # All but what lanes exchange may have been moved.
+    exchange = "SHFL.BFLY PT, R2, R1, 0x1, 0x1f"
+    loop = loop.replace("FADD R1, R1, R0", exchange)
+    assert not source_regions.phases(sass.parse(first + loop + end), sources)["kernel.while1"]["peeled"]
+    first = first.replace("FADD R1, R1, R0", exchange)
+    assert source_regions.phases(sass.parse(first + loop + end), sources)["kernel.while1"]["peeled"]
 
 
 # --- regions of the source ----------------------------------------------------------------------------------

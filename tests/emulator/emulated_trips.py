@@ -52,7 +52,8 @@ def as_sass(program: Program) -> list[sass.Instruction]:
 def entries(launch: emulator.Launch, sources: source_regions.Sources) -> dict[str, float]:
     """Region of a loop, or of a branch that is one in PTX -> mean entries per program.
 
-    It is entered as often as the largest of its own blocks is executed: others are tests before or after it.
+    It is entered as often as the block with most of its instructions is executed: others are tests before or
+    after it. If most lie in a block of another region, the compiler has merged the two, and nothing is known.
     """
     program = launch.kernel.program
     code = as_sass(program)
@@ -64,15 +65,17 @@ def entries(launch: emulator.Launch, sources: source_regions.Sources) -> dict[st
     for b, block in enumerate(program.blocks):
         times[first] = launch.entered[b]
         first += len(block)
-    largest: dict[str, sass.Block] = {}
+    most: dict[str, tuple[int, sass.Block, str]] = {}
     for b in sass.reachable(blocks):
         around = region_of[innermost.get(b)]
-        region = source_regions.region_of_run(code, [blocks[b]], around, sources)
-        largest[region] = max(largest.get(region, blocks[b]), blocks[b], key=lambda x: x.last - x.first)
-    executed = {region: times[block.first] for region, block in largest.items()}
+        tally = source_regions.tally_of_run(code, [blocks[b]], around, sources)
+        holder = source_regions.region_of_run(code, [blocks[b]], around, sources)
+        for region, number in tally.items():
+            most[region] = max(most.get(region, (0, blocks[b], "")), (number, blocks[b], holder))
+    executed = {region: times[block.first] for region, (_, block, holder) in most.items() if region == holder}
     for region in source_regions.peeled_loops(code, blocks, loops, region_of, sources):
         executed[region] += executed[costs.around(region, sources)]  # the first turns
-    del executed[sources.entry]
+    executed.pop(sources.entry, None)
     warps = launch.ctas * program.threads // 32
     return {region: number / warps for region, number in executed.items()}
 
