@@ -96,6 +96,7 @@ bench: $(MODEL)
 	$(BENCH) kernel_costs
 	$(BENCH) compilers
 	$(BENCH) emulated
+	$(BENCH) emulated --trips
 	$(BENCH) memory_cpu
 	$(BENCH) first_call
 	$(BENCH) assignment

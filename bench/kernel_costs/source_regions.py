@@ -174,8 +174,8 @@ def peeled_loops(
 ) -> set[str]:
     """The loops whose first turn the compiler has put before the loop, so that it makes one less.
 
-    Of these over half of the body is there twice; of others no more than what was moved out of them. That
-    may be much, but is seldom what lanes exchange, loads and stores: a body that has any is told by them.
+    Of these over half of the body is there twice, also of what lanes exchange, loads and stores; of others no
+    more than what was moved out of them, which may be much, but seldom the latter.
     """
     innermost = sass.innermost(loops)
     inside: Counter[tuple[str, bool]] = Counter()
@@ -189,12 +189,12 @@ def peeled_loops(
                 key = name, line.name.startswith(_STAY)
                 inside[key] += name == here
                 before[key] += loop_around.get(name) == here
-    peeled = set()
-    for name in loop_around:
-        compared = [(name, True)] if inside[name, True] else [(name, True), (name, False)]
-        if 2 * sum(before[key] for key in compared) > sum(inside[key] for key in compared):
-            peeled.add(name)
-    return peeled
+    return {
+        name
+        for name in loop_around
+        if 2 * before[name, True] >= inside[name, True]
+        and 2 * (before[name, True] + before[name, False]) > inside[name, True] + inside[name, False]
+    }
 
 
 def regions_of_loops(
