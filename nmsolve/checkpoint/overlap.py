@@ -18,8 +18,8 @@ __all__ = ["Behind", "ahead"]
 
 _T = TypeVar("_T")
 
-# Pieces that wait to be taken, or to be done.
-_DEPTH = 2
+# Pieces that wait to be taken, or to be done, beside the one that is under way.
+_DEPTH = 1
 
 
 def ahead(tasks: Iterable[Callable[[], _T]]) -> Generator[_T, None, None]:
@@ -67,7 +67,7 @@ class Behind:
     def call(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Hand over a call. Raises what an earlier one raised, and waits where many are not done yet."""
         self._waiting.append(self._pool.submit(function, *arguments))
-        while len(self._waiting) > _DEPTH or (self._waiting and self._waiting[0].done()):
+        while len(self._waiting) > _DEPTH + 1 or (self._waiting and self._waiting[0].done()):
             self._waiting.popleft().result()
 
     def __enter__(self) -> Behind:
