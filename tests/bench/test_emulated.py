@@ -33,6 +33,8 @@ def load() -> Any:
 # --- trips --------------------------------------------------------------------------------------------------
 
 Key = tuple[str, ...]
+STRAIGHT = {"exhaustive", "permute_columns"}
+"""What is compiled to code without a loop, its branches merged with what is around them."""
 
 
 def counted() -> dict[Key, dict[str, float]]:
@@ -120,7 +122,9 @@ def test_trips_in_the_file_are_those_of_the_cost_table() -> None:
             if row["target"] == target:
                 key = tuple(row[name] for name in COUNTS)
                 executed.setdefault(key, {})[row["region"]] = float(row["executed"])
-        assert executed.keys() == expected.keys()
+        without = expected.keys() - executed.keys()
+        assert {key[0] for key in without} == STRAIGHT
+        assert executed.keys() | without == expected.keys()
         faults = [f"{key}: {fault}" for key in executed for fault in unlike(executed[key], expected[key])]
         assert not faults, "\n".join(faults)
 
