@@ -77,7 +77,8 @@ def trips() -> str:
         lines.append(
             [
                 name, _spread(row["m"] for row in here if row["m"] != "0") or "-",
-                _spread(row["target"] for row in here), str(len(configurations)), str(len(here)), str(same), f"{100 * max(differences):.2g} %",
+                _spread(row["target"] for row in here), str(len(configurations)),
+                str(len(here)), str(same), f"{100 * max(differences):.2g} %",
             ]
         )  # fmt: skip
     head = ["counts", "M", "targets", "configurations", "loops", "entered equally often", "worst difference"]
