@@ -50,7 +50,10 @@ def chosen(root: Path, **options):
 )
 def test_masks_of_stacked_experts_lie_along_their_input(name, axis, glob, saved, tmp_path):
     """The axis that holds the hidden size where states are made, the inner size where they are used."""
-    experts = next(m for m in zoo.build(name).modules() if type(m).__name__.endswith("Experts"))
+    modules = [m for m in zoo.build(name).modules() if type(m).__name__.endswith("Experts")]
+    experts = next((m for m in modules if hasattr(m, "gate_up_proj")), None)
+    if experts is None:
+        pytest.skip("this transformers keeps the experts in layers of their own")
     assert experts.gate_up_proj.shape[axis] == zoo.HIDDEN
     assert experts.down_proj.shape[axis] != zoo.HIDDEN
     source = saved(name)
@@ -70,7 +73,7 @@ def test_experts_that_are_stored_transposed_are_seen_so(saved):
     root = saved("qwen3vlmoe")
     name = "model.language_model.layers.0.mlp.experts.down_proj"
     assert roles_of(zoo.build("qwen3vlmoe"))[name].input_dim == 1
-    tensors = load_file(root / "model.safetensors")
+    tensors = {name: x.clone() for name, x in load_file(root / "model.safetensors").items()}
     for turned in (False, True):
         shape = tensors[name].shape
         axis = architecture_of(open_checkpoint(root)).roles[name].input_dim

@@ -294,6 +294,8 @@ def test_experts_may_stay_dense_and_globs_name_them():
         num_local_experts=4,
     )
     model = transformers.MixtralForCausalLM(config)
+    if not any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters()):
+        pytest.skip("this transformers keeps the experts in layers of their own")
     result = prune(model, tiny_models.tokens(), dense="experts.*")
     assert {name.split(".")[-2] for name in result.masks} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert result.report.skipped["model.layers.0.mlp.experts.gate_up_proj"] == "named in dense"

@@ -143,6 +143,8 @@ def test_statistics_are_those_of_the_whole_model(kind):
     """Masks of linear layers, from inputs recorded in an ordinary forward pass of the dense model."""
     model, batches = uncommon(kind)
     dense = copy.deepcopy(model)
+    if kind == "gemma3n" and pytest.importorskip("transformers").__version__.startswith("4."):
+        dense.config.use_cache = False  # with one its last layers take keys of others, without one their own
     result = prune(model, batches, "4:8", sequential="off")
     linear = [name for name in result.masks if result.masks[name].ndim == 2]
     assert len(linear) >= 16

@@ -87,9 +87,6 @@ def build(name: str) -> nn.Module:
 
 def configuration(kind: Any, changes: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> Any:
     """A configuration of a class with sizes of ``SIZES`` and ``changes``."""
-    known = kind().to_dict()
-    own = {key: kind.attribute_map.get(key, key) for key in SIZES}
-    sizes = {own[key]: value for key, value in SIZES.items() if own[key] in known and own[key] not in changes}
     inner = {}
     for part, of in parts.items():
         kinds = getattr(kind, "sub_configs", {})
@@ -100,6 +97,10 @@ def configuration(kind: Any, changes: Mapping[str, Any], parts: Mapping[str, Map
             of = dict(of)
             named = CONFIG_MAPPING[of.pop("model_type")]
         inner[part] = configuration(named, of, {}).to_dict()
+    # transformers 4 makes no empty configuration of two models.
+    known = kind(**(inner if getattr(kind, "has_no_defaults_at_init", False) else {})).to_dict()
+    own = {key: kind.attribute_map.get(key, key) for key in SIZES}
+    sizes = {own[key]: value for key, value in SIZES.items() if own[key] in known and own[key] not in changes}
     return kind(**{**sizes, **inner, **changes})
 
 
