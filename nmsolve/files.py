@@ -3,7 +3,8 @@ and input that may be anything.
 
 Everything that nmsolve writes goes through here. A file is written under a hidden name beside its own
 (:func:`writing`, :func:`replacing`), several files or a folder in a hidden folder (:class:`Staging`); when
-they are complete and on disk they are renamed.
+they are complete and on disk they are renamed. Long work goes on where an earlier run had stopped
+(:class:`Unfinished`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ except ImportError:  # Windows
 __all__ = [
     "Interrupts",
     "Staging",
+    "Unfinished",
     "check_out",
     "check_space",
     "is_partial",
@@ -231,10 +233,11 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[bool]:
+def locked(folder: Path, *, shared: bool = False) -> Iterator[bool]:
     """Holds ``folder`` for this process; the end of the block, or of the process, frees it.
 
-    Yields False where the file system or this system has no such locks.
+    Several processes may hold it ``shared``. Yields False where the file system or this system has no such
+    locks.
 
     Raises
     ------
@@ -249,7 +252,7 @@ def locked(folder: Path) -> Iterator[bool]:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             held = True
         except BlockingIOError:
             raise
@@ -275,10 +278,7 @@ class Staging:
         self._held = ExitStack()
 
     def __enter__(self) -> Staging:
-        for stale in sorted(self.out.parent.glob(f"{_literal(self._prefix)}*")):
-            with suppress(OSError), locked(stale) as held:  # one without locks cannot be told stale
-                if held:
-                    shutil.rmtree(stale, ignore_errors=True)
+        _remove_free(self.out, self._prefix)
         try:
             while not self._made():  # another run has taken the new folder for a stale one
                 self.path = self._fresh()
@@ -301,37 +301,11 @@ class Staging:
 
     def publish_folder(self, replace: bool = False) -> None:
         """Renames the staging folder itself to ``out``; one that is there is replaced if allowed."""
-        _refuse_existing([] if replace else [self.out])
-        _sync_tree(self.path)
-        token = self.path.name.removeprefix(self._prefix)
-        replaced = self.out.with_name(f".{self.out.name}.replaced-{token}") if self.out.exists() else None
-        if replaced is not None:
-            os.rename(self.out, replaced)
-        try:
-            os.rename(self.path, self.out)
-        except BaseException:
-            if replaced is not None:
-                os.rename(replaced, self.out)
-            raise
-        _sync(self.out.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced, ignore_errors=True)
+        _publish_folder(self.path, self.out, replace)
 
     def publish_files(self, names: Sequence[str], replace: bool = False) -> None:
         """Renames files of the staging folder into the folder of ``out``, in the order given."""
-        _refuse_existing([] if replace else [self.out.with_name(name) for name in names])
-        moved: list[tuple[Path, bool]] = []
-        try:
-            for name in names:
-                target = self.out.with_name(name)
-                moved.append((target, target.exists()))
-                os.replace(self.path / name, target)
-        except BaseException:
-            for target, existed in moved:
-                if not existed:
-                    target.unlink(missing_ok=True)
-            raise
-        _sync(self.out.parent)
+        _publish_files(self.path, self.out, names, replace)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -341,6 +315,154 @@ class Staging:
     def _discard(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         self._held.close()
+
+
+class Unfinished:
+    """A hidden folder beside ``out`` in which later runs go on: its name follows from what is made.
+
+    ``with Unfinished(out, key) as unfinished:`` makes ``.<name of out>.unfinished-<key>``, or finds it.
+    ``result`` in it is what will be published; :meth:`finish` notes what is complete in it, with a text each.
+    Leaving the block after publishing removes the folder, and those of ``out`` that nobody holds; otherwise
+    it stays if anything is finished.
+
+    Parameters
+    ----------
+    out : Path
+        The file or folder to be made.
+    key : str
+        Tells one piece of work from another: input and settings.
+    shared : bool, optional
+        Whether several processes may be at work in it; None for one that another process holds for this one.
+
+    Raises
+    ------
+    NMSolveError
+        On entering, if another process is at work in it.
+    """
+
+    def __init__(self, out: Path, key: str, *, shared: bool | None = False) -> None:
+        self.out = out
+        self._prefix = f".{out.name}.unfinished-"
+        self.path = out.with_name(self._prefix + key)
+        self.result = self.path / "result"
+        self._notes = self.path / "finished"
+        self._shared = shared
+        self._lock = ExitStack()
+        self._published = False
+
+    def __enter__(self) -> Unfinished:
+        while not self._held():  # another run has removed it since
+            pass
+        for folder in (self.result, self._notes):
+            folder.mkdir(exist_ok=True)
+        return self
+
+    def _held(self) -> bool:
+        """Makes and locks the folder; whether it is still there then."""
+        self.path.mkdir(exist_ok=True)
+        if self._shared is None:
+            return True
+        try:
+            self._lock.enter_context(locked(self.path, shared=self._shared))
+        except BlockingIOError:
+            raise NMSolveError(f"out: another process is at work in {self.path}") from None
+        except FileNotFoundError:
+            return False
+        if not self.path.exists():
+            self._lock.close()
+            return False
+        return True
+
+    def finish(self, name: str, text: str) -> None:
+        """Notes that something is complete and on disk."""
+        write_text(self._notes / name, text)
+
+    def finished(self, name: str) -> str | None:
+        """What was noted, None if nothing was."""
+        try:
+            return (self._notes / name).read_text("utf-8")
+        except FileNotFoundError:
+            return None
+
+    def forget(self, name: str) -> None:
+        """Takes a note back."""
+        (self._notes / name).unlink(missing_ok=True)
+
+    def keeps(self) -> bool:
+        """Whether anything is finished."""
+        return self._notes.is_dir() and any(not path.name.startswith(".") for path in self._notes.iterdir())
+
+    def taken(self) -> int:
+        """Bytes on disk of what will be published."""
+        files = (path.stat() for path in self.result.rglob("*") if path.is_file())
+        return sum(getattr(stat, "st_blocks", 0) * 512 for stat in files)
+
+    def publish_folder(self, replace: bool = False) -> None:
+        """Renames ``result`` to ``out``; one that is there is replaced if allowed."""
+        _publish_folder(self.result, self.out, replace)
+        self._published = True
+
+    def publish_files(self, names: Sequence[str], replace: bool = False) -> None:
+        """Renames files of ``result`` into the folder of ``out``, in the order given."""
+        _publish_files(self.result, self.out, names, replace)
+        self._published = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._published:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self._lock.close()
+            _remove_free(self.out, self._prefix)
+            return
+        empty = not self.keeps()
+        self._lock.close()
+        if empty and self._shared is not None:
+            with suppress(OSError), locked(self.path) as held:  # others may be at work in it
+                if held and not self.keeps():
+                    shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _remove_free(out: Path, prefix: str) -> None:
+    """Removes the hidden folders of ``out`` that no process holds."""
+    for stale in sorted(out.parent.glob(f"{_literal(prefix)}*")):
+        with suppress(OSError), locked(stale) as held:  # one without locks cannot be told stale
+            if held:
+                shutil.rmtree(stale, ignore_errors=True)
+
+
+def _publish_folder(folder: Path, out: Path, replace: bool) -> None:
+    _refuse_existing([] if replace else [out])
+    _sync_tree(folder)
+    token = secrets.token_hex(4)
+    replaced = out.with_name(f".{out.name}.replaced-{token}") if out.exists() else None
+    if replaced is not None:
+        os.rename(out, replaced)
+    try:
+        os.rename(folder, out)
+    except BaseException:
+        if replaced is not None:
+            os.rename(replaced, out)
+        raise
+    _sync(out.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _publish_files(folder: Path, out: Path, names: Sequence[str], replace: bool) -> None:
+    _refuse_existing([] if replace else [out.with_name(name) for name in names])
+    moved: list[tuple[Path, bool]] = []
+    try:
+        for name in names:
+            target = out.with_name(name)
+            moved.append((target, target.exists()))
+            os.replace(folder / name, target)
+    except BaseException:
+        for target, existed in moved:
+            if not existed:
+                target.unlink(missing_ok=True)
+        raise
+    _sync(out.parent)
 
 
 def _refuse_existing(paths: Sequence[Path]) -> None:

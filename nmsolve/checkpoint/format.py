@@ -26,11 +26,13 @@ from nmsolve.files import is_regular, read_json
 __all__ = [
     "Checkpoint",
     "Entry",
+    "PlacedWriter",
     "Shard",
     "StreamWriter",
     "encode_header",
     "open_checkpoint",
     "output_names",
+    "pieces",
     "read_into",
     "read_shard",
 ]
@@ -471,14 +473,8 @@ class StreamWriter:
 
     def copy(self, source: BinaryIO, entry: Entry) -> Iterator[int]:
         """Appends the bytes of ``entry`` from ``source`` as they are; yields the size of each piece."""
-        source.seek(entry.start)
-        left = entry.nbytes
-        while left:
-            piece = source.read(min(_COPY_BYTES, left))
-            if not piece:
-                raise OSError(f"{entry.name}: the input file ended {left} bytes early")
+        for piece in pieces(source, entry):
             self.write(piece)
-            left -= len(piece)
             yield len(piece)
 
     def __exit__(
@@ -492,6 +488,56 @@ class StreamWriter:
                         "the input is no regular file, or changed while it was read"
                     )
                 os.fsync(self._file.fileno())
+
+
+class PlacedWriter:
+    """Writes tensors at their places in a safetensors file, which other processes may fill at the same time.
+
+    The file gets its header and its full size at once, if it has not; whoever writes it writes the same.
+    """
+
+    def __init__(self, path: Path, header: bytes, nbytes: int) -> None:
+        self.path = path
+        # For writing alone: NFS then sends the bytes that were written, and not the pages around them.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        self._file: BinaryIO = os.fdopen(descriptor, "wb", buffering=0)
+        try:
+            if os.fstat(descriptor).st_size != nbytes:
+                self._file.truncate(nbytes)
+            self.write(0, header)
+        except OSError as error:
+            self.close()
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+    def write(self, position: int, data: bytes | memoryview) -> int:
+        """Writes all of ``data`` from ``position`` on, and returns the position behind it."""
+        view = _flat(data)
+        self._file.seek(position)
+        while view.nbytes:
+            count = self._file.write(view[:_COPY_BYTES])
+            position += count
+            view = view[count:]
+        return position
+
+    def sync(self) -> None:
+        """Makes sure that what was written is on disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file; more than once does no harm."""
+        self._file.close()
+
+
+def pieces(source: BinaryIO, entry: Entry) -> Iterator[bytes]:
+    """The bytes of ``entry`` as they are, a few megabytes at a time."""
+    source.seek(entry.start)
+    left = entry.nbytes
+    while left:
+        piece = source.read(min(_COPY_BYTES, left))
+        if not piece:
+            raise OSError(f"{entry.name}: the input file ended {left} bytes early")
+        left -= len(piece)
+        yield piece
 
 
 def read_into(source: BinaryIO, position: int, buffer: memoryview) -> None:

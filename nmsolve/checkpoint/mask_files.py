@@ -189,10 +189,10 @@ def load_masks(path: str | os.PathLike[str], names: Iterable[str] | None = None)
     return masks
 
 
-def masks_writer(
-    path: Path, shapes: Mapping[str, Sequence[int]], pattern: PatternLike, transposable: bool
-) -> StreamWriter:
-    """A writer that expects the packed masks of ``shapes`` in order."""
+def masks_header(
+    shapes: Mapping[str, Sequence[int]], pattern: PatternLike, transposable: bool
+) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a file of masks, and how many the packed mask of each weight takes, in order."""
     sizes = {name: packed_size(math.prod(shape)) for name, shape in shapes.items()}
     metadata = {
         "format": FORMAT,
@@ -201,7 +201,14 @@ def masks_writer(
         "transposable": "true" if transposable else "false",
         "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}, ensure_ascii=False),
     }
-    header = encode_header(((name, "U8", (size,), size) for name, size in sizes.items()), metadata)
+    return encode_header(((name, "U8", (size,), size) for name, size in sizes.items()), metadata), sizes
+
+
+def masks_writer(
+    path: Path, shapes: Mapping[str, Sequence[int]], pattern: PatternLike, transposable: bool
+) -> StreamWriter:
+    """A writer that expects the packed masks of ``shapes`` in order."""
+    header, sizes = masks_header(shapes, pattern, transposable)
     return StreamWriter(path, header, sum(sizes.values()))
 
 

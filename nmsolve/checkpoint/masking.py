@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from threading import Event
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,21 +31,23 @@ from nmsolve.checkpoint.format import (
     SUFFIX,
     Checkpoint,
     Entry,
+    PlacedWriter,
     Shard,
-    StreamWriter,
     output_names,
+    pieces,
     read_into,
 )
-from nmsolve.checkpoint.mask_files import BitStream, masks_writer, packed_size
+from nmsolve.checkpoint.mask_files import BitStream, masks_header, packed_size
 from nmsolve.checkpoint.overlap import Behind, ahead
-from nmsolve.checkpoint.report import MaskedTensor, Report
+from nmsolve.checkpoint.report import MaskedTensor
 from nmsolve.checkpoint.selection import DTYPES, MatrixLayout, Selected, Selection
-from nmsolve.errors import NMSolveError
+from nmsolve.checkpoint.units import Unit
+from nmsolve.errors import NMSolveError, WorkFailed
 from nmsolve.ops.masks import nm_mask, transposable_mask
 from nmsolve.ops.validation import check_finite
 from nmsolve.pattern import NMPattern
 
-__all__ = ["MaskSettings", "bytes_needed", "write_masked"]
+__all__ = ["MaskSettings", "Output", "bytes_needed", "write_units"]
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE = 1 << 15
@@ -73,107 +76,154 @@ def bytes_needed(checkpoint: Checkpoint, selection: Selection) -> int:
     return weights + extras + sum(packed_size(item.entry.size) for item in selection.masked)
 
 
-def write_masked(
-    checkpoint: Checkpoint,
-    selection: Selection,
-    settings: MaskSettings,
-    report: Report,
-    folder: Path,
-    out: Path,
-    progress: Progress,
-) -> None:
-    """Writes the masked checkpoint, its masks and its report into ``folder``; fills the report in.
+class _File(NamedTuple):
+    """A file of the output: its first bytes, its size, and where each tensor begins."""
+
+    path: Path
+    header: bytes
+    nbytes: int
+    starts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Output:
+    """The masked checkpoint that is made in ``folder``, for ``out``.
 
     A folder checkpoint gets the structure of its input, the masks in ``masks/`` (loaders that read every
     safetensors file of a folder do not look there) and the report. A file gets the names of ``output_names``.
     """
-    start = time.perf_counter()
-    backend = select(settings.backend, settings.device, settings.pattern.m)
-    if checkpoint.is_folder:
-        masks_folder = folder / MASKS_FOLDER
-        masks_folder.mkdir()
-        for shard in checkpoint.shards:
-            masks = masks_folder / f"{shard.path.name.removesuffix(SUFFIX)}{MASKS_SUFFIX}"
-            _write_shard(
-                shard, selection, settings, backend, report, folder / shard.path.name, masks, progress
+
+    checkpoint: Checkpoint
+    selection: Selection
+    settings: MaskSettings
+    folder: Path
+    out: Path
+
+    @property
+    def report(self) -> Path:
+        """Where the report lies."""
+        return self.folder / (REPORT_NAME if self.checkpoint.is_folder else output_names(self.out)[0])
+
+    def chosen(self, shard: Shard) -> dict[str, Selected]:
+        """What is masked of a shard."""
+        return {item.entry.name: item for item in self.selection.masked if item.shard is shard}
+
+    def files(self, shard: Shard) -> list[_File]:
+        """The weights of a shard, and its masks if it has any."""
+        if self.checkpoint.is_folder:
+            masks_name = f"{shard.path.name.removesuffix(SUFFIX)}{MASKS_SUFFIX}"
+            paths = self.folder / shard.path.name, self.folder / MASKS_FOLDER / masks_name
+        else:
+            _, masks_name, weights_name = output_names(self.out)
+            paths = self.folder / weights_name, self.folder / masks_name
+        files = [
+            _File(paths[0], shard.header, shard.nbytes, {entry.name: entry.start for entry in shard.entries})
+        ]
+        shapes = {name: item.entry.shape for name, item in self.chosen(shard).items()}
+        if shapes:
+            header, sizes = masks_header(shapes, self.settings.pattern, self.settings.transposable)
+            starts = accumulate(sizes.values(), initial=len(header))
+            files.append(
+                _File(
+                    paths[1],
+                    header,
+                    len(header) + sum(sizes.values()),
+                    dict(zip(sizes, starts, strict=False)),
+                )
             )
-        checkpoint.copy_extras(folder, partial(progress, 0))
-        report_path = folder / REPORT_NAME
-    else:
-        report_name, masks_name, weights_name = output_names(out)
-        paths = folder / weights_name, folder / masks_name
-        _write_shard(checkpoint.shards[0], selection, settings, backend, report, *paths, progress)
-        report_path = folder / report_name
-    report.seconds = time.perf_counter() - start
-    report.write(report_path)
+        return files
+
+    def is_there(self, shard: Shard) -> bool:
+        """Whether the files of a shard were begun."""
+        return all(
+            file.path.is_file() and file.path.stat().st_size == file.nbytes for file in self.files(shard)
+        )
 
 
-def _write_shard(
-    shard: Shard,
-    selection: Selection,
-    settings: MaskSettings,
-    backend: Backend,
-    report: Report,
-    weights_path: Path,
-    masks_path: Path,
+def write_units(
+    output: Output,
+    units: Iterable[Unit],
+    finished: Callable[[Unit, list[MaskedTensor]], None],
     progress: Progress,
 ) -> None:
-    """One safetensors file: the header and the dense tensors as they are, masked ones slab by slab."""
-    chosen = {item.entry.name: item for item in selection.masked if item.shard is shard}
+    """Writes what the units have of the output; ``finished`` gets each that is complete and on disk."""
+    settings = output.settings
+    backend = select(settings.backend, settings.device, settings.pattern.m)
+    if output.checkpoint.is_folder:
+        (output.folder / MASKS_FOLDER).mkdir(exist_ok=True)
+    units = list(units)
     with ExitStack() as stack:
-        source, copied = (stack.enter_context(shard.path.open("rb")) for _ in range(2))
-        data_bytes = sum(entry.nbytes for entry in shard.entries)
-        weights = stack.enter_context(StreamWriter(weights_path, shard.header, data_bytes))
-        masks = None
-        if chosen:
-            shapes = {name: item.entry.shape for name, item in chosen.items()}
-            masks = stack.enter_context(
-                masks_writer(masks_path, shapes, settings.pattern, settings.transposable)
-            )
-        slabs = stack.enter_context(closing(ahead(_reads(shard, chosen, settings, backend, source))))
+        reads = (read for unit in units for read in _reads(unit, output, backend))
+        slabs = stack.enter_context(closing(ahead(reads)))
+        open_files = stack.enter_context(ExitStack())
         behind = stack.enter_context(Behind())
-        for entry in shard.entries:
-            progress(0, entry.name)
-            item = chosen.get(entry.name)
-            if item is None or masks is None:
-                behind.call(_copy, weights, copied, entry, behind.stopped)
-                progress(entry.nbytes, entry.name)
-            else:
-                output = _Output(behind, weights, masks)
-                report.tensors.append(_mask_tensor(item, settings, backend, slabs, output, progress))
+        for unit in units:
+            files = output.files(unit.shard)
+            writers = [PlacedWriter(file.path, file.header, file.nbytes) for file in files]
+            for writer in writers:
+                open_files.callback(writer.close)
+            chosen, rows = output.chosen(unit.shard), []
+            for entry in unit.entries:
+                progress(0, entry.name)
+                places = [
+                    _Place(writer, file.starts.get(entry.name, 0))
+                    for writer, file in zip(writers, files, strict=True)
+                ]
+                item = chosen.get(entry.name)
+                if item is None:
+                    behind.call(_copy, places[0], unit.shard.path, entry, behind.stopped)
+                    progress(entry.nbytes, entry.name)
+                else:
+                    rows.append(_mask_tensor(item, settings, backend, slabs, behind, places, progress))
+            behind.call(_finish_unit, writers, partial(finished, unit, rows))
 
 
-class _Output(NamedTuple):
-    """Where the slabs of a shard go, and the thread that writes them."""
+class _Place:
+    """Where the next bytes of a tensor go."""
 
-    behind: Behind
-    weights: StreamWriter
-    masks: StreamWriter
+    def __init__(self, writer: PlacedWriter, position: int) -> None:
+        self._writer = writer
+        self._position = position
+
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        try:
+            self._position = self._writer.write(self._position, data)
+        except OSError as error:
+            raise WorkFailed(f"{name}: {error.strerror or error}: {self._writer.path}") from error
 
 
-def _copy(weights: StreamWriter, source: BinaryIO, entry: Entry, stopped: Event) -> None:
+def _finish_unit(writers: Iterable[PlacedWriter], finished: Callable[[], None]) -> None:
+    for writer in writers:
+        writer.sync()
+        writer.close()
+    finished()
+
+
+def _copy(place: _Place, path: Path, entry: Entry, stopped: Event) -> None:
     """A dense tensor as it is, unless the run ends meanwhile."""
-    for _ in weights.copy(source, entry):
-        if stopped.is_set():
-            return
+    with path.open("rb") as source:
+        for piece in pieces(source, entry):
+            if stopped.is_set():
+                return
+            place.write(entry.name, piece)
 
 
-def _reads(
-    shard: Shard, chosen: Mapping[str, Selected], settings: MaskSettings, backend: Backend, source: BinaryIO
-) -> Iterator[Callable[[], Tensor]]:
-    """Calls that read the slabs of a shard's masked tensors, in their order."""
-    for entry in shard.entries:
+def _reads(unit: Unit, output: Output, backend: Backend) -> Iterator[Callable[[], Tensor]]:
+    """Calls that read the slabs of a unit's masked tensors, in their order."""
+    chosen = output.chosen(unit.shard)
+    for entry in unit.entries:
         if entry.name in chosen:
             position = entry.start
             dtype = getattr(torch, DTYPES[entry.dtype])
-            for shape in _slabs(chosen[entry.name].layout, settings.pattern.m, backend.slab):
-                yield partial(_read, source, position, shape, dtype)
+            for shape in _slabs(chosen[entry.name].layout, output.settings.pattern.m, backend.slab):
+                yield partial(_read, unit.shard.path, position, shape, dtype)
                 position += math.prod(shape) * dtype.itemsize
 
 
-def _read(source: BinaryIO, position: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _read(path: Path, position: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     slab = torch.empty(shape, dtype=dtype)
-    read_into(source, position, _bytes_of(slab))
+    with path.open("rb") as source:
+        read_into(source, position, _bytes_of(slab))
     return slab
 
 
@@ -186,7 +236,8 @@ def _mask_tensor(
     settings: MaskSettings,
     backend: Backend,
     slabs: Iterator[Tensor],
-    output: _Output,
+    behind: Behind,
+    places: Sequence[_Place],
     progress: Progress,
 ) -> MaskedTensor:
     entry = item.entry
@@ -218,21 +269,22 @@ def _mask_tensor(
         row.zeros_before += slab.numel() - int(torch.count_nonzero(slab))
         _drop(slab, keep)
         row.nonzero += int(torch.count_nonzero(slab))
-        output.behind.call(_write, output, slab, bits, keep)
+        behind.call(_write, entry.name, places, slab, bits, keep)
         first += slab.numel()
         progress(slab.nbytes, entry.name)
-    output.behind.call(_finish, output, bits)
+    behind.call(_finish, entry.name, places, bits)
     row.finish(seconds)
     return row
 
 
-def _write(output: _Output, slab: Tensor, bits: BitStream, keep: Tensor) -> None:
-    output.weights.write(_bytes_of(slab))
-    output.masks.write(bits.push(keep))
+def _write(name: str, places: Sequence[_Place], slab: Tensor, bits: BitStream, keep: Tensor) -> None:
+    weights, masks = places
+    weights.write(name, _bytes_of(slab))
+    masks.write(name, bits.push(keep))
 
 
-def _finish(output: _Output, bits: BitStream) -> None:
-    output.masks.write(bits.finish())
+def _finish(name: str, places: Sequence[_Place], bits: BitStream) -> None:
+    places[1].write(name, bits.finish())
 
 
 def _slabs(layout: MatrixLayout, m: int, elements: int) -> Iterator[tuple[int, int, int, int]]:

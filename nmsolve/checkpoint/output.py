@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nmsolve.checkpoint.format import REPORT_NAME, SUFFIX, Checkpoint
-from nmsolve.files import Interrupts, Staging, check_out
+from nmsolve.files import Interrupts, Staging, Unfinished, check_out
 
 __all__ = ["check_output", "publish"]
 
@@ -33,7 +33,11 @@ def check_output(
 
 
 def publish(
-    checkpoint: Checkpoint, staging: Staging, names: Names, overwrite: bool, interrupts: Interrupts
+    checkpoint: Checkpoint,
+    staging: Staging | Unfinished,
+    names: Names,
+    overwrite: bool,
+    interrupts: Interrupts,
 ) -> None:
     """Puts what was staged in place, once begun without interruption."""
     interrupts.hold()

@@ -72,13 +72,14 @@ def run(command: Command, parser: Parser, args: argparse.Namespace) -> int:
         command.run(args)
         return OK
     except NMSolveError as error:
-        return _fail(_in_options(str(error), parser.options), _code(error))
+        return _fail(_in_options(_with_rest(str(error), error), parser.options), _code(error))
     except KeyboardInterrupt as error:
-        return _fail(f"interrupted; {error.args[0] if error.args else NOTHING}", INTERRUPTED)
+        left = getattr(error, "left_behind", None) or (error.args[0] if error.args else NOTHING)
+        return _fail(f"interrupted; {left}", INTERRUPTED)
     except Exception as error:
         if args.traceback:
             traceback.print_exc()
-        return _fail(_describe(error), FAILED)
+        return _fail(_with_rest(_describe(error), error), FAILED)
 
 
 @contextmanager
@@ -96,6 +97,12 @@ def warnings_told() -> Iterator[None]:
         warnings.showwarning = tell
         warnings.simplefilter("always", NMSolveWarning)
         yield
+
+
+def _with_rest(message: str, error: Exception) -> str:
+    """The message and, where the work can be gone on with, what is kept: the error's ``left_behind``."""
+    left = getattr(error, "left_behind", None)
+    return f"{message}; {left}" if left else message
 
 
 def _code(error: NMSolveError) -> int:

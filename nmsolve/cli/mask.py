@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from nmsolve.checkpoint.roles import DENSE_BY_NAME
 from nmsolve.checkpoint.selection import Selection
 from nmsolve.cli import options
 from nmsolve.cli.command import Command, exit_codes
-from nmsolve.errors import counted, printable
+from nmsolve.errors import NMSolveError, counted, printable
 from nmsolve.files import Interrupts
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ _DENSE = "\n".join(
     textwrap.fill("  ".join(names), 100, initial_indent=f"    {what:<17} ", subsequent_indent=" " * 22)
     for what, names in DENSE_BY_NAME.items()
 )
+
+_KEPT = "what is finished is kept"
 
 EPILOG = f"""\
 examples:
@@ -63,10 +66,17 @@ in Python:
   nmsolve.checkpoint.mask_checkpoint("Llama-3.2-1B", "sparse", "8:16", transposable=True)
   masks = nmsolve.load_masks("Llama-3.2-1B-8of16")     # name -> bool tensor, True = keep
 
-Everything is written beside OUT in a hidden folder and renamed when it is complete. Memory holds a slab of
-one tensor at a time, whatever the size of the model.
+many processes, which all see the same files:
+  nmsolve mask BIG --pattern 8:16 --transposable --out OUT --part 3/16
+      the third of 16 parts, in any order, at the same time or not, on one machine or many
+  nmsolve mask BIG --pattern 8:16 --transposable --out OUT --merge
+      puts all parts in place once they are done
 
-{exit_codes()}"""
+Everything is written beside OUT in a hidden folder and renamed when it is complete. After an error, an
+interruption or a kill what is finished stays in .OUT.unfinished-..., and the same command goes on there, as
+one process or as parts. Memory holds a few slabs of a tensor, whatever the size of the model.
+
+{exit_codes(_KEPT, _KEPT)}"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +99,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="list what would be masked or not, and write nothing"
     )
+    parser.add_argument(
+        "--part", metavar="K/OF", help="only the K-th of OF parts, of a job array for one; --merge ends it"
+    )
+    parser.add_argument("--merge", action="store_true", help="put in place what all parts have finished")
     options.add_quiet(parser)
 
 
@@ -109,6 +123,7 @@ def run(args: argparse.Namespace) -> None:
         _print_selection(prepare(args.input, args.out, pattern, **arguments).selection)
         return
     out = options.need_out(args.out)
+    part = _part_of(args.part)
     with Interrupts() as interrupts:
         report = mask_checkpoint(
             args.input,
@@ -116,12 +131,29 @@ def run(args: argparse.Namespace) -> None:
             pattern,
             backend=args.backend,
             certificate=args.certificate == "on",
+            part=part,
+            merge=args.merge,
             progress=options.progress_of(args),
             interrupts=interrupts,
             **arguments,
         )
-    if not args.quiet:
+    if args.quiet:
+        return
+    if part is None:
         _print_summary(report)
+    else:
+        masked = counted(len(report.tensors), "tensor")
+        print(f"part {part[0]} of {part[1]}: {masked} masked in {report.seconds:.1f} s; when all parts are")
+        print("done, the same command with --merge instead of --part puts them in place")
+
+
+def _part_of(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9][0-9]{0,8})/([1-9][0-9]{0,8})", text)
+    if found is None or int(found[1]) > int(found[2]):
+        raise NMSolveError(f"part: expected K/OF with 1 <= K <= OF, for example 3/16, got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def _print_selection(selection: Selection) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import nmsolve
 import nmsolve.checkpoint.masking
 from nmsolve import BackendError
-from nmsolve.checkpoint.format import StreamWriter
+from nmsolve.checkpoint.format import PlacedWriter
 from nmsolve.cli import main
 
 pytest_plugins = ("mask_command",)
@@ -132,8 +132,9 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(file, out, capsys, mon
         lambda *args: (out.write_text("mine"), finish(*args)),
     )
     assert mask(file, out) == 1
-    assert "appeared while the work went on" in one_error(capsys)
-    assert names(out.parent) == [out.name]
+    assert re.search("appeared while the work went on.*; what is finished is in", one_error(capsys))
+    (unfinished,) = out.parent.glob(".*.unfinished-*")
+    assert names(out.parent) == [unfinished.name, out.name]
     assert out.read_text() == "mine"
 
 
@@ -160,26 +161,29 @@ def test_a_solver_that_breaks_halfway(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("nmsolve.checkpoint.masking.transposable_mask", broken)
     assert mask(tmp_path / "in", tmp_path / "out", "--transposable") == 1
-    assert one_error(capsys) == "nmsolve: error: RuntimeError: a device fell over\n"
+    (unfinished,) = tmp_path.glob(".out.unfinished-*")
+    kept = f"what is finished is in {unfinished}: the same command goes on, or delete that folder"
+    assert one_error(capsys) == f"nmsolve: error: RuntimeError: a device fell over; {kept}\n"
     assert len(calls[-1]) == 2
-    assert names(tmp_path) == ["in"]
+    assert names(tmp_path) == [unfinished.name, "in"]
+    shutil.rmtree(unfinished)
     calls.clear()
     assert mask(tmp_path / "in", tmp_path / "out", "--transposable", "--traceback") == 1
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_disk_that_is_full_halfway(file, out, capsys, monkeypatch):
-    write, written = StreamWriter.write, []
+    write, written = PlacedWriter.write, []
 
-    def full(self, data):
+    def full(self, position, data):
         written.append(len(data))
         if sum(written) > 15_000:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        write(self, data)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, position, data)
 
-    monkeypatch.setattr(StreamWriter, "write", full)
+    monkeypatch.setattr(PlacedWriter, "write", full)
     assert mask(file, out, "--transposable") == 1
-    assert "No space left on device" in one_error(capsys)
+    assert re.search(r"error: model\.\S+: No space left on device: \S+\.safetensors", one_error(capsys))
     assert names(out.parent) == []
 
 
@@ -253,16 +257,16 @@ def test_being_stopped_leaves_nothing_half_written(tmp_path, file, kind, number)
         assert process.stdout is not None
         assert process.stdout.readline() == "working\n"
         (staging,) = out.parent.iterdir()
-        assert staging.name.startswith(f".{out.name}.nmsolve-")
+        assert staging.name.startswith(f".{out.name}.unfinished-")
         assert any(path.stat().st_size > 1000 for path in staging.rglob("*.safetensors"))
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=30)
-    if number == signal.SIGKILL:
-        assert names(out.parent) == [staging.name]
-    else:
+    assert names(out.parent) == ([staging.name] if kind == "folder" or number == signal.SIGKILL else [])
+    if number != signal.SIGKILL:
+        kept = f"what is finished is in {staging}: the same command goes on, or delete that folder"
+        told = kept if kind == "folder" else "nothing was written"
         assert process.returncode == 130
-        assert (stdout, stderr) == ("", "nmsolve: error: interrupted; nothing was written\n")
-        assert names(out.parent) == []
+        assert (stdout, stderr) == ("", f"nmsolve: error: interrupted; {told}\n")
     assert main([*arguments, "--quiet"]) == 0
     assert not staging.exists()
     assert len(names(out.parent)) == (1 if kind == "folder" else 3)
