@@ -114,6 +114,7 @@ def test_the_report_says_what_ran(file, out):
         "method": "greedy",
         "backend": "torch",
         "device": "cpu",
+        "certificate": True,
         "include": ["*q_proj*", "*norm*"],
         "exclude": ["*.1.*"],
         "input_first": [],
