@@ -33,14 +33,18 @@ def test_help_teaches(arguments, capsys):
 
 def test_the_examples_of_the_help_parse(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_sharded(tmp_path / "Llama-3.2-1B", llama())
+    for folder in ("Llama-3.2-1B", "BIG"):
+        save_sharded(tmp_path / folder, llama())
     save_file(llama(), tmp_path / "model.safetensors")
     with pytest.raises(SystemExit):
         main(["mask", "--help"])
     examples = re.findall(r"^  nmsolve (mask .*)$", capsys.readouterr().out, re.M)
-    assert len(examples) == 3
+    assert len(examples) == 5
     for example in examples:
-        assert main([argument.strip("'") for argument in example.split()] + ["--backend", "torch"]) == 0
+        for k in range(1, 17) if "--part" in example else [0]:
+            arguments = example.replace("3/16", f"{k}/16").split()
+            assert main([argument.strip("'") for argument in arguments] + ["--backend", "torch"]) == 0
+    assert (tmp_path / "OUT" / "nmsolve_report.json").exists()
 
 
 def test_version(capsys):
