@@ -289,9 +289,9 @@ def test_only_blocks_that_need_it_are_solved_again() -> None:
     scores = ordinary.clone()
     scores[4:8, 8:12] = torch.where(torch.rand(4, 4, generator=generator(2)) < 0.4, -1e14, scores[4:8, 8:12])
     pattern = NMPattern(2, 4)
-    assert not coarse_blocks(ordinary, pattern, solver).any()
-    assert not coarse_blocks(-ordinary.abs(), pattern, solver).any()
-    wanted = coarse_blocks(scores, pattern, solver)
+    assert not coarse_blocks(ordinary, pattern, torch.float32).any()
+    assert not coarse_blocks(-ordinary.abs(), pattern, torch.float32).any()
+    wanted = coarse_blocks(scores, pattern, torch.float32)
     assert wanted.nonzero().tolist() == [[1, 2]]
     best = nmsolve.transposable_mask(scores.double(), 2, 4, backend="torch")
     worse = nmsolve.transposable_mask(-scores.double(), 2, 4, backend="torch")

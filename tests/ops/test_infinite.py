@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from fractions import Fraction
+from typing import Any
 
 import oracles
 import pytest
@@ -204,8 +205,22 @@ def best_permutation(block: list[list[float]]) -> tuple[int, int, Fraction] | No
     return max((value for value in values if value is not None), default=None)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def backends_and(dtypes: list[torch.dtype]) -> list[Any]:
+    """Every backend with every dtype; in the interpreter all but float32 are slow."""
+    return [
+        pytest.param(
+            backend,
+            dtype,
+            marks=pytest.mark.slow if backend == "triton" and dtype != torch.float32 else (),
+        )
+        for backend in BACKENDS
+        for dtype in dtypes
+    ]
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), backends_and([torch.float64, torch.float32, torch.bfloat16, torch.float16])
+)
 @pytest.mark.parametrize("m", [1, 2, 5])
 def test_every_permutation_of_small_matrices(backend: str, dtype: torch.dtype, m: int) -> None:
     needs(backend)
@@ -230,9 +245,8 @@ def test_every_permutation_of_small_matrices(backend: str, dtype: torch.dtype, m
     assert True in seen
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), backends_and([torch.float64, torch.float32, torch.bfloat16]))
 @pytest.mark.parametrize("apart", [10, 30, 60, 100])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_assignments_of_scores_that_lie_far_apart(backend: str, apart: int, dtype: torch.dtype) -> None:
     """Costs of -2^apart beside small integers, and both among what is taken."""
     needs(backend)
