@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from tables.columns import Row, in_order, left, markdown, results, right, source, whole
 
 COMPILERS = "compilers.csv"
+COSTS = "kernel_costs.csv"
 REFERENCE = "3.7.1"
-"""The release that the tests run with."""
+"""The release that the tests run with, and that the cost table is of."""
 
 
 def _releases(rows: Sequence[Row]) -> list[str]:
@@ -29,9 +30,11 @@ def releases() -> str:
     """Every release on one line: what compiles, what spills, what it costs, what agrees."""
     rows = results(COMPILERS)
     reference = {
-        _configuration(row): float(row["instructions_per_block"])
-        for row in rows
-        if (row["triton"], row["how"]) == (REFERENCE, "compiled") and row["instructions_per_block"]
+        (row["kernel"], row["m"] if row["m"] != "0" else "", row["target"]): float(
+            row["instructions_per_block"]
+        )
+        for row in results(COSTS)
+        if row["dtype"] == "float32" and row["shipped"] == "1" and row["instructions_per_block"]
     }
     lines = []
     for release in _releases(rows):
@@ -56,7 +59,9 @@ def releases() -> str:
                 own[0]["torch"],
                 _sound(compiled, "compiles"),
                 ", ".join(spilling) or "none",
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "",
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) of {len(ratios)}"
+                if ratios
+                else "",
                 _sound(by_how["interpreted"], "agrees"),
                 _sound(by_how["emulated"], "agrees"),
             ]

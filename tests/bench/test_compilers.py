@@ -93,11 +93,13 @@ def test_the_table_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
         base | {"triton": "3.7.1", "how": "emulated", "outcome": "differs by 1", "spills": "",
                 "instructions_per_block": ""},
     ]  # fmt: skip
-    monkeypatch.setattr(shown, "results", lambda file: rows)
+    costs = [{**rows[1], "dtype": "float32", "shipped": shipped} for shipped in ("1", "0")]
+    costs[1]["instructions_per_block"] = "1"  # of another tile
+    monkeypatch.setattr(shown, "results", {shown.COMPILERS: rows, shown.COSTS: costs}.__getitem__)
     lines = shown.releases().splitlines()[2:4]
     assert lines == [
-        "| 3.7.1 | 2.11 | 1 of 1 | none | 1.00 (1.00 to 1.00) |  | 0 of 1 |",
-        "| 3.10.0 | 2.11 | 1 of 1 | exact 8 on sm_90 (7) | 1.50 (1.50 to 1.50) |  |  |",
+        "| 3.7.1 | 2.11 | 1 of 1 | none | 1.00 (1.00 to 1.00) of 1 |  | 0 of 1 |",
+        "| 3.10.0 | 2.11 | 1 of 1 | exact 8 on sm_90 (7) | 1.50 (1.50 to 1.50) of 1 |  |  |",
     ]
     assert shown.instructions().splitlines()[2] == "| exact | 8 | 200 | 300 |"
 
