@@ -1,9 +1,10 @@
-"""Reading and writing safetensors checkpoints as streams: one file, or a folder of shards with an index.
+"""What a safetensors checkpoint holds, from its headers: one file, or a folder of shards with an index.
 
 A safetensors file is ``length`` (8 bytes, little-endian), a JSON header of ``length`` bytes, then the
 tensors' bytes without holes. The header gives every tensor's dtype, shape and place, so a file can be written
 from front to back without any tensor but the current one in memory, which the safetensors library's own
-``save_file`` does not offer. Format: https://huggingface.co/docs/safetensors.
+``save_file`` does not offer (:mod:`nmsolve.checkpoint.streams`). Format:
+https://huggingface.co/docs/safetensors.
 
 Nothing here imports torch, and nothing ever unpickles.
 """
@@ -17,23 +18,19 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
-from nmsolve.errors import NMSolveError, WorkFailed
+from nmsolve.checkpoint.streams import COPY_BYTES, StreamWriter
+from nmsolve.errors import NMSolveError
 from nmsolve.files import is_regular, read_json
 
 __all__ = [
     "Checkpoint",
     "Entry",
-    "PlacedWriter",
     "Shard",
-    "StreamWriter",
     "encode_header",
     "open_checkpoint",
     "output_names",
-    "pieces",
-    "read_into",
     "read_shard",
 ]
 
@@ -61,7 +58,6 @@ OTHER_FORMATS = frozenset({".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", 
 _WHOLE_MODELS = ("pytorch_model", "model", "consolidated", "diffusion_pytorch_model", "adapter_model")
 
 _HEADER_LENGTH = struct.Struct("<Q")
-_COPY_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -144,7 +140,7 @@ class Checkpoint:
                 stat = source.stat()
                 mode = 0o666 | (stat.st_mode & 0o111)
                 with source.open("rb") as reader, StreamWriter(target, b"", stat.st_size, mode) as writer:
-                    while piece := reader.read(_COPY_BYTES):
+                    while piece := reader.read(COPY_BYTES):
                         writer.write(piece)
             if step is not None:
                 step(path.as_posix())
@@ -443,115 +439,3 @@ def encode_header(
     text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return _HEADER_LENGTH.pack(len(text)) + text
-
-
-class StreamWriter:
-    """Writes one safetensors file from front to back and makes sure that it is complete and on disk.
-
-    ``with StreamWriter(path, header, data_bytes) as out: out.write(...)``. A block that ends without an error
-    has written exactly ``data_bytes`` bytes after the header, and the file is synced; anything else raises.
-    """
-
-    def __init__(self, path: Path, header: bytes, data_bytes: int, mode: int = 0o666) -> None:
-        self.path = path
-        self._expected = len(header) + data_bytes
-        self._written = 0
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
-        self._file: BinaryIO = os.fdopen(descriptor, "wb", buffering=0)
-        self.write(header)
-
-    def __enter__(self) -> StreamWriter:
-        return self
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Appends ``data``, all of it: an unbuffered write may take only a part."""
-        view = _flat(data)
-        while view.nbytes:
-            count = self._file.write(view[:_COPY_BYTES])
-            self._written += count
-            view = view[count:]
-
-    def copy(self, source: BinaryIO, entry: Entry) -> Iterator[int]:
-        """Appends the bytes of ``entry`` from ``source`` as they are; yields the size of each piece."""
-        for piece in pieces(source, entry):
-            self.write(piece)
-            yield len(piece)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._file:
-            if kind is None:
-                if self._written != self._expected:
-                    raise WorkFailed(
-                        f"{self.path.name}: {self._written} bytes came where {self._expected} were expected: "
-                        "the input is no regular file, or changed while it was read"
-                    )
-                os.fsync(self._file.fileno())
-
-
-class PlacedWriter:
-    """Writes tensors at their places in a safetensors file, which other processes may fill at the same time.
-
-    The file gets its header and its full size at once, if it has not; whoever writes it writes the same.
-    """
-
-    def __init__(self, path: Path, header: bytes, nbytes: int) -> None:
-        self.path = path
-        # For writing alone: NFS then sends the bytes that were written, and not the pages around them.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-        self._file: BinaryIO = os.fdopen(descriptor, "wb", buffering=0)
-        try:
-            if os.fstat(descriptor).st_size != nbytes:
-                self._file.truncate(nbytes)
-            self.write(0, header)
-        except OSError as error:
-            self.close()
-            raise OSError(error.errno, error.strerror, str(path)) from None
-
-    def write(self, position: int, data: bytes | memoryview) -> int:
-        """Writes all of ``data`` from ``position`` on, and returns the position behind it."""
-        view = _flat(data)
-        self._file.seek(position)
-        while view.nbytes:
-            count = self._file.write(view[:_COPY_BYTES])
-            position += count
-            view = view[count:]
-        return position
-
-    def sync(self) -> None:
-        """Makes sure that what was written is on disk."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Closes the file; more than once does no harm."""
-        self._file.close()
-
-
-def pieces(source: BinaryIO, entry: Entry) -> Iterator[bytes]:
-    """The bytes of ``entry`` as they are, a few megabytes at a time."""
-    source.seek(entry.start)
-    left = entry.nbytes
-    while left:
-        piece = source.read(min(_COPY_BYTES, left))
-        if not piece:
-            raise OSError(f"{entry.name}: the input file ended {left} bytes early")
-        left -= len(piece)
-        yield piece
-
-
-def read_into(source: BinaryIO, position: int, buffer: memoryview) -> None:
-    """Fills ``buffer`` with the bytes of ``source`` from ``position`` on."""
-    source.seek(position)
-    view = _flat(buffer)
-    while view.nbytes:
-        count = source.readinto(view)  # type: ignore[attr-defined]
-        if not count:
-            raise OSError(f"the input file ended {view.nbytes} bytes early")
-        view = view[count:]
-
-
-def _flat(data: bytes | memoryview) -> memoryview:
-    """``data`` as a run of bytes; memoryview refuses to cast what is empty."""
-    view = memoryview(data)
-    return view.cast("B") if view.nbytes else memoryview(b"")

@@ -31,11 +31,10 @@ from nmsolve.checkpoint.format import (
     MASKS_FOLDER,
     MASKS_SUFFIX,
     Shard,
-    StreamWriter,
     encode_header,
-    read_into,
     read_shard,
 )
+from nmsolve.checkpoint.streams import StreamWriter, read_into
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern, PatternLike
 

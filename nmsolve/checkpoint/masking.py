@@ -31,16 +31,14 @@ from nmsolve.checkpoint.format import (
     SUFFIX,
     Checkpoint,
     Entry,
-    PlacedWriter,
     Shard,
     output_names,
-    pieces,
-    read_into,
 )
 from nmsolve.checkpoint.mask_files import BitStream, masks_header, packed_size
 from nmsolve.checkpoint.overlap import Behind, ahead
 from nmsolve.checkpoint.report import MaskedTensor
 from nmsolve.checkpoint.selection import DTYPES, MatrixLayout, Selected, Selection
+from nmsolve.checkpoint.streams import PlacedWriter, pieces, read_into
 from nmsolve.checkpoint.units import Unit
 from nmsolve.errors import NMSolveError, WorkFailed
 from nmsolve.ops.masks import nm_mask, transposable_mask

@@ -255,7 +255,7 @@ class _Job:
         self.key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
 
     @contextmanager
-    def held(self, *, shared: bool | None) -> Iterator[Unfinished]:
+    def held(self, *, shared: bool) -> Iterator[Unfinished]:
         """The folder in which the work goes on."""
         from nmsolve.checkpoint.masking import bytes_needed
 

@@ -22,11 +22,11 @@ from nmsolve.checkpoint.format import (
     REPORT_NAME,
     SUFFIX,
     Checkpoint,
-    StreamWriter,
     open_checkpoint,
 )
 from nmsolve.checkpoint.output import check_output, publish
 from nmsolve.checkpoint.selection import DTYPES
+from nmsolve.checkpoint.streams import StreamWriter
 from nmsolve.errors import NMSolveError, begun, counted
 from nmsolve.files import Interrupts, Staging, check_space, write_text
 from nmsolve.pattern import NMPattern, PatternLike

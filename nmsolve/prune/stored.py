@@ -23,10 +23,10 @@ from nmsolve.checkpoint.format import (
     Checkpoint,
     Entry,
     Shard,
-    StreamWriter,
     encode_header,
 )
 from nmsolve.checkpoint.selection import DTYPES
+from nmsolve.checkpoint.streams import StreamWriter
 from nmsolve.errors import NMSolveError
 from nmsolve.files import write_bytes
 

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nmsolve import NMSolveError
-from nmsolve.checkpoint.format import StreamWriter, encode_header, open_checkpoint, read_into, read_shard
+from nmsolve.checkpoint.format import encode_header, open_checkpoint, read_shard
+from nmsolve.checkpoint.streams import StreamWriter, read_into
 from nmsolve.errors import WorkFailed
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import nmsolve
 import nmsolve.checkpoint.masking
 from nmsolve import BackendError
-from nmsolve.checkpoint.format import PlacedWriter
+from nmsolve.checkpoint.streams import PlacedWriter
 from nmsolve.cli import main
 
 pytest_plugins = ("mask_command",)
