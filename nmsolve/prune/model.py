@@ -262,6 +262,9 @@ def prune_model(
         select(backend, layer.weight.device, layer_pattern.m)
     zeros = check_weights(selected)
     allowed = check_initial_masks(initial_masks, selected)
+    if transposable:
+        for layer in allowed:  # masks within these are corners of larger blocks (rule.py)
+            select(backend, layer.weight.device, 2 * selected.layers[layer].m)
     batches: list[Batch] = []
     begins: dict[str, object] = {}
     if calibration is None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nmsolve.backends.dispatch import AUTO, BACKENDS, check_mask_method
+from nmsolve.backends.dispatch import check_mask_method
 from nmsolve.errors import NMSolveError
 from nmsolve.ops.masks import nm_mask, transposable_mask
 from nmsolve.ops.validation import check_finite
 from nmsolve.pattern import NMPattern
-from nmsolve.solution import BlockSolution, relative_gap, retained_share
+from nmsolve.solution import relative_gap, retained_share
 
 __all__ = ["MaskRule", "Tally"]
 
@@ -84,22 +83,26 @@ class MaskRule:
         """The mask of non-negative ``(..., out, in)`` scores, counted in the tally with its certificate.
 
         Of what ``allowed``, bool of the scores' shape, leaves, the mask that keeps the most: at most N of a
-        line, and fewer where no more are allowed or more would keep less.
+        line, and fewer where no more are allowed or more would keep less. The backend has to hold blocks of
+        twice the size then.
         """
         start = time.perf_counter()
         check_finite(scores)
         if allowed is not None:
             scores = scores * allowed
         if self.transposable:
-            solution = self._solved(scores, allowed, return_solution=True)
-            assert isinstance(solution, BlockSolution)
+            solution = transposable_mask(
+                *self._problem(scores, allowed),
+                method=self.method,
+                backend=self.backend,
+                return_solution=True,
+            )
             mask, objective, bound = solution.mask, solution.total_objective, solution.total_bound
             self.tally.max_gap = max(self.tally.max_gap, solution.max_gap)
-            if allowed is not None:
-                mask = _corners(mask, scores, self.pattern.m) & allowed
         else:
-            mask = self._ordinary(scores, allowed)
+            mask = self._ordinary(scores)
             objective = bound = _sum(torch.where(mask, scores, 0))
+        mask = self._within(mask, scores, allowed)
         self.tally.score += _sum(scores)
         self.tally.objective += objective
         self.tally.bound += bound
@@ -116,33 +119,27 @@ class MaskRule:
         if allowed is not None:
             scores = scores * allowed
         if self.transposable:
-            mask = self._solved(scores, allowed, return_solution=False)
-            assert isinstance(mask, Tensor)
-            if allowed is not None:
-                mask = _corners(mask, scores, self.pattern.m) & allowed
+            problem = self._problem(scores, allowed)
+            mask = transposable_mask(*problem, method=self.method, backend=self.backend)
         else:
-            mask = self._ordinary(scores, allowed)
+            mask = self._ordinary(scores)
+        mask = self._within(mask, scores, allowed)
         self._count(start)
         return mask
 
-    def _ordinary(self, scores: Tensor, allowed: Tensor | None) -> Tensor:
-        mask = nm_mask(scores, self.pattern.n, self.pattern.m, backend=self.backend)
-        return mask if allowed is None else mask & allowed
+    def _ordinary(self, scores: Tensor) -> Tensor:
+        return nm_mask(scores, self.pattern.n, self.pattern.m, backend=self.backend)
 
-    def _solved(
-        self, scores: Tensor, allowed: Tensor | None, *, return_solution: bool
-    ) -> BlockSolution | Tensor:
-        """The solution, or the mask alone: with ``allowed``, that of :func:`_cornered` scores."""
-        m, backend = self.pattern.m, self.backend
-        if allowed is not None:
-            scores = _cornered(scores, m)
-            m *= 2
-            if backend != AUTO and not BACKENDS[backend].holds(m):
-                backend = AUTO
-        options: dict[str, Any] = {"method": self.method, "backend": backend}
-        if return_solution:
-            return transposable_mask(scores, self.pattern.n, m, return_solution=True, **options)
-        return transposable_mask(scores, self.pattern.n, m, **options)
+    def _problem(self, scores: Tensor, allowed: Tensor | None) -> tuple[Tensor, int, int]:
+        """Scores, N and M of the transposable masks to solve: with ``allowed``, :func:`_cornered` ones."""
+        n, m = self.pattern.n, self.pattern.m
+        return (scores, n, m) if allowed is None else (_cornered(scores, m), n, 2 * m)
+
+    def _within(self, mask: Tensor, scores: Tensor, allowed: Tensor | None) -> Tensor:
+        """The mask of the scores from what was solved."""
+        if allowed is None:
+            return mask
+        return (_corners(mask, scores, self.pattern.m) if self.transposable else mask) & allowed
 
     def _count(self, start: float) -> None:
         self.tally.seconds += time.perf_counter() - start

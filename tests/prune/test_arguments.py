@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import tiny_models
 import torch
@@ -10,8 +12,9 @@ from pruning import QUICK, mlp, prune, weights
 from torch import nn
 
 import nmsolve
+from nmsolve.backends.dispatch import BACKENDS
 from nmsolve.checkpoint.mask_files import load_masks
-from nmsolve.errors import WorkFailed
+from nmsolve.errors import BackendError, WorkFailed
 from nmsolve.integrations.torch_ao import NMSparsifier
 from nmsolve.integrations.torch_prune import nm_structured
 from nmsolve.permute import apply_permutations, learn_permutation
@@ -233,3 +236,17 @@ def test_models_that_are_partly_elsewhere_are_refused(tmp_path):
         apply_permutations(model, {"2": torch.arange(model[2].in_features).flip(0)})
     with pytest.raises(nmsolve.NMSolveError, match="model: 2 of its parameters are offloaded"):
         learn_permutation(model, [torch.randn(4, 16)] * 3, 2, 4)
+
+
+def test_initial_masks_need_a_backend_that_holds_larger_blocks(monkeypatch):
+    """Masks within earlier ones are corners of blocks of twice the size: refused before any work."""
+    small = dataclasses.replace(BACKENDS["cpu"], name="small", needs=None, max_m=4)
+    monkeypatch.setattr("nmsolve.backends.dispatch.BACKENDS", {**BACKENDS, "small": small})
+    masks = {"0.weight": torch.ones(16, 16, dtype=torch.bool)}
+    options = {"method": "magnitude", "transposable": True, "backend": "small", "progress": False}
+    model = nn.Sequential(nn.Linear(16, 16))
+    before = model[0].weight.clone()
+    with pytest.raises(BackendError, match="blocks of m=8 do not fit"):
+        prune_model(model, None, "2:4", initial_masks=masks, **options)
+    assert torch.equal(model[0].weight, before)
+    prune_model(model, None, "2:4", **options)
