@@ -331,8 +331,8 @@ class Unfinished:
         The file or folder to be made.
     key : str
         Tells one piece of work from another: input and settings.
-    shared : bool, optional
-        Whether several processes may be at work in it; None for one that another process holds for this one.
+    shared : bool
+        Whether several processes may be at work in it.
 
     Raises
     ------
@@ -340,7 +340,7 @@ class Unfinished:
         On entering, if another process is at work in it.
     """
 
-    def __init__(self, out: Path, key: str, *, shared: bool | None = False) -> None:
+    def __init__(self, out: Path, key: str, *, shared: bool = False) -> None:
         self.out = out
         self._prefix = f".{out.name}.unfinished-"
         self.path = out.with_name(self._prefix + key)
@@ -360,8 +360,6 @@ class Unfinished:
     def _held(self) -> bool:
         """Makes and locks the folder; whether it is still there then."""
         self.path.mkdir(exist_ok=True)
-        if self._shared is None:
-            return True
         try:
             self._lock.enter_context(locked(self.path, shared=self._shared))
         except BlockingIOError:
@@ -417,7 +415,7 @@ class Unfinished:
             return
         empty = not self.keeps()
         self._lock.close()
-        if empty and self._shared is not None:
+        if empty:
             with suppress(OSError), locked(self.path) as held:  # others may be at work in it
                 if held and not self.keeps():
                     shutil.rmtree(self.path, ignore_errors=True)

@@ -74,6 +74,14 @@ def dying(monkeypatch, after: int):
     return calls
 
 
+def killed(source: Path, out: Path, after: int) -> None:
+    """A run that ends so."""
+    with pytest.MonkeyPatch.context() as patch:
+        dying(patch, after)
+        with pytest.raises(Killed):
+            mask(source, out, TRANSPOSABLE)
+
+
 # ---- how the work is cut and dealt ----------------------------------------------------------------------
 
 
@@ -131,10 +139,7 @@ def test_a_run_that_was_killed_is_gone_on_with(sharded, tmp_path, seed):
 
 
 def test_what_is_finished_is_not_done_again(sharded, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        dying(patch, 9)
-        with pytest.raises(Killed):
-            mask(sharded, tmp_path / "out", TRANSPOSABLE)
+    killed(sharded, tmp_path / "out", after=9)
     (folder,) = unfinished(tmp_path)
     assert any((folder / "finished").iterdir())
     calls = dying(monkeypatch, 1000)
@@ -143,18 +148,12 @@ def test_what_is_finished_is_not_done_again(sharded, tmp_path, monkeypatch):
     assert unfinished(tmp_path) == []
 
 
-def test_another_input_or_other_settings_begin_anew(sharded, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        dying(patch, 9)
-        with pytest.raises(Killed):
-            mask(sharded, tmp_path / "out", TRANSPOSABLE)
+def test_another_input_or_other_settings_begin_anew(sharded, tmp_path):
+    killed(sharded, tmp_path / "out", after=9)
     (first,) = unfinished(tmp_path)
     shard = min(sharded.glob("*.safetensors"))
     os.utime(shard, (1, 1))  # the same header and size; the weights may have changed
-    with monkeypatch.context() as patch:
-        dying(patch, 9)
-        with pytest.raises(Killed):
-            mask(sharded, tmp_path / "out", TRANSPOSABLE)
+    killed(sharded, tmp_path / "out", after=9)
     assert len(unfinished(tmp_path)) == 2
     assert mask(sharded, tmp_path / "out", TRANSPOSABLE, pattern="4:8") == 0
     report = json.loads((tmp_path / "out" / "nmsolve_report.json").read_text())
@@ -163,13 +162,10 @@ def test_another_input_or_other_settings_begin_anew(sharded, tmp_path, monkeypat
     assert not first.exists()
 
 
-def test_files_that_have_gone_are_made_again(sharded, tmp_path, monkeypatch):
+def test_files_that_have_gone_are_made_again(sharded, tmp_path):
     """A note about a file is nothing without the file."""
     assert mask(sharded, tmp_path / "whole", TRANSPOSABLE) == 0
-    with monkeypatch.context() as patch:
-        dying(patch, 12)
-        with pytest.raises(Killed):
-            mask(sharded, tmp_path / "out", TRANSPOSABLE)
+    killed(sharded, tmp_path / "out", after=12)
     (folder,) = unfinished(tmp_path)
     min((folder / "result").glob("*.safetensors")).unlink()
     assert mask(sharded, tmp_path / "out", TRANSPOSABLE) == 0

@@ -55,7 +55,6 @@ def test_no_choice_of_columns_keeps_more(v: int, n: int, m: int, k: int, kind: s
         best = most(block, n, k)
         assert kept(block, few, n) == pytest.approx(best, rel=1e-12, abs=0)
         assert bound == -torch.inf or kind in ("normal", "tiny")  # sums that cancel prove up to rounding
-        assert not best > max(float(bound), kept(block, few, n)) * (1 + 1e-12) or best <= 0
 
 
 @pytest.mark.parametrize("limit", [0, 1, 60, 2**62])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -100,7 +99,7 @@ def sinkhorn_forward(
     row_scalings, col_scalings = plan.new_empty(batch, kept, rows), plan.new_empty(batch, kept, cols)
     made = torch.empty(batch, dtype=torch.int32, device=logits.device)
     tile = sinkhorn_tile(rows, cols)
-    with _on(logits):
+    with gpu.device_of(logits):
         sinkhorn_forward_kernel[(triton.cdiv(batch, tile.blocks),)](
             logits_ptr=logits,
             row_marginals_ptr=row_marginals,
@@ -142,7 +141,7 @@ def sinkhorn_backward(
     col_marginals = _rows_dense(col_marginals)
     out = torch.empty(batch, rows, cols, dtype=logits.dtype, device=logits.device)
     tile = sinkhorn_tile(rows, cols)
-    with _on(logits):
+    with gpu.device_of(logits):
         sinkhorn_backward_kernel[(triton.cdiv(batch, tile.blocks),)](
             gradient_ptr=gradient,
             logits_ptr=logits,
@@ -194,7 +193,7 @@ def _gather(
 ) -> Tensor:
     rows, cols = x.shape
     out = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
-    with _on(x):
+    with gpu.device_of(x):
         permute_columns_kernel[(triton.cdiv(rows, per_row), across)](
             x_ptr=x,
             permutation_ptr=permutation.contiguous(),
@@ -216,7 +215,3 @@ def _gather(
 def _rows_dense(marginals: Tensor) -> Tensor:
     """Marginals ``(B, lines)`` whose lines lie side by side; batches may overlap."""
     return marginals if marginals.shape[1] < 2 or marginals.stride(1) == 1 else marginals.contiguous()
-
-
-def _on(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
