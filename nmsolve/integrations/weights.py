@@ -59,15 +59,17 @@ def weight_mask(
         raise NMSolveError(
             f"weight: expected at least two dimensions (out, in), got shape {tuple(scores.shape)}"
         )
-    if allowed is not None:
-        scores = scores * allowed
-    if scores.ndim == 2 and groups == 1:
-        keep = rule.choose(scores.T).T if input_first else rule.choose(scores)
+    if scores.ndim > 2 or groups > 1:
+
+        def matrices(entries: Tensor) -> Tensor:
+            return entries.unflatten(0, (groups, -1)).movedim((1, 2), (-2, -1))
+
+        keep = rule.choose(matrices(scores), None if allowed is None else matrices(allowed))
+        keep = keep.movedim((-2, -1), (1, 2)).flatten(0, 1)
+    elif input_first:
+        keep = rule.choose(scores.T, None if allowed is None else allowed.T).T
     else:
-        grouped = scores.unflatten(0, (groups, -1))
-        keep = rule.choose(grouped.movedim((1, 2), (-2, -1))).movedim((-2, -1), (1, 2)).flatten(0, 1)
-    if allowed is not None:
-        keep = keep & allowed
+        keep = rule.choose(scores, allowed)
     return keep.contiguous()
 
 
