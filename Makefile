@@ -88,6 +88,7 @@ bench: $(MODEL)
 	$(BENCH) quality
 	$(BENCH) fuzz_backends
 	$(BENCH) forbidden
+	$(BENCH) initial_masks
 	$(BENCH) speed_cpu
 	$(BENCH) peers_cpu
 	$(BENCH) scaling

@@ -38,7 +38,13 @@ RELEASES = {
 }
 """Releases of Triton, with the PyTorch that brings them."""
 
+REFERENCE = "3.7.1"
+"""The release that the tests run with, and that the cost table is of."""
+
 TARGETS = ("sm_90", "sm_80", "sm_100")
+ALL_TARGETS = (*offline.TARGETS, *offline.OTHER_TARGETS)
+"""What the reference is asked for."""
+
 EXECUTED = {
     "interpreted": {"TRITON_INTERPRET": "1"},
     "emulated": {"NMSOLVE_PTX_SM": "90"},
@@ -80,10 +86,11 @@ def compiled(
             continue
         row |= {"outcome": "compiles", "registers": result["registers"]}
         row["spills"] = result["spills"] or result.get("local", 0)
-        try:
-            row["instructions_per_block"] = cost(case, result, trips).row["instructions_per_block"]
-        except ValueError as error:  # the loops are not those of the source
-            print(f"{case}: {error}", file=sys.stderr)
+        if case.target in offline.TARGETS:  # counts of trips are for these
+            try:
+                row["instructions_per_block"] = cost(case, result, trips).row["instructions_per_block"]
+            except ValueError as error:  # the loops are not those of the source
+                print(f"{case}: {error}", file=sys.stderr)
         yield row
 
 
@@ -131,7 +138,7 @@ def survey(path: Path, release: str, triton: Path, arguments: argparse.Namespace
     faults = 0
     for how in arguments.how:
         if how == "compiled":
-            for target in arguments.targets:
+            for target in arguments.targets or (ALL_TARGETS if release == REFERENCE else TARGETS):
                 chosen = [
                     case
                     for case in cases(arguments.kernels, arguments.sizes, ("float32",), (target,), False)
@@ -150,7 +157,7 @@ def main() -> int:
     )
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "triton", help="of unpacked wheels")
     parser.add_argument("--releases", nargs="+", choices=RELEASES, default=list(RELEASES), metavar="RELEASE")
-    parser.add_argument("--targets", nargs="+", choices=offline.TARGETS, default=TARGETS, metavar="TARGET")
+    parser.add_argument("--targets", nargs="+", choices=ALL_TARGETS, metavar="TARGET")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), metavar="KERNEL")
     parser.add_argument("--sizes", nargs="+", type=int, metavar="M")
     parser.add_argument("--how", nargs="+", choices=("compiled", *EXECUTED), default=["compiled", *EXECUTED])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
+from compilers import REFERENCE
 from tables.columns import Row, in_order, left, markdown, results, right, source, whole
 
 COMPILERS = "compilers.csv"
 COSTS = "kernel_costs.csv"
-REFERENCE = "3.7.1"
-"""The release that the tests run with, and that the cost table is of."""
 
 
 def _releases(rows: Sequence[Row]) -> list[str]:
@@ -20,6 +19,10 @@ def _releases(rows: Sequence[Row]) -> list[str]:
 def _sound(rows: Sequence[Row], outcome: str) -> str:
     """How many of the rows have an outcome, of how many."""
     return f"{sum(row['outcome'] == outcome for row in rows)} of {len(rows)}" if rows else ""
+
+
+def _spilling(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["spills"] not in ("", "0")]
 
 
 def _configuration(row: Row) -> tuple[str, str, str]:
@@ -44,9 +47,7 @@ def releases() -> str:
         }
         compiled = by_how["compiled"]
         spilling = [
-            f"{row['kernel']} {row['m']} on {row['target']} ({row['spills']})"
-            for row in compiled
-            if row["spills"] not in ("", "0")
+            f"{row['kernel']} {row['m']} on {row['target']} ({row['spills']})" for row in _spilling(compiled)
         ]
         ratios = [
             float(row["instructions_per_block"]) / reference[_configuration(row)]
@@ -71,6 +72,19 @@ def releases() -> str:
     return markdown(head, lines, "llllrrr") + source(COMPILERS, rows[0])
 
 
+def targets() -> str:
+    """Every target of the reference on one line: what compiles, what spills."""
+    rows = [row for row in results(COMPILERS) if (row["triton"], row["how"]) == (REFERENCE, "compiled")]
+    lines = []
+    for target in in_order(rows, "target"):
+        here = [row for row in rows if row["target"] == target]
+        spilling = ", ".join(f"{row['kernel']} {row['m']} ({row['spills']})" for row in _spilling(here))
+        most = max(int(row["registers"]) for row in here if row["registers"])
+        lines.append([target, _sound(here, "compiles"), spilling or "none", str(most)])
+    head = ["target", "compile", "spill", "most registers"]
+    return markdown(head, lines, "lllr") + source(COMPILERS, rows[0])
+
+
 def instructions() -> str:
     """Instructions per block on sm_90, by release."""
     rows = [row for row in results(COMPILERS) if (row["how"], row["target"]) == ("compiled", "sm_90")]
@@ -91,6 +105,7 @@ def instructions() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "compilers": releases,
+    "compiler-targets": targets,
     "compiler-instructions": instructions,
 }
 """The tables of docs/internals/compilers.md."""

@@ -9,7 +9,7 @@ from statistics import fmean
 import numpy as np
 from common import PATTERNS
 
-from tables.columns import Cell, Row, markdown, percent, results, share, significant, source
+from tables.columns import Cell, Row, in_order, loss, markdown, percent, results, share, significant, source
 
 NAMES_OF_METHODS = {
     "magnitude": "magnitude",
@@ -209,6 +209,33 @@ def spread(model: str) -> str:
     return markdown(["method", *heads], lines, "l" + "r" * len(heads)) + said + source(SPREAD_FILE, rows[0])
 
 
+def initial_masks() -> str:
+    """Masks and layers within an earlier mask: time beside that without, and what iterations leave."""
+    file = "initial_masks.csv"
+    rows = results(file)
+    lines = []
+    for size in in_order(rows, "pattern"):
+        for earlier in in_order(rows, "earlier"):
+            here = {row["way"]: row for row in rows if (row["pattern"], row["earlier"]) == (size, earlier)}
+            seconds = {way: float(row["seconds"]) for way, row in here.items()}
+            lines.append(
+                [
+                    size,
+                    earlier,
+                    significant(seconds["choose"] / seconds["free"]),
+                    loss(1 - float(here["step"]["kept"])),
+                    *(
+                        significant(seconds[f"{method}, within"] / seconds[f"{method}, free"])
+                        for method in ("wanda", "sparsegpt", "frank-wolfe", "alps")
+                    ),
+                ]
+            )
+    head = ["pattern", "earlier mask", "the mask", "less in iterations"]
+    return markdown([*head, "Wanda", "SparseGPT", "Frank-Wolfe", "ALPS"], lines, "ll" + 6 * "r") + source(
+        file, rows[0]
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "perplexity": perplexities,
     "perplexity-retained": retained,
@@ -217,6 +244,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "perplexity-mask-share": mask_share,
     "perplexity-sequential": sequential,
     "layer-errors": layer_errors,
+    "initial-masks": initial_masks,
     "perplexity-spread": lambda: spread("smollm2"),
     "perplexity-spread-gpt2": lambda: spread("gpt2-bytes"),
 }
