@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from compilers import REFERENCE
+
 from tables.columns import Row, in_order, left, markdown, results, right, source, whole
 
 COMPILERS = "compilers.csv"
