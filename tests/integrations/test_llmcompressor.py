@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import gloo
 import pytest
 import tiny_models
 import torch
@@ -12,6 +15,7 @@ from nmsolve.prune import MaskRule, sparsegpt
 
 pytest.importorskip("llmcompressor")
 
+import llmcompressor_spread
 import transformers
 from datasets import Dataset
 from llmcompressor import oneshot
@@ -162,3 +166,18 @@ def test_an_error_names_the_layer(prune):
         nmsolve.NMSolveError, match=rf"{FIRST}: damping: the Hessian is not positive definite"
     ):
         prune(recipe)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("sparsegpt, on disk", "failure"),
+        pytest.param(tuple(llmcompressor_spread.CASES), marks=pytest.mark.slow, id="all"),
+    ],
+)
+def test_ranks_with_parts_of_the_samples_agree_with_one_process_that_has_all(names, tmp_path):
+    """Also where they share the weights in memory or on disk, and where an expert has tokens on one alone."""
+    llmcompressor_spread.expect(tmp_path, names)
+    work = partial(llmcompressor_spread.work, names)
+    found = gloo.outcomes(work, llmcompressor_spread.PROCESSES, tmp_path, names, 400)
+    assert found == {name: {0: None, 1: None} for name in names}
