@@ -110,7 +110,7 @@ class _Transposable(SparsityModifierBase):
             logger.info(f"{name}: kept {rule.tally.retained:.2%} of the score, gap {rule.tally.gap:.1e}")
 
     def _pooled(self) -> tuple[list[nn.Module], dict[nn.Module, int]]:
-        """The modules that this rank has to prune, with statistics over all ranks, and owners of what is dealt.
+        """The modules that this rank has to prune, with statistics over all ranks; owners of what is dealt.
 
         Ranks agree on the modules by name: an expert may have been reached, or be there, on one alone.
         What all of them hold is dealt by size and will be broadcast; what some hold each of these prunes.
