@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nmsolve.backends.dispatch import check_mask_method
 from nmsolve.errors import NMSolveError
-from nmsolve.ops.masks import nm_mask, transposable_mask
+from nmsolve.ops.masks import nm_mask, solve_blocks, transposable_mask
 from nmsolve.ops.validation import check_finite
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import BlockSolution, relative_gap, retained_share
@@ -83,22 +84,22 @@ class MaskRule:
         """The mask of non-negative ``(..., out, in)`` scores, counted in the tally with its certificate.
 
         Of what ``allowed``, bool of the scores' shape, leaves, the mask that keeps the most: at most N of a
-        line, and fewer where no more are allowed or more would keep less. The backend has to hold blocks of
-        twice the size then.
+        line, and fewer where no more are allowed or more would keep less. The backend may have to hold blocks
+        of twice the size then.
         """
         start = time.perf_counter()
         check_finite(scores)
         if allowed is not None:
             scores = scores * allowed
-        if self.transposable:
-            solution = self._solution(scores, allowed)
-            mask, objective, bound = solution.mask, solution.total_objective, solution.total_bound
-            self.tally.max_gap = max(self.tally.max_gap, solution.max_gap)
-        else:
+        if not self.transposable:
             mask = self._ordinary(scores)
             objective = bound = _sum(torch.where(mask, scores, 0))
+        else:
+            solution = self._solution(scores) if allowed is None else self._solution_within(scores)
+            mask, objective, bound = solution.mask, solution.total_objective, solution.total_bound
+            self.tally.max_gap = max(self.tally.max_gap, solution.max_gap)
         if allowed is not None:
-            mask = (_corners(mask, scores, self.pattern.m) if self.transposable else mask) & allowed
+            mask = mask & allowed
         self.tally.score += _sum(scores)
         self.tally.objective += objective
         self.tally.bound += bound
@@ -129,37 +130,45 @@ class MaskRule:
     def _ordinary(self, scores: Tensor) -> Tensor:
         return nm_mask(scores, self.pattern.n, self.pattern.m, backend=self.backend)
 
-    def _solution(self, scores: Tensor, allowed: Tensor | None) -> BlockSolution:
-        """The transposable mask with its certificate: with ``allowed``, of :func:`_cornered` scores."""
+    def _solution(self, scores: Tensor) -> BlockSolution:
+        """The transposable mask with its certificate."""
         n, m = self.pattern.n, self.pattern.m
-        if allowed is not None:
-            scores, m = _cornered(scores, m), 2 * m
         return transposable_mask(scores, n, m, method=self.method, backend=self.backend, return_solution=True)
+
+    def _solution_within(self, scores: Tensor) -> BlockSolution:
+        """Of scores that are 0 where nothing may be kept, what keeps the most with at most N in each line.
+
+        The prices of a block for N in each line prove it as well for at most N, if a price can be moved from
+        its rows to its columns so that none is negative. Other blocks are solved as corners of larger ones,
+        whose K further lines have scores of 0 and hold what is lacking, up to N K entries. If they hold
+        fewer, the optimum is that of any K, since the problem is a linear one.
+        """
+        n, m = self.pattern.n, self.pattern.m
+        rows, cols = scores.shape[-2:]
+        padded = pad(scores, (0, -cols % m, 0, -rows % m))
+        solution = self._solution(padded)
+        found = solution.objective, solution.bound, solution.scale
+        unproven = solution.row_duals.amin(-1) + solution.col_duals.amin(-1) < 0
+        for further in (max(n, -(-m // 2)), m):
+            if not bool(unproven.any()):
+                break
+            blocks = pad(_blocks(padded, m)[unproven], (0, further, 0, further))
+            larger = solve_blocks(blocks, n, method=self.method, backend=self.backend)
+            corner = larger.mask[:, :m, :m]
+            _blocks(solution.mask, m)[unproven] = corner
+            for values, better in zip(found, (larger.objective, larger.bound, larger.scale), strict=True):
+                values[unproven] = better
+            unproven[unproven.clone()] = n * m - corner.sum((1, 2)) == n * further
+        return BlockSolution(solution.mask[..., :rows, :cols], solution.row_duals, solution.col_duals, *found)
 
     def _count(self, start: float) -> None:
         self.tally.seconds += time.perf_counter() - start
         self.tally.solves += 1
 
 
-def _cornered(scores: Tensor, m: int) -> Tensor:
-    """The blocks as corners of blocks of twice the size, whose other entries are 0.
-
-    Whatever a block keeps, with at most N in each line, is the corner of a mask with N in each line of the
-    larger one. What must not be kept is 0 as well: it may be chosen, but only where nothing else could be.
-    """
-    *lead, rows, cols = scores.shape
-    down, across = -(-rows // m), -(-cols // m)
-    padded = torch.nn.functional.pad(scores, (0, across * m - cols, 0, down * m - rows))
-    wide = scores.new_zeros(*lead, down, 2 * m, across, 2 * m)
-    wide[..., :m, :, :m] = padded.unflatten(-1, (across, m)).unflatten(-3, (down, m))
-    return wide.flatten(-2).flatten(-3, -2)
-
-
-def _corners(mask: Tensor, scores: Tensor, m: int) -> Tensor:
-    """The mask of the scores from that of :func:`_cornered` ones."""
-    rows, cols = scores.shape[-2:]
-    blocks = mask.unflatten(-1, (-1, 2 * m)).unflatten(-3, (-1, 2 * m))[..., :m, :, :m]
-    return blocks.flatten(-2).flatten(-3, -2)[..., :rows, :cols]
+def _blocks(entries: Tensor, m: int) -> Tensor:
+    """``(..., GR, GC, M, M)``, a view."""
+    return entries.unflatten(-1, (-1, m)).unflatten(-3, (-1, m)).transpose(-3, -2)
 
 
 def _sum(scores: Tensor) -> float:
