@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from nmsolve.checkpoint.mask_files import load_masks
 from nmsolve.checkpoint.roles import told
 from nmsolve.errors import NMSolveError, WorkFailed
+from nmsolve.ops.distributed import is_dtensor
 from nmsolve.ops.validation import check_flag
 from nmsolve.pattern import NMPattern, PatternLike
 from nmsolve.prune.calibration import Batch, fingerprint
 from nmsolve.prune.layers import Layer, Selected
 from nmsolve.prune.methods import PRUNING_METHODS, check_pruning_method, check_sequential
+from nmsolve.prune.peers import Peers
 from nmsolve.prune.rule import MaskRule
 
 __all__ = [
@@ -150,7 +152,7 @@ def check_plain(name: str, tensor: Tensor) -> None:
 
 
 def check_weights(selected: Selected) -> int:
-    """The number of zeros in the weights to prune.
+    """The number of zeros in the weights to prune, as far as this process holds them.
 
     Raises
     ------
@@ -160,10 +162,11 @@ def check_weights(selected: Selected) -> int:
         If one is not finite: a model may be right and hold such weights.
     """
     for layer in selected.layers:
-        check_plain(layer.weight_name, layer.weight.data)
+        if not is_dtensor(layer.weight):  # those of fully_shard alone have got here
+            check_plain(layer.weight_name, layer.weight.data)
     zeros = 0
     for layer in selected.layers:
-        weight = layer.weight.detach()
+        weight = Peers.held(layer.weight)
         wrong = weight.numel() - int(torch.isfinite(weight).sum())
         if wrong:
             raise WorkFailed(

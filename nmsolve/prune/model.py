@@ -38,11 +38,12 @@ from nmsolve.prune.arguments import (
     sequence_length_of,
     used_settings,
 )
-from nmsolve.prune.calibration import Batch, make_batches, measures, read_tokens
+from nmsolve.prune.calibration import Batch, fingerprint, make_batches, measures, read_tokens
 from nmsolve.prune.experts import eager_experts
 from nmsolve.prune.layers import select_layers, uncompiled
 from nmsolve.prune.layerwise.problem import DAMPING
 from nmsolve.prune.methods import PRUNING_METHODS
+from nmsolve.prune.peers import Peers, peers_of
 from nmsolve.prune.report import PruneReport, need_matplotlib
 from nmsolve.prune.run import Run
 from nmsolve.prune.store import LayerStore
@@ -144,6 +145,42 @@ def _uncompiled_calls() -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager")
 
 
+@dataclass
+class _Share:
+    """The batches that this process runs, of which ``counted`` count, and what there is in all."""
+
+    mine: list[Batch]
+    counted: int
+    count: int
+    measures: dict[str, int]
+
+
+def _share(batches: list[Batch], peers: Peers) -> _Share:
+    """Deals batches that all ranks have alike; those that differ are each rank's own share.
+
+    All ranks run as many, since they take part in one another's passes: what they lack is filled up with a
+    batch that does not count.
+    """
+    if peers.count == 1:
+        return _Share(batches, len(batches), len(batches), measures(batches))
+    told = peers.gather((fingerprint(batches), len(batches), measures(batches)))
+    counts = [count for _, count, _ in told]
+    if not all(counts):
+        if any(counts):
+            raise NMSolveError(f"calibration: rank {counts.index(0)} of {peers.count} has none, others have")
+        return _Share([], 0, 0, {})
+    if len({digest for digest, _, _ in told}) == 1:
+        mine, total, sums = batches[peers.rank :: peers.count], len(batches), measures(batches)
+        most = -(-total // peers.count)
+    else:
+        mine, total, most = list(batches), sum(counts), max(counts)
+        rows = [row for _, _, row in told]
+        sums = {name: sum(row[name] for row in rows) for name in rows[0] if all(name in row for row in rows)}
+        if "sequence_length" in sums:
+            sums["sequence_length"] = max(row["sequence_length"] for row in rows)
+    return _Share(mine + batches[:1] * (most - len(mine)), len(mine), total, sums)
+
+
 def prune_model(
     model: nn.Module,
     calibration: object = None,
@@ -176,10 +213,12 @@ def prune_model(
     ----------
     model : nn.Module
         A transformers model or any other; on any device. It runs in evaluation mode, as it is, and not
-        compiled; of a model from ``torch.compile`` the module inside is pruned.
+        compiled; of a model from ``torch.compile`` the module inside is pruned. A model that ``fully_shard``
+        (FSDP2) has spread over all ranks stays so; every rank makes the same call.
     calibration : path, Tensor or iterable
         What the layers' inputs are measured on; see :func:`nmsolve.prune.make_batches`. Only "magnitude" does
-        without (and then reports no reconstruction error).
+        without (and then reports no reconstruction error). Of several ranks each gives its own share, or all
+        give the same, which is dealt.
     pattern : str, (int, int), NMPattern or mapping of glob to pattern
         One for all layers, or by name: ``{"*": "8:16", "mlp.*": "16:32", "layers.0.*": None}``. The last glob
         that matches a layer's name, or its name from any dot on, decides; None leaves the layer dense.
@@ -241,58 +280,69 @@ def prune_model(
     >>> nmsolve.check_mask(model[0].weight != 0, 2, 4)
     """
     start = time.perf_counter()
-    if isinstance(model, nn.Module):
-        model = uncompiled(model)
-    settings = check_settings(
-        method,
-        transposable,
-        mask_method,
-        backend,
-        sequential,
-        damping,
-        iterations,
-        all_experts,
-        exact_error,
-        model,
-    )
-    patterns = parse_patterns(pattern)
+    if not isinstance(model, nn.Module):
+        raise NMSolveError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    model = uncompiled(model)
     check_in_memory(model)
-    selected = select_layers(model, patterns, [dense] if isinstance(dense, str) else dense, stacks=True)
-    for layer, layer_pattern in selected.layers.items():
-        select(backend, layer.weight.device, layer_pattern.m)
-    zeros = check_weights(selected)
-    allowed = check_initial_masks(initial_masks, selected)
-    if transposable:
-        for layer in allowed:  # masks within these are corners of larger blocks (rule.py)
-            select(backend, layer.weight.device, 2 * selected.layers[layer].m)
-    batches: list[Batch] = []
-    begins: dict[str, object] = {}
-    if calibration is None:
-        if PRUNING_METHODS[method].needs_calibration:
-            raise NMSolveError(f"calibration: needed for method {method!r}")
-    else:
-        data = calibration
-        if isinstance(calibration, str | os.PathLike):
-            data = read_tokens(calibration, tokenizer, bos)
-            begins, bos = {"bos": data.bos is not None}, None
-        batches = make_batches(
-            data,
-            tokenizer=tokenizer,
-            samples=samples,
-            sequence_length=sequence_length_of(model, sequence_length),
-            batch_size=batch_size,
-            seed=seed,
-            bos=bos,
+    peers = peers_of(model)
+    if peers.sharded and resume is not None:
+        raise NMSolveError("resume: a model that is sharded by fully_shard cannot be resumed; leave it out")
+    with peers.agreed():
+        settings = check_settings(
+            method,
+            transposable,
+            mask_method,
+            backend,
+            sequential,
+            damping,
+            iterations,
+            all_experts,
+            exact_error,
+            model,
         )
-        check_tokens(model, batches)
+        patterns = parse_patterns(pattern)
+        selected = select_layers(model, patterns, [dense] if isinstance(dense, str) else dense, stacks=True)
+        for layer, layer_pattern in selected.layers.items():
+            select(backend, layer.weight.device, layer_pattern.m)
+        zeros = check_weights(selected)
+        allowed = check_initial_masks(initial_masks, selected)
+        if transposable:
+            for layer in allowed:  # masks within these are corners of larger blocks (rule.py)
+                select(backend, layer.weight.device, 2 * selected.layers[layer].m)
+        batches: list[Batch] = []
+        begins: dict[str, object] = {}
+        if calibration is None:
+            if PRUNING_METHODS[method].needs_calibration:
+                raise NMSolveError(f"calibration: needed for method {method!r}")
+        else:
+            data = calibration
+            if isinstance(calibration, str | os.PathLike):
+                data = read_tokens(calibration, tokenizer, bos)
+                begins, bos = {"bos": data.bos is not None}, None
+            batches = make_batches(
+                data,
+                tokenizer=tokenizer,
+                samples=samples,
+                sequence_length=sequence_length_of(model, sequence_length),
+                batch_size=batch_size,
+                seed=seed,
+                bos=bos,
+            )
+            check_tokens(model, batches)
+    peers.same(
+        (settings, list(selected.layers.values()), seed),
+        "settings: the ranks were called with different ones",
+    )
+    zeros = sum(peers.gather(zeros))
+    shared = _share(batches, peers)
 
     shown = {glob: None if value is None else str(value) for glob, value in patterns.items()}
     report = PruneReport(
         settings={
             **used_settings(settings, bool(batches)),
             "pattern": next(iter(shown.values())) if list(shown) == ["*"] else shown,
-            "calibration_batches": len(batches),
-            **measures(batches),
+            "calibration_batches": shared.count,
+            **shared.measures,
             **({"seed": seed} if batches else {}),
             **begins,
         },
@@ -308,7 +358,20 @@ def prune_model(
         stack.enter_context(quiet_model(model))
         stack.enter_context(_uncompiled_calls())
         stack.enter_context(eager_experts(selected.layers))
-        run = Run(model, settings, selected, allowed, batches, report, store, progress, check)
+        quiet = progress if peers.rank == 0 else False
+        run = Run(
+            model,
+            settings,
+            selected,
+            allowed,
+            shared.mine,
+            report,
+            store,
+            quiet,
+            check,
+            peers,
+            shared.counted,
+        )
         run.all()
     report.seconds = time.perf_counter() - start
     return PruneResult(run.masks, {layer.weight_name: p for layer, p in run.pruned.items()}, report)

@@ -21,6 +21,7 @@ from nmsolve.prune.calibration import Batch, call_model, real_positions
 from nmsolve.prune.experts import routed, watched
 from nmsolve.prune.layers import Layer, Selected
 from nmsolve.prune.methods import PRUNING_METHODS, LayerPruner
+from nmsolve.prune.peers import Peers
 from nmsolve.prune.report import LayerReport, PruneReport, tell_starved
 from nmsolve.prune.rule import MaskRule
 from nmsolve.prune.statistics import Statistics, work_dtype
@@ -49,8 +50,14 @@ class PackedMasks(Mapping[str, Tensor]):
         return len(self._packed)
 
 
+_Solved = tuple[Tensor, Tensor, LayerReport]
+"""New weight and mask of a layer, and its report."""
+
+
 @dataclass
 class Run:
+    """What is pruned, how, on what, and by whom: of the batches the first ``counted`` count."""
+
     model: nn.Module
     settings: PruneSettings
     selected: Selected
@@ -60,10 +67,13 @@ class Run:
     store: LayerStore | None
     progress: bool | None
     check: Callable[[], None] | None
+    peers: Peers = field(default_factory=Peers)
+    counted: int = 0
     masks: PackedMasks = field(default_factory=PackedMasks)
     pruned: dict[Layer, NMPattern] = field(default_factory=dict)
     delayed: list[tuple[Layer, Tensor]] = field(default_factory=list)
     delay: bool = False
+    turn: int = 0
 
     def all(self) -> None:
         """Prunes every layer.
@@ -81,7 +91,7 @@ class Run:
         plan = None
         if self.batches:
             every = self.settings.all_experts
-            plan = make_plan(self.model, layers, self.batches[0], self.batches[1:], every)
+            plan = make_plan(self.model, layers, self.batches[0], self.batches[1:], every, self.peers)
         with begun():
             self._all(plan)
 
@@ -98,9 +108,12 @@ class Run:
     def _all(self, plan: Plan | None) -> None:
         from tqdm import tqdm
 
+        peers = self.peers
+        peers.reshard()
         for layer, mask in self.allowed.items():
-            layer.weight.data.mul_(mask.to(layer.weight.device))
-        self._memory(model=sum(p.numel() * p.element_size() for p in self.model.parameters()))
+            peers.held(layer.weight).mul_(peers.part(mask.to(layer.weight.device), layer.weight))
+        held = map(peers.held, self.model.parameters())
+        self._memory(model=sum(p.numel() * p.element_size() for p in held))
         unreached = plan.unreached if plan else []
         working = {_container(layer) for layer in self.selected.layers if layer not in set(unreached)} - {
             None
@@ -123,13 +136,16 @@ class Run:
                     self._group(Group([layer]), None)
             for layer in unseen:
                 self._group(Group([layer]), self._statistics(layer, settle=True))
+            peers.reshard()
             for layer, weight in self.delayed:
-                layer.weight.data.copy_(weight)
+                peers.held(layer.weight).copy_(weight)
         order = {layer.name: place for place, layer in enumerate(self.selected.layers)}
         self.report.layers.sort(key=lambda row: order[row.name])
         self._memory(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         if torch.cuda.is_available():
             self._memory(peak_gpu=torch.cuda.max_memory_allocated())
+        for memory in peers.gather(self.report.memory):
+            self._memory(**memory)
         tell_starved(self.report)
 
     def _walk(self, plan: Plan) -> None:
@@ -198,7 +214,9 @@ class Run:
         return self.store is not None and all(layer.name in self.store for layer in group.layers)
 
     def _statistics(self, layer: Layer, settle: bool = False) -> Statistics:
-        found = Statistics(layer, PRUNING_METHODS[self.settings.method], self.settings.exact_error)
+        found = Statistics(
+            layer, PRUNING_METHODS[self.settings.method], self.settings.exact_error, self.peers
+        )
         if settle:
             found.settle()
         return found
@@ -208,7 +226,7 @@ class Run:
     ) -> list[Statistics]:
         """Statistics of groups of layers, from a pass over all batches; a pass may stop at the last one."""
         measured = {group.layers[0]: self._statistics(group.layers[0]) for group in groups}
-        early = stop and len(groups) == 1 and groups[0].once
+        early = stop and len(groups) == 1 and groups[0].once and not self.peers.sharded
         stacks: dict[nn.Module, list[Layer]] = {}
         real: list[Tensor | None] = [None]
 
@@ -237,9 +255,14 @@ class Run:
                 real[0] = real_positions(self.model, self.batches[batch])
                 for found in measured.values():
                     found.real = real[0]
+                    found.muted = batch >= self.counted
                 with suppress(Stop):
                     forward(batch)
+        with self.peers.agreed():  # before sums spread what one of them has
+            for layer, found in measured.items():
+                found.check(layer.name)
         for layer, found in measured.items():
+            found.reduce(self.peers)
             found.check(layer.name)
             if _is_expert(layer):
                 found.settle()
@@ -248,6 +271,8 @@ class Run:
     def _group(self, group: Group, measured: Statistics | None) -> None:
         """Prunes the layers of a group, or takes them from the store."""
         prepared = cache(partial(self._prepare, measured))  # by the first layer that is not in the store
+        self.peers.reshard()
+        solved = self._deal(group.layers, measured, prepared) if self.peers.count > 1 else {}
         for layer in group.layers:
             if self.check is not None:
                 self.check()
@@ -255,20 +280,52 @@ class Run:
                 weight, mask, report = self.store.load(layer.name, layer.weight)
                 self.report.resumed += 1
             else:
-                weight, mask, report = self._layer(layer, measured, prepared)
+                if self.peers.count > 1:
+                    weight, mask, report = self._told(layer, solved)
+                else:
+                    weight, mask, report = self._layer(
+                        layer, self.peers.whole(layer.weight), measured, prepared
+                    )
                 if self.store is not None:
                     self.store.save(layer.name, weight, mask, report)
             self.masks.add(layer.weight_name, mask)
             self.pruned[layer] = self.selected.layers[layer]
             self.report.layers.append(report)
+            part = self.peers.part(weight, layer.weight)
             if self.delay:
-                self.delayed.append((layer, weight.cpu()))
+                self.delayed.append((layer, part.cpu()))
             else:
-                layer.weight.data.copy_(weight)
+                self.peers.held(layer.weight).copy_(part)
             error = "" if report.relative_error is None else f"error {report.relative_error:.3g}, "
             self.bar.set_description_str(layer.name, refresh=False)
             self.bar.set_postfix_str(f"{error}gap {report.gap:.1e}", refresh=False)
             self.bar.update(report.weights)
+
+    def _deal(
+        self, layers: Sequence[Layer], measured: Statistics | None, prepared: Callable[..., LayerPruner]
+    ) -> dict[Layer, tuple[int, _Solved | None]]:
+        """Who solves which layer of a group, and what came of it here."""
+        mine: dict[Layer, Tensor] = {}
+        ranks: dict[Layer, int] = {}
+        for layer in layers:
+            ranks[layer] = self.turn % self.peers.count
+            self.turn += 1
+            whole = self.peers.whole(layer.weight)
+            if ranks[layer] == self.peers.rank:
+                mine[layer] = whole
+        solved: dict[Layer, _Solved] = {}
+        with self.peers.agreed():
+            for layer in list(mine):
+                solved[layer] = self._layer(layer, mine.pop(layer), measured, prepared)
+        return {layer: (rank, solved.get(layer)) for layer, rank in ranks.items()}
+
+    def _told(self, layer: Layer, solved: dict[Layer, tuple[int, _Solved | None]]) -> _Solved:
+        """What came of a layer, from the rank that solved it."""
+        rank, found = solved.pop(layer)
+        weight, mask, report = found or (None, None, None)
+        weight = self.peers.tell_tensor(weight, layer.weight, layer.weight.dtype, rank)
+        mask = self.peers.tell_tensor(mask, layer.weight, torch.bool, rank)
+        return weight, mask, self.peers.tell(report, rank)
 
     def _prepare(self, measured: Statistics | None, expert: int | None = None) -> LayerPruner:
         """What prunes the layers of a group, or one expert, by the method of the run."""
@@ -279,16 +336,17 @@ class Run:
     def _layer(
         self,
         layer: Layer,
+        whole: Tensor,
         measured: Statistics | None,
         prepared: Callable[..., LayerPruner],
-    ) -> tuple[Tensor, Tensor, LayerReport]:
-        """New weight and mask of one layer, both in the weight's shape."""
+    ) -> _Solved:
+        """New weight and mask of one layer, both in the weight's shape, as ``whole``, its weight, is."""
         start = time.perf_counter()
         pattern = self.selected.layers[layer]
         rule = MaskRule(pattern, self.settings.transposable, self.settings.mask_method, self.settings.backend)
         with torch.autocast(layer.weight.device.type, enabled=False):
             try:
-                weight, mask, lost, whole = self._solve(layer, measured, prepared, rule)
+                weight, mask, lost, all_of_it = self._solve(layer, whole, measured, prepared, rule)
             except NMSolveError as problem:
                 raise NMSolveError(f"{layer.name}: {problem}") from None
         tally = rule.tally
@@ -302,7 +360,7 @@ class Run:
             weights=layer.weight.numel(),
             kept=int(mask.sum()),
             tokens=sum(tokens) if layer.is_stack else tokens[0],
-            relative_error=None if measured is None else max(0.0, lost / whole) if whole > 0 else 0.0,
+            relative_error=None if measured is None else max(0.0, lost / all_of_it) if all_of_it > 0 else 0.0,
             retained=tally.retained,
             score=tally.score,
             objective=tally.objective,
@@ -320,6 +378,7 @@ class Run:
     def _solve(
         self,
         layer: Layer,
+        whole: Tensor,
         measured: Statistics | None,
         prepared: Callable[..., LayerPruner],
         rule: MaskRule,
@@ -330,13 +389,12 @@ class Run:
         """
         allowed = self.allowed.get(layer)
         keep = None if allowed is None else layer.matrices(allowed.to(layer.weight.device))
-        before = layer.matrices(layer.weight.detach())
+        before = layer.matrices(whole)
         if not layer.is_stack:
             dense = before.to(work_dtype(layer.weight))
             pruned, mask = prepared()(dense, rule, layer.positions, keep)
             weight = layer.from_matrices(pruned).to(layer.weight.dtype)
-            lost, whole = _losses(dense, layer.matrices(weight), measured, None)
-            return weight, layer.from_matrices(mask), lost, whole
+            return weight, layer.from_matrices(mask), *_losses(dense, layer.matrices(weight), measured, None)
         weights, masks = torch.empty_like(before), torch.empty_like(before, dtype=torch.bool)
         rows = layer.matrix_shape[0]
         sums = torch.zeros(2, dtype=torch.float64)
@@ -350,8 +408,8 @@ class Run:
                 found = prune(dense[:, of_part[1]], rule, layer.positions, given)
                 weights[of_part], masks[of_part] = found.weight.to(weights.dtype), found.mask
             sums += torch.tensor(_losses(dense, weights[which], measured, expert), dtype=torch.float64)
-        lost, whole = sums.tolist()
-        return layer.from_matrices(weights), layer.from_matrices(masks), lost, whole
+        lost, all_of_it = sums.tolist()
+        return layer.from_matrices(weights), layer.from_matrices(masks), lost, all_of_it
 
     def _memory(self, **sizes: int) -> None:
         for name, size in sizes.items():

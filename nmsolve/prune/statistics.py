@@ -15,6 +15,7 @@ from torch import Tensor
 from nmsolve.errors import NMSolveError
 from nmsolve.prune.layers import Layer
 from nmsolve.prune.methods import PruningMethod
+from nmsolve.prune.peers import Peers
 
 __all__ = ["Statistics", "work_dtype"]
 
@@ -40,6 +41,8 @@ class Statistics:
         Says what is needed.
     exact_error : bool
         Whether the error is that over all tokens: then there is a Hessian in any case.
+    peers : Peers, optional
+        The processes that measure together: each draws a sample of its own.
 
     Attributes
     ----------
@@ -53,9 +56,13 @@ class Statistics:
         How many each group has seen.
     real : Tensor or None
         Which of the positions ``(B, T)`` of the batch at hand are no padding.
+    muted : bool
+        Whether the batch at hand is only run because others run theirs.
     """
 
-    def __init__(self, layer: Layer, method: PruningMethod, exact_error: bool) -> None:
+    def __init__(
+        self, layer: Layer, method: PruningMethod, exact_error: bool, peers: Peers | None = None
+    ) -> None:
         self.layer = layer
         groups, size = layer.groups, layer.input_size
         device, dtype = layer.weight.device, work_dtype(layer.weight)
@@ -70,9 +77,10 @@ class Statistics:
         self.method = method
         self.tokens = [0] * groups
         self.real: Tensor | None = None
+        self.muted = False
         # A row is kept if its key, a random number, is among the smallest that there were.
         self._keys = [torch.zeros(0)] * groups
-        self._draw = torch.Generator().manual_seed(0)
+        self._draw = torch.Generator().manual_seed(0 if peers is None else peers.rank)
 
     def nbytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in self._tensors())
@@ -82,6 +90,8 @@ class Statistics:
 
     def add(self, x: Tensor) -> None:
         """Takes in what the layer was called with."""
+        if self.muted:
+            return
         if self.real is not None and not self.layer.is_convolution:
             real = self.real.flatten().to(x.device)
             if x.shape[:-1] in (self.real.shape, real.shape):
@@ -91,6 +101,8 @@ class Statistics:
 
     def add_expert(self, expert: int, x: Tensor) -> None:
         """Takes in the inputs ``(tokens, in)`` of an expert; rows of zeros are tokens of other experts."""
+        if self.muted:
+            return
         x = x.reshape(1, -1, x.shape[-1])
         x = x[:, x[0].any(dim=1)]
         self._add([expert], x, x.shape[1])
@@ -127,6 +139,24 @@ class Statistics:
         kept = torch.cat([held, held.new_empty(limit - len(held))])
         kept[places] = keys[new]
         self._keys[group] = kept
+
+    def reduce(self, peers: Peers) -> None:
+        """Sums with what the others have measured; of all samples the rows with the smallest keys stay."""
+        if peers.count == 1:
+            return
+        for x in (self.hessian, self.diagonal):
+            if x is not None:
+                peers.sum_(x)
+        self.tokens = [sum(group) for group in zip(*peers.gather(self.tokens), strict=True)]
+        if self.sample is None:
+            return
+        told = peers.gather((self._keys, self.sample.cpu()))
+        for group, held in enumerate(self.sample):
+            keys = torch.cat([of_rank[group] for of_rank, _ in told])
+            rows = torch.cat([sample[group, : len(of_rank[group])] for of_rank, sample in told])
+            first = keys.argsort()[: len(held)]
+            held[: len(first)] = rows[first].to(held.device)
+            self._keys[group] = keys[first]
 
     def check(self, name: str) -> None:
         """Raises NMSolveError unless all of it is finite."""

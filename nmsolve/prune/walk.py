@@ -20,6 +20,7 @@ from nmsolve.errors import NMSolveError
 from nmsolve.prune.calibration import Batch, call_model, describe_batch
 from nmsolve.prune.experts import check_routing, watched
 from nmsolve.prune.layers import Layer
+from nmsolve.prune.peers import Peers
 
 __all__ = ["Chain", "Group", "Loose", "Plan", "make_plan", "quiet_model"]
 
@@ -104,7 +105,8 @@ class Chain:
 
     After :meth:`capture`, ``hidden`` has the inputs of the first block, one tensor for each batch, None for
     one that does not reach the chain, as the layers of an expert that gets no token;
-    :meth:`advance` turns the inputs of a block into those of the next.
+    :meth:`advance` turns the inputs of a block into those of the next. ``to_the_end`` tells that no forward
+    pass may be stopped: modules of ``fully_shard`` count on theirs.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Chain:
     groups: list[list[Group]] = field(default_factory=list)
     hidden: list[Tensor | None] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
+    to_the_end: bool = False
 
     def capture(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         """Runs the model up to the chain for every batch and keeps what its blocks are called with.
@@ -144,7 +147,7 @@ class Chain:
                 if index == 0:
                     first.append(hidden.clone())
                     template.append(run(*args, **kwargs))
-                if index == len(self.blocks) - 1:
+                if index == len(self.blocks) - 1 and not self.to_the_end:
                     raise Stop
                 given = template[0]
                 return (hidden, *given[1:]) if isinstance(given, tuple) else hidden
@@ -330,11 +333,12 @@ def make_plan(
     first: Batch,
     others: Sequence[Batch] = (),
     all_experts: bool = False,
+    peers: Peers | None = None,
 ) -> Plan:
     """Runs the model on its first batch and decides how to walk it.
 
     Layers that the first batch does not reach, such as an expert without a token in it, are looked for in
-    the other batches.
+    the other batches. Peers take part in one another's passes, and so they must come to the same plan.
 
     Raises
     ------
@@ -342,6 +346,7 @@ def make_plan(
         If the model does not take the batch, or calls none of the layers; if ``all_experts``, and experts
         are not called with a choice that can be another.
     """
+    peers = peers or Peers()
     watched_chains = [_Watched(name, blocks) for name, blocks in _containers(model, layers)]
     seen = _Calls(layers, all_experts)
 
@@ -363,7 +368,7 @@ def make_plan(
                 hooks.callback(block.register_forward_hook(left(w)).remove)
         _call_first(model, first)
     for batch in others:
-        if not seen.missing():
+        if not any(peers.gather(bool(seen.missing()))):
             break
         with seen.watching():
             call_model(model, batch)
@@ -373,13 +378,20 @@ def make_plan(
             f"model: its forward pass on the first batch calls none of the {len(layers)} layers to prune"
         )
 
+    shape = (
+        [[layer.name for layer in group.layers] for group in groups],
+        [(w.chained, len(w.calls), w.first_call) for w in watched_chains],
+    )
+    peers.same(
+        shape, "calibration: the batches of different ranks call different layers, or in another order"
+    )
     stages: list[tuple[int, Chain | Loose]] = []
     home: dict[Layer, tuple[Chain, int]] = {}
     for w in watched_chains:
         inside = {layer: index for layer, index in _members(w.blocks, layers).items() if layer in order}
-        if not inside or home.keys() & inside.keys() or not _is_chain(w, model, first):
+        if not inside or home.keys() & inside.keys() or not _is_chain(w, model, first, peers):
             continue
-        chain = Chain(w.name, w.blocks, [[] for _ in w.blocks])
+        chain = Chain(w.name, w.blocks, [[] for _ in w.blocks], to_the_end=peers.sharded)
         home.update({layer: (chain, index) for layer, index in inside.items()})
         stages.append((w.first_call, chain))
     for group in groups:
@@ -420,15 +432,16 @@ def _sees_alike(a: Layer, b: Layer) -> bool:
     return not any(layer.is_convolution or layer.is_stack for layer in (a, b))
 
 
-def _is_chain(w: _Watched, model: nn.Module, first: Batch) -> bool:
+def _is_chain(w: _Watched, model: nn.Module, first: Batch, peers: Peers) -> bool:
     """Whether the blocks were called in turn, and are called alike when they only hand on what they get."""
     if not w.chained or len(w.calls) != len(w.blocks):
         return False
     try:
-        _, calls = Chain(w.name, w.blocks)._capture_one(model, first)
+        _, calls = Chain(w.name, w.blocks, to_the_end=peers.sharded)._capture_one(model, first)
     except Exception:  # what stands between the blocks does not take what the stand-ins return
-        return False
-    return len(calls) == len(w.calls) and all(_same(a, b) for a, b in zip(calls, w.calls, strict=True))
+        calls = []
+    alike = len(calls) == len(w.calls) and all(_same(a, b) for a, b in zip(calls, w.calls, strict=True))
+    return all(peers.gather(alike))
 
 
 def _containers(model: nn.Module, layers: Sequence[Layer]) -> Iterator[tuple[str, list[nn.Module]]]:
