@@ -47,8 +47,8 @@ def before(path: Path) -> list[dict[str, str]]:
     return read_csv(path) if path.exists() else []
 
 
-def survey(path: Path, capability: int, dtype: str, sizes: list[int], *, anew: bool) -> int:
-    """Execute all variants, or those of some sizes, and keep their rows in the file; how many are wrong."""
+def survey(path: Path, capability: int, dtype: str, chosen: list[str], *, anew: bool) -> int:
+    """Execute all variants, or the chosen sizes and names, and keep their rows; how many are wrong."""
     here = {"target": f"sm_{capability}", "dtype": dtype}
     known = [
         [row["variant"], int(row["m"]), row["ptx"]]
@@ -56,7 +56,7 @@ def survey(path: Path, capability: int, dtype: str, sizes: list[int], *, anew: b
         if here.items() <= row.items() and not anew
     ]
     faults, seen = 0, set()
-    for row in child("emulated_rows.py", capability, [dtype, *map(str, sizes)], known):
+    for row in child("emulated_rows.py", capability, [dtype, *chosen], known):
         key = here | {"variant": row["variant"], "m": str(row["m"])}
         seen.add((row["variant"], str(row["m"])))
         if "error" in row:
@@ -66,7 +66,7 @@ def survey(path: Path, capability: int, dtype: str, sizes: list[int], *, anew: b
             rows = [] if "error" in row else [row]
             replace_rows(path, rows, lambda old, key=key: key.items() <= old.items())
             print(*key.values(), flush=True)
-    if not sizes:  # all that are: others are no longer variants
+    if not chosen:  # all that are: others are no longer variants
         replace_rows(
             path, [],
             lambda old: here.items() <= old.items() and (old["variant"], old["m"]) not in seen,
@@ -112,10 +112,12 @@ def main() -> int:
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="compute capabilities")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--sizes", type=int, nargs="+", default=[], metavar="M", help="of blocks (all)")
+    parser.add_argument("--variants", nargs="+", default=[], metavar="VARIANT", help="of kernels (all)")
     parser.add_argument("--trips", action="store_true", help="count trips, of float32, in place of the rest")
     parser.add_argument("--anew", action="store_true", help="execute what has a row, too")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the files are")
     arguments = parser.parse_args()
+    chosen = [*map(str, arguments.sizes), *arguments.variants]
     faults = 0
     if arguments.trips:
         for capability in arguments.targets:
@@ -124,7 +126,7 @@ def main() -> int:
         for dtype in arguments.dtypes:
             for capability in arguments.targets:
                 path = arguments.folder / "emulator.csv"
-                faults += survey(path, capability, dtype, arguments.sizes, anew=arguments.anew)
+                faults += survey(path, capability, dtype, chosen, anew=arguments.anew)
     return 1 if faults else 0
 
 

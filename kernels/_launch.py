@@ -127,3 +127,13 @@ def group_tile(m: int, bits: int) -> tuple[int, int]:
     """
     size = 1 << (m - 1).bit_length()
     return size, min(64, (256 if bits == 64 else 512) // size)
+
+
+def whole_groups_tile(m: int, bits: int) -> tuple[int, int, int, int]:
+    """(scores of a word, lanes, groups of a lane, warps) of the kernel for whole groups of M.
+
+    A word has 16 bytes, or a group if that is less; a lane reads at least 16 scores before it sorts. Of
+    float64, several warps spill for sm_80, to make room for one more program.
+    """
+    warps = 1 if bits == 64 else 4
+    return min(m, 128 // bits), 32 * warps, max(1, 16 // m), warps

@@ -2,7 +2,8 @@ r"""Ordinary N:M masks along the last dimension: in each group of M, the N large
 
 The N-th largest of a group is found bit by bit, on integers that sort as the scores do: t is the largest
 number with ``#{k : key_k >= t} >= N``. Kept are the keys above t, then those equal to t from the left until N
-are kept. A group of at most 16 is held by one lane, so that nothing is exchanged.
+are kept. A group of at most 16 is held by one lane, so that nothing is exchanged. Any layout, and any M; see
+:mod:`nmsolve.kernels.nm_groups` for groups that lie one behind the other.
 """
 
 import triton

@@ -148,8 +148,16 @@ def many_matrices(*, want_solution: bool) -> Callable[[Setting, int, torch.dtype
 
 
 def ordinary(setting: Setting, m: int, dtype: torch.dtype, side: int, seed: int) -> Prepared:
+    """Groups down the columns of the matrix, which no lane can read in one word."""
+    return groups(normal(setting, (1, side, side), dtype, seed).mT, m)
+
+
+def whole_groups(setting: Setting, m: int, dtype: torch.dtype, side: int, seed: int) -> Prepared:
+    return groups(normal(setting, (1, side, side // m * m), dtype, seed), m)
+
+
+def groups(scores: Tensor, m: int) -> Prepared:
     pattern = NMPattern(m // 2, m)
-    scores = normal(setting, (1, side, side), dtype, seed)
 
     def wrong(mask: Tensor) -> str:
         part = slice(0, 16)
@@ -290,6 +298,10 @@ def every(setting: Setting) -> tuple[int, ...]:
     return setting.sizes
 
 
+def up_to_32(setting: Setting) -> tuple[int, ...]:
+    return tuple(m for m in setting.sizes if m <= 32)
+
+
 def larger(setting: Setting) -> tuple[int, ...]:
     return setting.sizes[1:]
 
@@ -324,6 +336,7 @@ CASES = (
     Case("tsenor", every, mask_case(tsenor, below=0.05)),
     Case("greedy", every, mask_case(greedy, below=0.05)),
     Case("nm", every, ordinary),
+    Case("nm, whole groups", up_to_32, whole_groups),
     Case("hierarchical", larger, hierarchical),
     Case("exact, solution", every, mask_case(solution)),
     Case("sinkhorn, forward", plan_sizes, sinkhorn(keep=False)),

@@ -36,6 +36,7 @@ KERNELS = {
     "tsenor": Kernel("dykstra", SIZES, {}, "tsenor"),
     "greedy": Kernel("dykstra", SIZES, {"transport": False}, "greedy"),
     "nm": Kernel("nm", SIZES, {}, "nm"),
+    "nm, whole groups": Kernel("nm_groups", SIZES[:-1], {}, "nm, whole groups"),
     "hierarchical": Kernel("strips", SIZES[1:], {}, "hierarchical"),
     "sinkhorn, forward": Kernel("sinkhorn_forward", SINKHORN_SIZES, {}, "sinkhorn"),
     "sinkhorn, training": Kernel("sinkhorn_forward", SINKHORN_SIZES, {"keep": True}, "sinkhorn"),
@@ -87,7 +88,16 @@ def cases(
 
 def shipped() -> list[Case]:
     """The configurations of the table: float32 for all kernels, bfloat16 for the chief ones."""
-    chief = ("exact", "tsenor", "greedy", "nm", "sinkhorn, forward", "permute_columns", "rms_norm_permute")
+    chief = (
+        "exact",
+        "tsenor",
+        "greedy",
+        "nm",
+        "nm, whole groups",
+        "sinkhorn, forward",
+        "permute_columns",
+        "rms_norm_permute",
+    )
     return [
         case
         for case in cases(KERNELS, None, ("float32", "bfloat16"), offline.TARGETS, False)
@@ -122,6 +132,8 @@ def n_of(trips: str, m: int) -> int:
 
 def blocks_of(meta: Mapping[str, Any]) -> int:
     """Blocks (groups of the N:M kernel) of a program; a program of the gather counts as one."""
+    if "LANES" in meta:
+        return int(meta["LANES"] * meta["TILES"])
     return int(meta.get("BLOCKS", meta.get("GROUPS", 1)))
 
 
@@ -131,8 +143,8 @@ def weights_per_program(case: Case, meta: Mapping[str, Any]) -> float:
         return offline.STRIP * case.m
     if "ROWS" in meta:
         return meta["ROWS"] * (SIDE if meta["NORM"] else meta["COLS"])
-    if "GROUPS" in meta:
-        return meta["GROUPS"] * case.m
+    if "GROUPS" in meta or "LANES" in meta:
+        return blocks_of(meta) * case.m
     return blocks_of(meta) * case.m**2
 
 

@@ -34,6 +34,7 @@ NAMES = {
     "complete.while1": "completion step",
     "nm_kernel": "load, store",
     "nm_kernel.for1": "bit of the threshold",
+    "nm_groups_kernel": "all",
     "sinkhorn_forward_kernel": "load, store",
     "sinkhorn_forward_kernel.while1": "iteration",
     "sinkhorn_forward_kernel.while1.if2": "iteration in the log domain",

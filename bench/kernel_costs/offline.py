@@ -88,8 +88,8 @@ def jobs_of(
 
     Options: ``edge`` (partial blocks), ``padded``, ``packed``, ``warm``, ``solution``, ``transport``;
     ``tile`` (rows_in, cols_in, blocks, warps) in place of the launch table's; for Sinkhorn ``cols`` (default
-    m), ``keep``, ``tolerance``; for the gather ``norm``; for the exhaustive one ``n``; for strips ``v`` and
-    ``k``.
+    m), ``keep``, ``tolerance``; for the gather ``norm``; for the exhaustive one and whole groups ``n``; for
+    strips ``v`` and ``k``.
     """
     yield {"kernel": kernel, "m": m, "target": target, "dtype": dtype, "options": options}
 
@@ -102,6 +102,7 @@ KERNELS = {
     "grouped_exhaustive": (("grouped.py", "exhaustive.py"), "grouped_exhaustive_kernel"),
     "dykstra": (("dykstra.py",), "dykstra_kernel"),
     "nm": (("nm.py",), "nm_kernel"),
+    "nm_groups": (("nm_groups.py",), "nm_groups_kernel"),
     "strips": (("strips.py",), "strips_kernel"),
     "sinkhorn_forward": (("sinkhorn.py",), "sinkhorn_forward_kernel"),
     "sinkhorn_backward": (("sinkhorn.py",), "sinkhorn_backward_kernel"),
@@ -141,7 +142,15 @@ def _arguments(job: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
     import torch
 
     scores = getattr(torch, job["dtype"])
-    if job["kernel"] in ("exact", "exhaustive", "grouped", "grouped_exhaustive", "dykstra", "nm"):
+    if job["kernel"] in (
+        "exact",
+        "exhaustive",
+        "grouped",
+        "grouped_exhaustive",
+        "dykstra",
+        "nm",
+        "nm_groups",
+    ):
         return _block_arguments(job, scores)
     if job["kernel"] == "strips":
         return _strip_arguments(job)
@@ -162,7 +171,7 @@ def _strip_arguments(job: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any
 
 def _block_arguments(job: dict[str, Any], scores: Any) -> tuple[Any, list[Any], dict[str, Any]]:
     import torch
-    from nmsolve.kernels import _launch, dykstra, exact, exhaustive, grouped, nm
+    from nmsolve.kernels import _launch, dykstra, exact, exhaustive, grouped, nm, nm_groups
 
     from nmsolve.backends.triton import masks as gpu
     from nmsolve.pattern import NMPattern
@@ -173,6 +182,10 @@ def _block_arguments(job: dict[str, Any], scores: Any) -> tuple[Any, list[Any], 
         size, groups = _launch.group_tile(m, scores.itemsize * 8)
         meta = {"SIZE": size, "GROUPS": groups, **_launch.options(warps=1)}
         return nm.nm_kernel, [scores, torch.uint8, 2, m, *matrix], meta
+    if job["kernel"] == "nm_groups":
+        pattern = NMPattern(options.get("n", m // 2), m)
+        meta = gpu.whole_groups_arguments(pattern, scores.itemsize * 8)
+        return nm_groups.nm_groups_kernel, [scores, torch.int32, 8192 * 8192 // m], meta
     if job["kernel"].endswith("exhaustive"):
         packed = options.get("packed", True)
         meta = gpu.exhaustive_arguments(NMPattern(options.get("n", 2), m)) | {"PACKED": packed}

@@ -1,6 +1,6 @@
 """Variants of kernels executed from PTX, one line of JSON for each as soon as it is known.
 
-    NMSOLVE_PTX_SM=90 python tests/emulator/emulated_rows.py float32 [M ...] < known
+    NMSOLVE_PTX_SM=90 python tests/emulator/emulated_rows.py float32 [M ...] [VARIANT ...] < known
 
 ``known`` has lines of JSON, ``[variant, m, digest of its PTX]``: what the compiler still writes so is not
 executed again. A line of the output is a row of :func:`emulated_variants.measured`, or an error.
@@ -31,11 +31,11 @@ from emulated_variants import SIZES, VARIANTS  # noqa: E402
 
 
 def rows(
-    dtype: torch.dtype, chosen: list[int], known: dict[tuple[str, int], str]
+    dtype: torch.dtype, chosen: list[int], names: list[str], known: dict[tuple[str, int], str]
 ) -> Iterator[dict[str, Any]]:
-    """Of every variant: its shipped sizes, in float32 the sizes between them as well, or those ``chosen``."""
+    """Of the variants (all): shipped sizes, in float32 the sizes between them as well, or those ``chosen``."""
     for name, variant in VARIANTS.items():
-        if dtype not in variant.dtypes:
+        if dtype not in variant.dtypes or name not in (names or VARIANTS):
             continue
         for m in variant.sizes:
             if m not in (chosen or (variant.sizes if dtype == torch.float32 else SIZES)):
@@ -57,7 +57,9 @@ def rows(
 
 def main() -> None:
     known = {(name, m): digest for name, m, digest in map(json.loads, sys.stdin)}
-    for row in rows(getattr(torch, sys.argv[1]), [*map(int, sys.argv[2:])], known):
+    sizes = [int(word) for word in sys.argv[2:] if word.isdecimal()]
+    names = [word for word in sys.argv[2:] if not word.isdecimal()]
+    for row in rows(getattr(torch, sys.argv[1]), sizes, names, known):
         print(json.dumps(row), flush=True)
 
 

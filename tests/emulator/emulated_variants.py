@@ -177,9 +177,17 @@ def tsenor(m: int, dtype: torch.dtype) -> tuple[int, float]:
 
 
 def ordinary(m: int, dtype: torch.dtype) -> tuple[int, float]:
-    pattern, groups = half(m), 64
-    scores = oracles.sample("ties", (1, 8, 8 * m), seed=m, dtype=dtype)
-    return groups, float((gpu.ordinary(scores, pattern) != reference.ordinary(scores, pattern)).sum())
+    """Groups down the columns."""
+    return groups_of(oracles.sample("ties", (1, 8 * m, 8), seed=m, dtype=dtype).mT, m)
+
+
+def whole_groups(m: int, dtype: torch.dtype) -> tuple[int, float]:
+    return groups_of(oracles.sample("ties", (1, 9, 8 * m), seed=m, dtype=dtype), m)
+
+
+def groups_of(scores: Tensor, m: int) -> tuple[int, float]:
+    differ = gpu.ordinary(scores, half(m)) != reference.ordinary(scores, half(m))
+    return scores.numel() // m, float(differ.sum())
 
 
 def assignment(m: int, dtype: torch.dtype) -> tuple[int, float]:
@@ -272,6 +280,7 @@ VARIANTS = {
     "greedy, edge": Variant("dykstra_kernel", greedy_edge, SAME, PARTIAL),
     "tsenor": Variant("dykstra_kernel", tsenor, 2e-3, SOLVED, noisy=2e-3),
     "nm": Variant("nm_kernel", ordinary, SAME, SOLVED),
+    "nm, whole groups": Variant("nm_groups_kernel", whole_groups, SAME, (4, 8, 16, 32)),
     "hierarchical": Variant("strips_kernel", hierarchical, EXACT, GROUPS),
     "sinkhorn, forward": Variant(
         "sinkhorn_forward_kernel", sinkhorn, 5e-6, PLANS, noisy=2e-5, dtypes=NOT_WIDE

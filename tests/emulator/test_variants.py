@@ -20,7 +20,7 @@ GROUPS = {
     "many matrices": [
         "exhaustive, many matrices-4", "exact, many matrices-8", "exact, many matrices, solution-4",
     ],
-    "approximate": ["greedy-4", "greedy, edge-4", "tsenor-4", "nm-4"],
+    "approximate": ["greedy-4", "greedy, edge-4", "tsenor-4", "nm-4", "nm, whole groups-4"],
     "permutations": [
         "sinkhorn, forward-4", "sinkhorn, tolerance-4", "sinkhorn, training-4", "sinkhorn, backward-4",
         "permute_columns-64", "rms_norm_permute-64",

@@ -43,6 +43,9 @@ def shipped(target: str) -> list[dict[str, Any]]:
             jobs += offline.jobs_of("dykstra", m, target, edge=edge, transport=transport)
         for dtype in ("float32", "bfloat16", "float64"):
             jobs += offline.jobs_of("nm", m, target, dtype)
+            if m <= 32:
+                for n in (1, m // 2, m - 1):
+                    jobs += offline.jobs_of("nm_groups", m, target, dtype, n=n)
             jobs += offline.jobs_of("exact", m, target, dtype, solution=True)
         jobs += offline.jobs_of("exact", m, target, packed=False)
         jobs += offline.jobs_of("exact", m - 1, target, "float16", solution=True)
@@ -73,6 +76,7 @@ def selected(target: str) -> list[dict[str, Any]]:
         jobs += offline.jobs_of("exact", 12, target, "float16", packed=False)
         jobs += offline.jobs_of("dykstra", 24, target, "float64", edge=True, transport=False)
         jobs += offline.jobs_of("nm", 64, target, "float64")
+        jobs += offline.jobs_of("nm_groups", 32, target, "float64")
         jobs += offline.jobs_of("sinkhorn_forward", 128, target, cols=8)
         jobs += offline.jobs_of("sinkhorn_forward", 128, target, keep=True, tolerance=True)
         jobs += offline.jobs_of("sinkhorn_backward", 128, target)
@@ -89,6 +93,7 @@ def selected(target: str) -> list[dict[str, Any]]:
         jobs += offline.jobs_of("exact", 4, target, edge=True, solution=True, warm=True)
         jobs += offline.jobs_of("dykstra", 8, target)
         jobs += offline.jobs_of("nm", 4, target)
+        jobs += offline.jobs_of("nm_groups", 16, target, "bfloat16")
         jobs += offline.jobs_of("sinkhorn_backward", 64, target)
     return jobs
 

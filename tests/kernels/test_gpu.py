@@ -241,6 +241,21 @@ def test_ordinary(dtype: torch.dtype, n: int, m: int) -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", cases(DTYPES, (torch.float16,)))
+@pytest.mark.parametrize("m", cases([4, 8, 16, 32], (8,)))
+def test_ordinary_of_whole_groups(dtype: torch.dtype, m: int) -> None:
+    """Also where the last program has few groups, and scores that do not begin at a multiple of a word."""
+    for n in (1, m // 2, m):
+        pattern = NMPattern(n, m)
+        for name, rows in (("signed", sized(33, 3)), ("ties", 1)):
+            flat = oracles.sample(name, (1 + rows * 9 * m,), seed=n, dtype=dtype)
+            scores = flat[1:].view(1, rows, 9 * m)
+            expected = reference.ordinary(scores, pattern)
+            for tensor in (scores, flat.to(DEVICE)[1:].view_as(scores)):
+                assert gpu.whole_groups(tensor, pattern)
+                assert torch.equal(gpu.ordinary(tensor.to(DEVICE), pattern).cpu(), expected)
+
+
 # --- permutations -------------------------------------------------------------------------------------------
 
 

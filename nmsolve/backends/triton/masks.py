@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,6 +27,7 @@ from nmsolve.kernels.exact import exact_kernel
 from nmsolve.kernels.exhaustive import exhaustive_kernel
 from nmsolve.kernels.grouped import grouped_exhaustive_kernel, grouped_kernel
 from nmsolve.kernels.nm import nm_kernel
+from nmsolve.kernels.nm_groups import nm_groups_kernel
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import BlockResult
 
@@ -230,7 +231,13 @@ def ordinary(scores: Tensor, pattern: NMPattern) -> Tensor:
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     batch, rows, cols = scores.shape
     groups = batch * rows * -(-cols // pattern.m)
-    if groups:
+    if whole_groups(scores, pattern):
+        meta = whole_groups_arguments(pattern, scores.element_size() * 8)
+        with device_of(scores):
+            nm_groups_kernel[(triton.cdiv(groups, meta["LANES"] * meta["TILES"]),)](
+                scores_ptr=scores, mask_ptr=mask.view(torch.int32), groups=groups, **meta
+            )
+    elif groups:
         size, together = _launch.group_tile(pattern.m, scores.element_size() * 8)
         with device_of(scores):
             nm_kernel[(triton.cdiv(groups, together),)](
@@ -244,6 +251,19 @@ def ordinary(scores: Tensor, pattern: NMPattern) -> Tensor:
                 **_launch.options(warps=1),
             )
     return mask
+
+
+def whole_groups(scores: Tensor, pattern: NMPattern) -> bool:
+    """Whether the groups lie one behind the other, in a size that a lane can sort."""
+    fits = pattern.m in (4, 8, 16, 32) and pattern.n > 0 and scores.shape[-1] % pattern.m == 0
+    return fits and scores.numel() > 0 and scores.is_contiguous()
+
+
+def whole_groups_arguments(pattern: NMPattern, bits: int) -> dict[str, Any]:
+    """The meta-arguments of the kernel for whole groups of scores of ``bits`` bits."""
+    width, lanes, tiles, warps = _launch.whole_groups_tile(pattern.m, bits)
+    size = {"N": pattern.n, "M": pattern.m, "LOG": pattern.m.bit_length() - 1}
+    return size | {"WIDTH": width, "LANES": lanes, "TILES": tiles, **_launch.options(warps)}
 
 
 _ELEMENTS = {
