@@ -25,6 +25,7 @@ from nmsolve.checkpoint.format import (
 )
 from nmsolve.checkpoint.mask_files import save_masks
 from nmsolve.errors import NMSolveError
+from nmsolve.ops.distributed import is_dtensor
 from nmsolve.pattern import NMPattern
 from nmsolve.prune.arguments import (
     Patterns,
@@ -82,12 +83,19 @@ class PruneResult:
         Raises
         ------
         NMSolveError
-            If the model has no ``save_pretrained``, or a picture is asked for and matplotlib is missing.
+            If the model has no ``save_pretrained`` or is sharded, or a picture is asked for and matplotlib is
+            missing.
         """
         if not hasattr(model, "save_pretrained"):
             raise NMSolveError(
                 f"model: expected a transformers model, got {type(model).__name__} without save_pretrained; "
                 "nmsolve.save_masks saves the masks of any"
+            )
+        if any(is_dtensor(parameter) for parameter in model.parameters()):
+            raise NMSolveError(
+                "model: sharded; gather it with get_model_state_dict(model, "
+                "options=StateDictOptions(full_state_dict=True, cpu_offload=True)), then call "
+                "model.save_pretrained(folder, state_dict=...) and result.write_masks(folder) on rank 0"
             )
         if picture:
             need_matplotlib()
@@ -114,8 +122,9 @@ class PruneResult:
         patterns = {entry: self.patterns[parts[0][0]] for entry, parts in masks.weights.items()}
         return PruneResult(masks, patterns, self.report)
 
-    def write_masks(self, folder: Path, *, picture: bool = True) -> None:
+    def write_masks(self, folder: str | os.PathLike[str], *, picture: bool = True) -> None:
         """Writes masks, report and picture into a folder; masks of an earlier run there are removed."""
+        folder = Path(folder)
         (folder / MASKS_FOLDER).mkdir(exist_ok=True)
         for earlier in (folder / MASKS_FOLDER).glob(f"*{MASKS_SUFFIX}"):
             earlier.unlink()

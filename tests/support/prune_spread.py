@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from unittest import mock
@@ -11,12 +12,13 @@ import tiny_models
 import torch
 from gloo import run_cases
 from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nmsolve import NMSolveError, check_mask
+from nmsolve import NMSolveError, check_mask, load_masks
 from nmsolve.errors import WorkFailed
 from nmsolve.prune import PruneResult, prune_model
 
@@ -225,6 +227,27 @@ def few_batches() -> None:
     compare(model, found, reference, expected)
 
 
+def saved() -> None:
+    """As docs/pruning.md says: gathered on rank 0, in Hugging Face's format."""
+    model = sharded(tiny_models.make("llama"))
+    result = prune_model(model, tiny_models.tokens(), "4:8", method="wanda")
+    message = calls_of_everyone(lambda: result.save(model, "nowhere"))
+    assert message.startswith("model: sharded; gather it with get_model_state_dict(")
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    expected = whole(model)
+    if rank() == 0:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+            result.write_masks(folder, picture=False)
+            again = type(tiny_models.make("llama")).from_pretrained(folder)
+            for name, weight in again.named_parameters():
+                assert torch.equal(weight, expected[name]), name
+            masks = load_masks(folder)
+        assert masks.keys() == result.masks.keys()
+        assert all(torch.equal(masks[name], result.masks[name]) for name in masks)
+
+
 def one_rank() -> None:
     matches("sparsegpt", True)
 
@@ -237,6 +260,7 @@ _QUICK: dict[str, Callable[[], None]] = {
     "sparsegpt-off": partial(matches, "sparsegpt", True, sequential="off"),
     "sparsegpt-float32": partial(matches, "sparsegpt", True, dtype=torch.float32, tolerance=1e-4),
     "few_batches": few_batches,
+    "saved": saved,
     "uneven": uneven,
     "refusals": refusals,
     "not_finite": not_finite,
