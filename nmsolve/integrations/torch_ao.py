@@ -100,7 +100,8 @@ class NMSparsifier(BaseSparsifier):
             MaskRule(pattern, transposable, method, backend),  # type: ignore[arg-type]
             groups=layer.groups,
             input_first=layer.input_first,
-            allowed=None if regrow else mask != 0,
+            # Within a mask that leaves everything lines may keep fewer than N.
+            allowed=None if regrow or bool(mask.all()) else mask != 0,
         )
         # The tensor itself must stay the same: the sparsifier's state has it too.
         mask.data = keep.to(mask.dtype)

@@ -62,7 +62,8 @@ class NMPruning(BasePruningMethod):
             self.rule,
             groups=self.groups,
             input_first=self.input_first,
-            allowed=default_mask != 0,
+            # Within a mask that leaves everything lines may keep fewer than N.
+            allowed=None if bool(default_mask.all()) else default_mask != 0,
         )
         return keep.to(default_mask.dtype)
 

@@ -26,6 +26,15 @@ def best_score(scores: Tensor, n: int, m: int) -> float:
     return sum(oracles.min_cost_flow(block, n) for _, _, block in oracles.blocks_of(scores, m))
 
 
+def best_score_within(scores: Tensor, n: int, m: int) -> float:
+    """What a mask with at most N in each line can keep of non-negative scores, 0 where nothing may be kept.
+
+    Further lines, whose scores are 0, take what a line of the block keeps less than N.
+    """
+    padded = (nn.functional.pad(block, (0, m, 0, m)) for _, _, block in oracles.blocks_of(scores, m))
+    return sum(oracles.min_cost_flow(block, n) for block in padded)
+
+
 def kept(scores: Tensor, mask: Tensor) -> float:
     """The sum of the scores that a mask keeps, in float64."""
     return float(scores.detach().double()[mask].sum())
