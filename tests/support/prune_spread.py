@@ -227,6 +227,30 @@ def few_batches() -> None:
     compare(model, found, reference, expected)
 
 
+def experts() -> None:
+    """Stacked experts, which each rank sends other numbers of tokens."""
+    import transformers
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        config = transformers.MixtralConfig(
+            vocab_size=tiny_models.VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=4,
+        )
+        return transformers.MixtralForCausalLM(config).eval().double()
+
+    batches = list(tiny_models.tokens(10).split(2))
+    reference = make()
+    expected = prune_model(reference, batches, "4:8", method="sparsegpt")
+    model = sharded(make())
+    compare(model, prune_model(model, batches, "4:8", method="sparsegpt"), reference, expected)
+
+
 def saved() -> None:
     """As docs/pruning.md says: gathered on rank 0, in Hugging Face's format."""
     model = sharded(tiny_models.make("llama"))
@@ -272,7 +296,13 @@ _SLOW: dict[str, Callable[[], None]] = {
     for method in METHODS
     for kind in ("transposable", "ordinary")
     for sequential in ("layer", "block", "off")
-} | {"few_batches": few_batches, "uneven": uneven, "refusals": refusals, "not_finite": not_finite}
+} | {
+    "experts": experts,
+    "few_batches": few_batches,
+    "uneven": uneven,
+    "refusals": refusals,
+    "not_finite": not_finite,
+}
 CASES = {"one": _ONE, "two": _QUICK, "four": _SLOW}
 
 
