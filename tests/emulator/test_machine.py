@@ -89,8 +89,9 @@ EXCHANGE = """
 """
 
 
-def test_warps_exchange_words_through_shared_memory() -> None:
-    body = EXCHANGE.format(barrier="bar.sync 0;", flip=4 * 33)
+@pytest.mark.parametrize("space", ["shared", "shared::cta"])
+def test_warps_exchange_words_through_shared_memory(space: str) -> None:
+    body = EXCHANGE.format(barrier="bar.sync 0;", flip=4 * 33).replace("shared", space)
     for seed in (None, 1, 2, 3):
         assert run(body, threads=64, seed=seed).tolist() == [t ^ 33 for t in range(64)]
 

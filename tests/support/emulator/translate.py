@@ -496,7 +496,8 @@ def _parameter(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     _put_extended(w, i.operands[0], kind, f"parameter({name!r}, {kind})")
 
 
-_SPACE, _HINTS = r"(?:\.(global|shared|local))?", r"(?:\.nc)?(?:\.L1::evict_\w+)?"
+# Triton 3.8 writes shared::cta for shared, which is the same.
+_SPACE, _HINTS = r"(?:\.(global|shared|local)(?:(?<=shared)::cta)?)?", r"(?:\.nc)?(?:\.L1::evict_\w+)?"
 
 
 @rule(rf"(ld|st){_SPACE}{_HINTS}(?:\.(v2|v4|v8))?\.[busf](8|16|32|64)")
@@ -515,7 +516,7 @@ def _memory(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     w.lines.append(f"{function}({_address(w, address)}, {size}, [{', '.join(values)}], {w.mask}, {w.place})")
 
 
-@rule(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?(?:\.shared)?\.b16")
+@rule(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?(?:\.shared(?:::cta)?)?\.b16")
 def _matrices(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     registers, address = i.operands if match[1] == "ld" else reversed(i.operands)
     names = _names(registers)
@@ -526,7 +527,7 @@ def _matrices(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     w.lines.append(f"{match[1]}matrix({_address(w, address)}, [{values}], {turned}, {w.mask}, {w.place})")
 
 
-@rule(r"cp\.async\.(?:ca|cg)\.shared\.global(?:\.L2::\d+B)?")
+@rule(r"cp\.async\.(?:ca|cg)\.shared(?:::cta)?\.global(?:\.L2::\d+B)?")
 def _copy(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     """Bytes past the last operand, how many are read, are zeros."""
     to, source, size, *read = i.operands
