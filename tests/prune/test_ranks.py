@@ -9,7 +9,7 @@ import prune_spread
 import pytest
 from gloo import Outcomes, outcomes
 
-LIMIT_S = 600
+LIMIT_S = 1800
 
 
 def spread(folder: Path, processes: int, cases: str) -> Outcomes:

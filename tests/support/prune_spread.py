@@ -290,18 +290,14 @@ _QUICK: dict[str, Callable[[], None]] = {
     "not_finite": not_finite,
 }
 _SLOW: dict[str, Callable[[], None]] = {
-    f"{method}-{kind}-{sequential}": partial(
-        matches, method, kind == "transposable", own=sequential == "block", sequential=sequential
-    )
-    for method in METHODS
-    for kind in ("transposable", "ordinary")
-    for sequential in ("layer", "block", "off")
-} | {
-    "experts": experts,
-    "few_batches": few_batches,
     "uneven": uneven,
     "refusals": refusals,
     "not_finite": not_finite,
+    "few_batches": few_batches,
+    "experts": experts,
+    **{f"{method}-ordinary": partial(matches, method, False, sequential="block") for method in METHODS},
+    **{f"{method}-dealt": partial(matches, method, True, own=False) for method in ("alps", "frank-wolfe")},
+    "wanda-off": partial(matches, "wanda", True, sequential="off"),
 }
 CASES = {"one": _ONE, "two": _QUICK, "four": _SLOW}
 
