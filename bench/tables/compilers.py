@@ -1,4 +1,4 @@
-"""The tables of docs/internals/compilers.md, from what bench/compilers.py wrote."""
+"""The tables of docs/internals/compilers.md, from what bench/compilers.py and bench/stacks.py wrote."""
 
 from __future__ import annotations
 
@@ -6,11 +6,20 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from compilers import REFERENCE
+from stacks import STACKS
 
 from tables.columns import Row, in_order, left, markdown, results, right, source, whole
 
 COMPILERS = "compilers.csv"
 COSTS = "kernel_costs.csv"
+PACKAGES = (
+    ("torch", "PyTorch"),
+    ("triton", "Triton"),
+    ("numpy", "NumPy"),
+    ("numba", "Numba"),
+    ("transformers", "transformers"),
+    ("safetensors", "safetensors"),
+)
 
 
 def _releases(rows: Sequence[Row]) -> list[str]:
@@ -104,9 +113,24 @@ def instructions() -> str:
     ) + source(COMPILERS, rows[0])
 
 
+def stacks() -> str:
+    """The suite with the oldest and the newest versions, one on a line."""
+    rows = results(STACKS)
+    columns = [left("stack"), left("Python", "python"), *(left(name, key) for key, name in PACKAGES)]
+    columns += [right(key, whole(key)) for key in ("passed", "failed", "skipped", "seconds")]
+    columns += [left("commit"), left("date")]
+    table = markdown(
+        [column.head for column in columns],
+        [[column.cell(row) for column in columns] for row in rows],
+        "".join(column.align for column in columns),
+    )
+    return f"{table}\n\n<sub>`bench/results/{STACKS}`: {', '.join(in_order(rows, 'machine'))}</sub>"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "compilers": releases,
     "compiler-targets": targets,
     "compiler-instructions": instructions,
+    "stacks": stacks,
 }
 """The tables of docs/internals/compilers.md."""
