@@ -73,6 +73,7 @@ def main() -> int:
                 (
                     (KERNELS[case.kernel].trips, case.m, case.tile[2] if case.tile else None)
                     for case in chosen
+                    if KERNELS[case.kernel].trips
                 ),
                 arguments.programs,
                 arguments.processes,

@@ -21,7 +21,7 @@ class Kernel(NamedTuple):
     sizes: tuple[int, ...]
     options: dict[str, Any]
     trips: str
-    """The name its counts go by."""
+    """The name its counts go by; empty if nothing runs more than once."""
 
 
 KERNELS = {
@@ -36,7 +36,7 @@ KERNELS = {
     "tsenor": Kernel("dykstra", SIZES, {}, "tsenor"),
     "greedy": Kernel("dykstra", SIZES, {"transport": False}, "greedy"),
     "nm": Kernel("nm", SIZES, {}, "nm"),
-    "nm, whole groups": Kernel("nm_groups", SIZES[:-1], {}, "nm, whole groups"),
+    "nm, whole groups": Kernel("nm_groups", SIZES[:-1], {}, ""),
     "hierarchical": Kernel("strips", SIZES[1:], {}, "hierarchical"),
     "sinkhorn, forward": Kernel("sinkhorn_forward", SINKHORN_SIZES, {}, "sinkhorn"),
     "sinkhorn, training": Kernel("sinkhorn_forward", SINKHORN_SIZES, {"keep": True}, "sinkhorn"),

@@ -130,11 +130,13 @@ def cost(case: Case, result: Mapping[str, Any], trips: Trips) -> Cost:
 
 def entries(case: Case, blocks: int, trips: Trips) -> dict[str, float]:
     """Mean entries of each region by a program of the case."""
+    sources = offline.sources_of(KERNELS[case.kernel].compiled)
+    if not KERNELS[case.kernel].trips:
+        return dict.fromkeys(sources.regions, 1.0)  # the machine code holds a copy for each time
     key = (KERNELS[case.kernel].trips, case.m, blocks)
     if key not in trips:
         raise ValueError(f"{case}: programs of {blocks} blocks not counted: run python bench kernel_costs")
     counted = dict(trips[key])
-    sources = offline.sources_of(KERNELS[case.kernel].compiled)
     for region in sources.regions:
         chain = sources.chain(region)
         if chain and not sources.regions[region].parent:  # a function: as often as where it is called

@@ -98,11 +98,6 @@ def _run_masks(name: str, m: int, blocks: int | None, distribution: str, program
     from nmsolve.pattern import NMPattern
 
     pattern = NMPattern(n_of(name, m), m)
-    if name == "nm, whole groups":
-        meta = gpu.whole_groups_arguments(pattern, 32)
-        blocks = meta["LANES"] * meta["TILES"]
-        gpu.ordinary(scores(distribution, (1, programs, m * blocks)), pattern)
-        return blocks, programs
     if name == "nm":
         _, blocks = _launch.group_tile(m, 32)
         every_other = scores(distribution, (1, programs, 2 * m * blocks))[..., ::2]
@@ -130,7 +125,7 @@ def _run_masks(name: str, m: int, blocks: int | None, distribution: str, program
     return blocks, programs
 
 
-FEW_PROGRAMS = {"exhaustive": 1, "nm": 1, "nm, whole groups": 1, "sinkhorn": 2, "sinkhorn, backward": 1}
+FEW_PROGRAMS = {"exhaustive": 1, "nm": 1, "sinkhorn": 2, "sinkhorn, backward": 1}
 BOTH_DISTRIBUTIONS = ("exact", "assignment", "tsenor", "greedy")
 
 

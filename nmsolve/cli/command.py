@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import traceback
@@ -14,7 +15,7 @@ from typing import Any, NoReturn
 
 from nmsolve.errors import NMSolveError, NMSolveWarning, WorkFailed, one_line, printable
 
-__all__ = ["OK", "Command", "Parser", "exit_codes", "run", "warnings_told"]
+__all__ = ["OK", "Command", "Parser", "exit_codes", "refuse_ranks", "run", "warnings_told"]
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -47,6 +48,13 @@ exit codes:
   {USAGE:<3}  an argument or the input is wrong; nothing was begun
   {INTERRUPTED:<3}  interrupted (SIGINT, SIGTERM, SIGHUP); {interrupted}
 """
+
+
+def refuse_ranks(name: str, instead: str) -> None:
+    """Raise, with the argument ``name``, if torchrun started several of this process."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if ranks > 1:
+        raise NMSolveError(f"{name}: torchrun started {ranks} processes, this command is one; {instead}")
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,7 +12,7 @@ from nmsolve.checkpoint.on_disk import mask_checkpoint, prepare
 from nmsolve.checkpoint.roles import DENSE_BY_NAME
 from nmsolve.checkpoint.selection import Selection
 from nmsolve.cli import options
-from nmsolve.cli.command import Command, exit_codes
+from nmsolve.cli.command import Command, exit_codes, refuse_ranks
 from nmsolve.errors import NMSolveError, counted, printable
 from nmsolve.files import Interrupts
 
@@ -107,6 +107,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    refuse_ranks("input", "several processes share the work with --part")
     arguments = {
         "transposable": args.transposable,
         "method": args.method,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nmsolve.cli import options
-from nmsolve.cli.command import Command, exit_codes, warnings_told
-from nmsolve.errors import NMSolveError, counted, printable
+from nmsolve.cli.command import Command, exit_codes, refuse_ranks, warnings_told
+from nmsolve.errors import counted, printable
 from nmsolve.files import Interrupts
 from nmsolve.pattern import NMPattern
 from nmsolve.prune.methods import PRUNING_METHODS, SEQUENTIAL
@@ -118,12 +117,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    ranks = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-    if ranks > 1:
-        raise NMSolveError(
-            f"model: torchrun started {ranks} processes, this command is one; from Python, "
-            "nmsolve.prune.prune_model prunes a model that fully_shard has spread over them"
-        )
+    refuse_ranks(
+        "model",
+        "from Python, nmsolve.prune.prune_model prunes a model that fully_shard has spread over them",
+    )
     patterns = _patterns(args.pattern)
     options.tell_start(args, "prune", args.model)
     with warnings_told(), Interrupts() as interrupts:

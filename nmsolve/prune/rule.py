@@ -84,7 +84,8 @@ class MaskRule:
         """The mask of non-negative ``(..., out, in)`` scores, counted in the tally with its certificate.
 
         Of what ``allowed``, bool of the scores' shape, leaves, the mask that keeps the most: at most N of a
-        line, and fewer where no more are allowed or more would keep less. The backend may have to hold blocks
+        line, and fewer where no more are allowed or more would keep less, but N in blocks that are allowed as
+        a whole. The backend may have to hold blocks
         of twice the size then.
         """
         start = time.perf_counter()
@@ -95,7 +96,7 @@ class MaskRule:
             mask = self._ordinary(scores)
             objective = bound = _sum(torch.where(mask, scores, 0))
         else:
-            solution = self._solution(scores) if allowed is None else self._solution_within(scores)
+            solution = self._solution(scores) if allowed is None else self._solution_within(scores, allowed)
             mask, objective, bound = solution.mask, solution.total_objective, solution.total_bound
             self.tally.max_gap = max(self.tally.max_gap, solution.max_gap)
         if allowed is not None:
@@ -135,8 +136,10 @@ class MaskRule:
         n, m = self.pattern.n, self.pattern.m
         return transposable_mask(scores, n, m, method=self.method, backend=self.backend, return_solution=True)
 
-    def _solution_within(self, scores: Tensor) -> BlockSolution:
+    def _solution_within(self, scores: Tensor, allowed: Tensor) -> BlockSolution:
         """Of scores that are 0 where nothing may be kept, what keeps the most with at most N in each line.
+
+        Blocks that are allowed as a whole keep N in each line, as without an earlier mask.
 
         The prices of a block for N in each line prove it as well for at most N, if a price can be moved from
         its rows to its columns so that none is negative. Other blocks are solved as corners of larger ones,
@@ -148,7 +151,8 @@ class MaskRule:
         padded = pad(scores, (0, -cols % m, 0, -rows % m))
         solution = self._solution(padded)
         found = solution.objective, solution.bound, solution.scale
-        unproven = solution.row_duals.amin(-1) + solution.col_duals.amin(-1) < 0
+        forbidden = _blocks(pad(~allowed, (0, -cols % m, 0, -rows % m)), m).any(-1).any(-1)
+        unproven = forbidden & (solution.row_duals.amin(-1) + solution.col_duals.amin(-1) < 0)
         for further in (max(n, -(-m // 2)), m):
             if not bool(unproven.any()):
                 break

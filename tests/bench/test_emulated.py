@@ -170,7 +170,7 @@ def test_rows_are_kept_replaced_and_dropped(bench: Any, tmp_path: Path) -> None:
         ("4", "0", "a"), ("8", "0.5", "b"),
     ]  # fmt: skip
     bench.says = [row(4)]
-    bench.survey(path, 90, "float32", [4], anew=True)
+    bench.survey(path, 90, "float32", ["4"], anew=True)
     assert bench.asked == ["emulated_rows.py", 90, ["float32", "4"], []]
     assert [r["m"] for r in read_csv(path)] == ["4", "8"], "of the other sizes nothing is known"
 

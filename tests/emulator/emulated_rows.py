@@ -33,7 +33,7 @@ from emulated_variants import SIZES, VARIANTS  # noqa: E402
 def rows(
     dtype: torch.dtype, chosen: list[int], names: list[str], known: dict[tuple[str, int], str]
 ) -> Iterator[dict[str, Any]]:
-    """Of the variants (all): shipped sizes, in float32 the sizes between them as well, or those ``chosen``."""
+    """Of the variants (all): shipped sizes, in float32 those between them as well, or those ``chosen``."""
     for name, variant in VARIANTS.items():
         if dtype not in variant.dtypes or name not in (names or VARIANTS):
             continue

@@ -258,7 +258,7 @@ def best_within(scores: np.ndarray, allowed: np.ndarray, n: int) -> float:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
 @pytest.mark.parametrize(
     ("n", "m", "rows", "cols"), [(2, 4, 8, 12), (2, 3, 3, 3), (3, 8, 13, 9), (8, 16, 16, 32)]
 )
@@ -287,6 +287,19 @@ def test_of_what_is_allowed_the_most_is_kept(backend, share, n, m, rows, cols):
     assert mask_rule.tally.objective == pytest.approx(best, rel=1e-9, abs=1e-12)
     assert mask_rule.tally.score == pytest.approx(float((scores * allowed).sum()))
     assert mask_rule.tally.max_gap <= 1e-12
+
+
+def test_where_all_is_allowed_n_are_kept():
+    """Also where fewer would keep more: a line may give up its entries for those of others."""
+    scores = torch.randn(64, 16, 32, generator=torch.Generator().manual_seed(0)).square()
+    scores[::2, 3] = 0
+    allowed = torch.ones_like(scores, dtype=torch.bool)
+    mask = MaskRule("4:8").choose(scores, allowed)
+    assert torch.equal(mask, MaskRule("4:8").choose(scores))
+    allowed[:, :8, :8] = False
+    within = MaskRule("4:8").choose(scores, allowed)
+    assert not within[:, :8, :8].any()
+    assert torch.equal(within[:, 8:], mask[:, 8:])
 
 
 def test_groups_of_what_is_allowed():
