@@ -1,7 +1,7 @@
 """Does the suite pass with the oldest and the newest versions that nmsolve admits? ``make test-versions``.
 
-Makes a row of bench/results/stacks.csv from what pytest wrote with --junitxml, for the Python and the
-packages that run this script: the counts of all files together, so that a run may be in pieces. The row
+Makes a row of a results file from what pytest wrote with --junitxml, for the Python and the packages
+that run this script: the counts of all files together, so that a run may be in pieces. The row
 replaces that of the same name.
 
     .venv-oldest/bin/python bench stacks oldest whole.xml

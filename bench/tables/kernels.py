@@ -96,7 +96,11 @@ def gpus() -> str:
     def gpu(row: Row) -> str:
         return f"{GPUS[row['target']].name}, {row['dtype']}"
 
-    rows = [row for row in _shipped() if row["target"] in GPUS and row["kernel"] in (*CHIEF, "greedy", "nm", "nm, whole groups")]
+    rows = [
+        row
+        for row in _shipped()
+        if row["target"] in GPUS and row["kernel"] in (*CHIEF, "greedy", "nm", "nm, whole groups")
+    ]
     heads = [gpu({"target": target, "dtype": dtype}) for target in GPUS for dtype in ("float32", "bfloat16")]
     return grid(COSTS, rows, [left("at least, ms", "kernel"), SIZE], gpu, BOUND.cell, heads)
 

@@ -143,8 +143,9 @@ def peers_of(model: nn.Module) -> Peers:
         If it is wrapped or sharded by something other than ``fully_shard``, or not over all processes.
     """
     for module in model.modules():
+        of_torch = {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")}
         for kind, advice in _REPLICAS.items():
-            if any(x.__name__ == kind and x.__module__.startswith("torch.") for x in type(module).__mro__):
+            if kind in of_torch:
                 raise NMSolveError(f"model: {kind}: {advice}")
     fsdp = sys.modules.get("torch.distributed.fsdp")
     sharded = [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
