@@ -100,7 +100,7 @@ class NMSparsifier(BaseSparsifier):
             MaskRule(pattern, transposable, method, backend),  # type: ignore[arg-type]
             groups=layer.groups,
             input_first=layer.input_first,
-            # Within a mask that leaves everything lines may keep fewer than N.
+            # Within a mask that leaves all of them, lines of blocks at the edge may keep fewer.
             allowed=None if regrow or bool(mask.all()) else mask != 0,
         )
         # The tensor itself must stay the same: the sparsifier's state has it too.

@@ -62,7 +62,7 @@ class NMPruning(BasePruningMethod):
             self.rule,
             groups=self.groups,
             input_first=self.input_first,
-            # Within a mask that leaves everything lines may keep fewer than N.
+            # Within a mask that leaves all of them, lines of blocks at the edge may keep fewer.
             allowed=None if bool(default_mask.all()) else default_mask != 0,
         )
         return keep.to(default_mask.dtype)

@@ -151,7 +151,7 @@ class MaskRule:
         padded = pad(scores, (0, -cols % m, 0, -rows % m))
         solution = self._solution(padded)
         found = solution.objective, solution.bound, solution.scale
-        forbidden = _blocks(pad(~allowed, (0, -cols % m, 0, -rows % m)), m).any(-1).any(-1)
+        forbidden = _blocks(pad(~allowed, (0, -cols % m, 0, -rows % m), value=True), m).any(-1).any(-1)
         unproven = forbidden & (solution.row_duals.amin(-1) + solution.col_duals.amin(-1) < 0)
         for further in (max(n, -(-m // 2)), m):
             if not bool(unproven.any()):
