@@ -111,7 +111,7 @@ def test_tutorial(monkeypatch, tmp_path, capsys):
     ("adapter", "hidden", "package"),
     [
         ("modelopt", "modelopt.torch.opt.conversion", "nvidia-modelopt"),
-        ("llmcompressor", "compressed_tensors.utils", "llmcompressor"),
+        ("llmcompressor", "compressed_tensors.distributed", "llmcompressor"),
     ],
 )
 def test_a_missing_client_says_how_to_get_it(adapter, hidden, package, monkeypatch):
