@@ -1,6 +1,7 @@
 """What does each release of Triton make of the kernels? Spills, instructions, results, from 3.4 to 3.9.
 
-Each release's wheel is fetched with pip and unpacked under ``--folder``; nothing is installed. A row of
+Each release's wheel is fetched with pip and unpacked under ``--folder``; nothing is installed. The
+interpreters before 3.7 do not take NumPy 2.4, and get an older one in the same way. A row of
 bench/results/compilers.csv says of one variant of one kernel
 
 - compiled for a target, whether it compiles, what it spills, its registers and instructions per block;
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +52,23 @@ EXECUTED = {
 }
 """How a variant is executed, and the environment that asks for it."""
 
+BEFORE_NUMPY_2_4 = ("3.4.0", "3.5.1", "3.6.0")
+OLDER_NUMPY = "2.3.5"
+"""What the interpreters of these run with."""
+
 COUNTED = ("registers", "spills", "instructions_per_block")
 COMPILERS = "compilers.csv"
 KEY = ("triton", "how", "kernel", "m", "target")
 
 
-def unpacked(release: str, folder: Path) -> Path:
-    """The folder with this release of Triton, fetched if it is not there."""
-    there = folder / release
+def unpacked(release: str, folder: Path, package: str = "triton") -> Path:
+    """The folder with this release of a package, fetched if it is not there."""
+    there = folder / (release if package == "triton" else f"{package}-{release}")
     if not there.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
-            subprocess.run([*command, "--no-deps", "--dest", scratch, f"triton=={release}"], check=True)
-            (wheel,) = Path(scratch).glob("triton-*.whl")
+            subprocess.run([*command, "--no-deps", "--dest", scratch, f"{package}=={release}"], check=True)
+            (wheel,) = Path(scratch).glob(f"{package}-*.whl")
             partial = Path(scratch) / "unpacked"
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(partial)
@@ -94,12 +99,14 @@ def compiled(
         yield row
 
 
-def executed(release: str, triton: Path, how: str, variants: list[str]) -> Iterator[dict[str, Any]]:
-    """A row for each variant: whether what it gives is what the oracle does."""
+def executed(
+    release: str, packages: Sequence[Path], how: str, variants: list[str]
+) -> Iterator[dict[str, Any]]:
+    """A row for each variant: whether what it gives with packages from folders is what the oracle does."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "NMSOLVE_PTX_SM")}
     script = str(ROOT.joinpath("tests", "emulator", "compared_variants.py"))
     with tempfile.TemporaryDirectory() as cache:
-        environment |= EXECUTED[how] | offline.with_triton(triton) | {"TRITON_CACHE_DIR": cache}
+        environment |= EXECUTED[how] | offline.import_first(*packages) | {"TRITON_CACHE_DIR": cache}
         child = subprocess.Popen(
             [sys.executable, script, *variants], stdout=subprocess.PIPE, env=environment, text=True
         )
@@ -147,7 +154,10 @@ def survey(path: Path, release: str, triton: Path, arguments: argparse.Namespace
                 rows = compiled(release, triton, chosen, trips, arguments.processes)
                 faults += sum(not keep(path, row) for row in rows)
         elif not any((key[0], key[1]) == (release, how) for key in known):
-            faults += sum(not keep(path, row) for row in executed(release, triton, how, []))
+            packages = [triton]
+            if how == "interpreted" and release in BEFORE_NUMPY_2_4:
+                packages.append(unpacked(OLDER_NUMPY, triton.parent, "numpy"))
+            faults += sum(not keep(path, row) for row in executed(release, packages, how, []))
     return faults
 
 

@@ -58,7 +58,7 @@ def _compile_chunk(jobs: list[dict[str, Any]], triton: Path | None) -> list[dict
     """One child for all of them; if it dies, a child for each."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environment |= {"TRITON_CACHE_DIR": cache, "TRITON_ALWAYS_COMPILE": "1"} | with_triton(triton)
+        environment |= {"TRITON_CACHE_DIR": cache, "TRITON_ALWAYS_COMPILE": "1"} | import_first(triton)
         child = subprocess.run(
             [sys.executable, "-m", "kernel_costs.offline"],
             cwd=ROOT / "bench",
@@ -75,10 +75,11 @@ def _compile_chunk(jobs: list[dict[str, Any]], triton: Path | None) -> list[dict
     return [jobs[0] | {"error": f"exit code {child.returncode}: {child.stderr[-2000:]}"}]
 
 
-def with_triton(folder: Path | None) -> dict[str, str]:
-    """What makes a child import the Triton in a folder, None being the one that is installed."""
+def import_first(*folders: Path | None) -> dict[str, str]:
+    """What makes a child import the packages in folders, None being those that are installed."""
+    named = [str(folder) for folder in folders if folder is not None]
     path = os.environ.get("PYTHONPATH")
-    return {} if folder is None else {"PYTHONPATH": f"{folder}:{path}" if path else str(folder)}
+    return {"PYTHONPATH": os.pathsep.join([*named, path] if path else named)} if named else {}
 
 
 def jobs_of(

@@ -23,7 +23,7 @@ _LIBRARY = torch.library.Library("nmsolve", "FRAGMENT")
 
 # The solvers read any strides, so a compiler may choose the inputs' layout.
 _TAGS = ("pt2_compliant_tag", "flexible_layout")
-# The check for finite scores waits for the device: a CUDA graph must not capture it (PyTorch 2.8 and later).
+# The check for finite scores waits for the device: a CUDA graph must not capture it.
 _WAITS = "cudagraph_unsafe"
 
 
