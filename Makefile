@@ -92,6 +92,7 @@ bench: $(MODEL)
 	$(BENCH) speed_cpu
 	$(BENCH) peers_cpu
 	$(BENCH) scaling
+	$(BENCH) scale
 	$(BENCH) warm_start
 	$(BENCH) augmentations
 	$(BENCH) kernel_costs

@@ -1,7 +1,7 @@
-"""The pictures of docs/benchmarks.md and docs/training.md, from the files in bench/results.
+"""The pictures of docs/benchmarks.md, docs/training.md and docs/scale.md, from the files in bench/results.
 
 docs/benchmarks_peers.png: time against error. docs/benchmarks_growth.png: how exact's time grows.
-docs/training.png: sparse training, its losses and its masks' flips.
+docs/training.png: sparse training, its losses and its masks' flips. docs/scale.png: large models on paper.
 """
 
 from __future__ import annotations
@@ -227,6 +227,43 @@ def training(rows: list[Row], file: Path) -> None:
     save(figure, file)
 
 
+def scale(rows: list[Row], file: Path) -> None:
+    """Dealing, masking and sums on paper, by the number of ranks."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    shares, times, sums = figure.subplots(1, 3)
+
+    def line(axis: Axes, here: list[Row], column: str, look: tuple[str, str], label: str) -> None:
+        x = [int(row["ranks"]) for row in here]
+        y = [float(row[column]) for row in here]
+        axis.plot(x, y, look[1], color=look[0], markersize=5, label=label)
+
+    for model, colour in zip(dict.fromkeys(row["model"] for row in rows), (RED, BLUE), strict=True):
+        of = {
+            quantities: [row for row in rows if (row["model"], row["quantities"]) == (model, quantities)]
+            for quantities in dict.fromkeys(row["quantities"] for row in rows)
+        }
+        mask, gpu = of["mask, CPU"], of["mask, H100"]
+        line(shares, mask, "largest_over_mean", (colour, "o-"), f"{model}, bytes")
+        line(shares, mask, "solved_largest_over_mean", (colour, "x:"), f"{model}, solved weights")
+        line(times, mask, "solve_seconds", (colour, "^-"), f"{model}, solving, two cores a rank")
+        line(times, mask, "write_seconds", (colour, "o--"), f"{model}, writing")
+        line(times, gpu, "solve_seconds", (colour, "*:"), f"{model}, solving, H100 (predicted)")
+        line(sums, of["prune, Hessians"], "block_sent_gb", (colour, "o-"), f"{model}, Hessians")
+        line(sums, of["prune, diagonals"], "block_sent_gb", (colour, "x:"), f"{model}, diagonals")
+    shares.set(title="mask: largest share over the mean", ylabel="largest / mean")
+    times.set(title="mask: time of the slowest host", ylabel="seconds", yscale="log")
+    times.set_ylim(top=100 * times.get_ylim()[1])  # room for the legend
+    sums.set(title="prune: a rank sends for one block", ylabel="GB", yscale="log")
+    ranks = sorted({int(row["ranks"]) for row in rows})
+    for axis in figure.axes:
+        axis.set(xscale="log", xlabel="ranks, 8 on a host")
+        axis.set_xticks(ranks, [str(count) for count in ranks], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, frameon=False)
+    save(figure, file)
+
+
 def save(figure: Figure, file: Path) -> None:
     """Write the picture; the same results give the same bytes."""
     with writing(file) as picture:
@@ -242,6 +279,7 @@ def main() -> None:
     peers(read_csv(arguments.results / "peers.csv"), arguments.out / "benchmarks_peers.png")
     growth(read_csv(arguments.results / "scaling.csv"), arguments.out / "benchmarks_growth.png")
     training(read_csv(arguments.results / "training.csv"), arguments.out / "training.png")
+    scale(read_csv(arguments.results / "scale.csv"), arguments.out / "scale.png")
 
 
 if __name__ == "__main__":
