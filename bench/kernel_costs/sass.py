@@ -1,19 +1,24 @@
 """Machine code of NVIDIA GPUs: instructions with their source lines, basic blocks, loops.
 
 Only paths that a warp takes whose lanes stay together count: targets of ``BRA.DIV`` (what the compiler keeps
-ready for diverged warps) and called subroutines (64-bit division) belong to no basic block that is *hot*.
+ready for diverged warps) belong to no basic block that is *hot*, nor do subroutines (64-bit division), which
+count where they are called.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from typing import NamedTuple
 
 _FILE = re.compile(r'//## File "([^"]+)", line (\d+)')
-_LABEL = re.compile(r"^(\.\S+):")
+_LABEL = re.compile(r"^([.$]\S+):")
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);")
-_TARGET = re.compile(r"(?:`\((\.\S+?)\)|\b0x([0-9a-f]+))\s*$")
+_TARGET = re.compile(r"(?:`\(([.$]\S+?)\)|\b0x([0-9a-f]+))\s*$")
+
+
+_ENDS = ("CALL", "EXIT", "RET")
 
 
 class Instruction(NamedTuple):
@@ -25,6 +30,8 @@ class Instruction(NamedTuple):
     """Address that a branch leads to."""
     source: tuple[str, int]
     """(file, line) that the compiler names."""
+    callee: int | None = None
+    """Address of the subroutine that is called, which comes back."""
 
     @property
     def name(self) -> str:
@@ -52,11 +59,30 @@ def parse(listing: str) -> list[Instruction]:
             found.append((address, (match[2] or "").strip(), match[3], match[4], source))
     code = []
     for address, predicate, opcode, operands, source in found:
-        target = None
+        target = callee = None
         if opcode.partition(".")[0] in ("BRA", "BSSY", "CALL") and (match := _TARGET.search(operands)):
             target = labels.get(match[1]) if match[1] else int(match[2], 16)
-        code.append(Instruction(address, predicate, opcode, operands, target, source))
+            if match[1] and match[1].startswith("$"):
+                target, callee = None, target
+        code.append(Instruction(address, predicate, opcode, operands, target, source, callee))
     return code
+
+
+def returns(line: Instruction) -> bool:
+    """Whether it calls a subroutine that comes back; on sm_80 a CALL of a label leaves some loops."""
+    return line.name == "CALL" and line.target is None
+
+
+def subroutine(code: list[Instruction], call: Instruction) -> list[Instruction]:
+    """What is executed between a call and its return.
+
+    Raises ValueError if that is not one straight run of the code.
+    """
+    found = [line for line in code if call.callee is not None and line.address >= call.callee]
+    ends = next((k for k, line in enumerate(found) if _branches(line) or line.name in _ENDS), 0)
+    if not found or found[ends].name != "RET" or found[ends].predicate:
+        raise ValueError(f"the call at {call.address:#x} is of no straight subroutine: {call.operands}")
+    return found[: ends + 1]
 
 
 class Block(NamedTuple):
@@ -94,8 +120,8 @@ def basic_blocks(code: list[Instruction]) -> list[Block]:
 
 
 def _branches(line: Instruction) -> bool:
-    """Whether it goes elsewhere in the function for good; on sm_80 a CALL of a label leaves some loops."""
-    return line.name == "BRA" or (line.name == "CALL" and line.target is not None)
+    """Whether it goes elsewhere in the function for good."""
+    return line.name == "BRA" or (line.name == "CALL" and not returns(line))
 
 
 def _of_diverged_warps(line: Instruction) -> bool:
@@ -111,6 +137,26 @@ def reachable(blocks: list[Block], start: int = 0, without: int | None = None) -
             seen.add(b)
             todo += [after for after in blocks[b].successors if after != without]
     return seen
+
+
+def slow_divisions(code: list[Instruction], blocks: list[Block]) -> set[int]:
+    """Blocks that are taken only where a 64-bit division cannot be one of 32 bits: with numbers past 2^32.
+
+    Such a block calls a subroutine once and is the shorter one of two that a branch chooses from, whose other
+    one divides in place and goes on where it does.
+    """
+    hot = reachable(blocks)
+    calls = {b: sum(map(returns, code[blocks[b].first : blocks[b].last])) for b in hot}
+    return {
+        slow
+        for branch in hot
+        for slow, fast in itertools.permutations(blocks[branch].successors, 2)
+        if (calls[slow], calls[fast]) == (1, 0)
+        and len(blocks[slow].successors) == 1
+        and blocks[slow].successors == blocks[fast].successors
+        and blocks[slow].last - blocks[slow].first < blocks[fast].last - blocks[fast].first
+        and all(slow not in blocks[b].successors for b in hot - {branch})
+    }
 
 
 def straight_runs(blocks: list[Block]) -> list[list[int]]:

@@ -148,19 +148,26 @@ class Sources:
 def phases(code: list[sass.Instruction], sources: Sources) -> dict[str, dict[str, Any]]:
     """Instructions by region: those executed once for every entry of the region, and whether it is peeled.
 
-    Raises ValueError where loops of the machine code are not those of the source.
+    A subroutine is executed where it is called, so its instructions are of the region there.
+
+    Raises ValueError where loops of the machine code are not those of the source, and where a block is of no
+    region.
     """
     blocks = sass.basic_blocks(code)
     loops = sass.natural_loops(blocks)
     innermost = sass.innermost(loops)
     region_of = regions_of_loops(code, blocks, loops, sources)
     lines: dict[str, list[sass.Instruction]] = defaultdict(list)
+    left = sass.reachable(blocks) - sass.slow_divisions(code, blocks)
     for run in sass.straight_runs(blocks):
         name = region_of_run(code, [blocks[b] for b in run], region_of[innermost.get(run[0])], sources)
-        for b in run:
-            here = code[blocks[b].first : blocks[b].last]
-            if not any(line.name == "CALL" and line.target is None for line in here):
-                lines[name] += here  # what calls is the slow way of a 64-bit division
+        for b in left.intersection(run):
+            left.remove(b)
+            for line in code[blocks[b].first : blocks[b].last]:
+                lines[name] += [line, *(sass.subroutine(code, line) if sass.returns(line) else ())]
+    if left:
+        where = ", ".join(f"{code[blocks[b].first].address:#x}" for b in sorted(left))
+        raise ValueError(f"the blocks at {where} are of no region")
     peeled = peeled_loops(code, blocks, loops, region_of, sources)
     return {name: sass.count(found) | {"peeled": name in peeled} for name, found in lines.items()}
 

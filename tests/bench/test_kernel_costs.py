@@ -199,6 +199,85 @@ def test_a_call_of_a_label_leaves_a_loop(sources: source_regions.Sources) -> Non
         assert kinds == before
 
 
+DIVISIONS = """\t//## File "/somewhere/k.py", line 3
+        /*0000*/               @P0 BRA `(.L_slow) ;
+        /*0010*/                   MUFU.RCP R3, R2 ;
+        /*0020*/                   IMAD R3, R3, R3, RZ ;
+        /*0030*/                   BRA `(.L_join) ;
+.L_slow:
+        /*0040*/                   MOV R6, 0x60 ;
+        /*0050*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_s64) ;
+.L_join:
+        /*0060*/                   FADD R1, R1, R3 ;
+\t//## File "/somewhere/k.py", line 5
+.L_loop:
+        /*0070*/                   FADD R1, R1, R0 ;
+        /*0080*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_s64) ;
+        /*0090*/               @P1 BRA `(.L_loop) ;
+\t//## File "/somewhere/k.py", line 11
+        /*00a0*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_s64) ;
+        /*00b0*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_s64) ;
+        /*00c0*/                   EXIT ;
+$__internal_0_$__cuda_sm20_div_s64:
+        /*00d0*/                   MUFU.RCP R3, R2 ;
+        /*00e0*/                   RET.REL.NODEC R6 `(kernel) ;
+"""
+
+
+def test_a_subroutine_is_executed_where_it_is_called(sources: source_regions.Sources) -> None:
+    """But not in the way that a division takes with large numbers, beside which there is another."""
+    found = source_regions.phases(sass.parse(DIVISIONS), sources)
+    sizes = {name: sum(counts["kinds"].values()) for name, counts in found.items()}
+    assert sizes == {"kernel": 4 + 1 + 3 + 2 * 2, "kernel.while1": 3 + 2}
+    assert found["kernel"]["kinds"]["special"] == 1 + 2
+    assert found["kernel.while1"]["kinds"]["special"] == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "more"),
+    [
+        ("        /*0020*/                   IMAD R3, R3, R3, RZ ;\n", "", 2 + 2 - 1),  # no longer than it
+        ("MOV R6, 0x60", "CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_s64)", 2 + 2 * 2),
+        ("BRA `(.L_join)", "EXIT", 2 + 2),
+    ],
+)
+def test_a_call_without_a_longer_way_beside_it_counts(
+    sources: source_regions.Sources, before: str, after: str, more: int
+) -> None:
+    assert before in DIVISIONS
+    found = source_regions.phases(sass.parse(DIVISIONS.replace(before, after)), sources)
+    assert sum(found["kernel"]["kinds"].values()) == 12 + more
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("        /*00e0*/                   RET.REL.NODEC R6 `(kernel) ;\n", ""),
+        ("RET.REL.NODEC R6 `(kernel)", "EXIT"),
+        ("/*00d0*/                   MUFU.RCP R3, R2", "/*00d0*/               @P1 BRA `(.L_join)"),
+        (
+            "/*00a0*/                   CALL.REL.NOINC `($__internal_0",
+            "/*00a0*/          CALL.REL.NOINC `($other",
+        ),
+    ],
+)
+def test_a_subroutine_that_cannot_be_followed_is_an_error(
+    sources: source_regions.Sources, before: str, after: str
+) -> None:
+    assert before in DIVISIONS
+    with pytest.raises(ValueError, match="no straight subroutine"):
+        source_regions.phases(sass.parse(DIVISIONS.replace(before, after)), sources)
+
+
+def test_a_block_of_no_region_is_an_error(
+    sources: source_regions.Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = sass.straight_runs
+    monkeypatch.setattr(sass, "straight_runs", lambda blocks: runs(blocks)[:-1])
+    with pytest.raises(ValueError, match="the blocks at 0xb0 are of no region"):
+        source_regions.phases(sass.parse(LISTING), sources)
+
+
 def test_a_branch_in_several_pieces_is_one(sources: source_regions.Sources) -> None:
     """What the branch begins with is moved into it from the loop, and a shuffle cuts it in two."""
     moved = """\t//## File "/somewhere/k.py", line 6
