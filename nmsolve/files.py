@@ -3,8 +3,8 @@ and input that may be anything.
 
 Everything that nmsolve writes goes through here. A file is written under a hidden name beside its own
 (:func:`writing`, :func:`replacing`), several files or a folder in a hidden folder (:class:`Staging`); when
-they are complete and on disk they are renamed. Long work goes on where an earlier run had stopped
-(:class:`Unfinished`).
+they are complete and on disk they are renamed. nmsolve/unfinished.py is for long work, which later runs go on
+with.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ except ImportError:  # Windows
 __all__ = [
     "Interrupts",
     "Staging",
-    "Unfinished",
     "check_out",
     "check_space",
     "is_partial",
     "is_regular",
     "locked",
+    "publish_files",
+    "publish_folder",
     "read_json",
+    "remove_free",
     "replacing",
     "write_bytes",
     "write_text",
@@ -278,7 +280,7 @@ class Staging:
         self._held = ExitStack()
 
     def __enter__(self) -> Staging:
-        _remove_free(self.out, self._prefix)
+        remove_free(self.out, self._prefix)
         try:
             while not self._made():  # another run has taken the new folder for a stale one
                 self.path = self._fresh()
@@ -301,11 +303,11 @@ class Staging:
 
     def publish_folder(self, replace: bool = False) -> None:
         """Renames the staging folder itself to ``out``; one that is there is replaced if allowed."""
-        _publish_folder(self.path, self.out, replace)
+        publish_folder(self.path, self.out, replace)
 
     def publish_files(self, names: Sequence[str], replace: bool = False) -> None:
         """Renames files of the staging folder into the folder of ``out``, in the order given."""
-        _publish_files(self.path, self.out, names, replace)
+        publish_files(self.path, self.out, names, replace)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -317,111 +319,7 @@ class Staging:
         self._held.close()
 
 
-class Unfinished:
-    """A hidden folder beside ``out`` in which later runs go on: its name follows from what is made.
-
-    ``with Unfinished(out, key) as unfinished:`` makes ``.<name of out>.unfinished-<key>``, or finds it.
-    ``result`` in it is what will be published; :meth:`finish` notes what is complete in it, with a text each.
-    Leaving the block after publishing removes the folder, and those of ``out`` that nobody holds; otherwise
-    it stays if anything is finished.
-
-    Parameters
-    ----------
-    out : Path
-        The file or folder to be made.
-    key : str
-        Tells one piece of work from another: input and settings.
-    shared : bool
-        Whether several processes may be at work in it.
-
-    Raises
-    ------
-    NMSolveError
-        On entering, if another process is at work in it.
-    """
-
-    def __init__(self, out: Path, key: str, *, shared: bool = False) -> None:
-        self.out = out
-        self._prefix = f".{out.name}.unfinished-"
-        self.path = out.with_name(self._prefix + key)
-        self.result = self.path / "result"
-        self._notes = self.path / "finished"
-        self._shared = shared
-        self._lock = ExitStack()
-        self._published = False
-
-    def __enter__(self) -> Unfinished:
-        while not self._held():  # another run has removed it since
-            pass
-        for folder in (self.result, self._notes):
-            folder.mkdir(exist_ok=True)
-        return self
-
-    def _held(self) -> bool:
-        """Makes and locks the folder; whether it is still there then."""
-        self.path.mkdir(exist_ok=True)
-        try:
-            self._lock.enter_context(locked(self.path, shared=self._shared))
-        except BlockingIOError:
-            raise NMSolveError(f"out: another process is at work in {self.path}") from None
-        except FileNotFoundError:
-            return False
-        if not self.path.exists():
-            self._lock.close()
-            return False
-        return True
-
-    def finish(self, name: str, text: str) -> None:
-        """Notes that something is complete and on disk."""
-        write_text(self._notes / name, text)
-
-    def finished(self, name: str) -> str | None:
-        """What was noted, None if nothing was."""
-        try:
-            return (self._notes / name).read_text("utf-8")
-        except FileNotFoundError:
-            return None
-
-    def forget(self, name: str) -> None:
-        """Takes a note back."""
-        (self._notes / name).unlink(missing_ok=True)
-
-    def keeps(self) -> bool:
-        """Whether anything is finished."""
-        return self._notes.is_dir() and any(not path.name.startswith(".") for path in self._notes.iterdir())
-
-    def taken(self) -> int:
-        """Bytes on disk of what will be published."""
-        files = (path.stat() for path in self.result.rglob("*") if path.is_file())
-        return sum(getattr(stat, "st_blocks", 0) * 512 for stat in files)
-
-    def publish_folder(self, replace: bool = False) -> None:
-        """Renames ``result`` to ``out``; one that is there is replaced if allowed."""
-        _publish_folder(self.result, self.out, replace)
-        self._published = True
-
-    def publish_files(self, names: Sequence[str], replace: bool = False) -> None:
-        """Renames files of ``result`` into the folder of ``out``, in the order given."""
-        _publish_files(self.result, self.out, names, replace)
-        self._published = True
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._published:
-            shutil.rmtree(self.path, ignore_errors=True)
-            self._lock.close()
-            _remove_free(self.out, self._prefix)
-            return
-        empty = not self.keeps()
-        self._lock.close()
-        if empty:
-            with suppress(OSError), locked(self.path) as held:  # others may be at work in it
-                if held and not self.keeps():
-                    shutil.rmtree(self.path, ignore_errors=True)
-
-
-def _remove_free(out: Path, prefix: str) -> None:
+def remove_free(out: Path, prefix: str) -> None:
     """Removes the hidden folders of ``out`` that no process holds."""
     for stale in sorted(out.parent.glob(f"{_literal(prefix)}*")):
         with suppress(OSError), locked(stale) as held:  # one without locks cannot be told stale
@@ -429,7 +327,8 @@ def _remove_free(out: Path, prefix: str) -> None:
                 shutil.rmtree(stale, ignore_errors=True)
 
 
-def _publish_folder(folder: Path, out: Path, replace: bool) -> None:
+def publish_folder(folder: Path, out: Path, replace: bool) -> None:
+    """Renames ``folder`` to ``out``; one that is there is replaced if allowed."""
     _refuse_existing([] if replace else [out])
     _sync_tree(folder)
     token = secrets.token_hex(4)
@@ -447,7 +346,8 @@ def _publish_folder(folder: Path, out: Path, replace: bool) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _publish_files(folder: Path, out: Path, names: Sequence[str], replace: bool) -> None:
+def publish_files(folder: Path, out: Path, names: Sequence[str], replace: bool) -> None:
+    """Renames files of ``folder`` into the folder of ``out``, in the order given; all or none that is new."""
     _refuse_existing([] if replace else [out.with_name(name) for name in names])
     moved: list[tuple[Path, bool]] = []
     try:

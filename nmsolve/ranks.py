@@ -65,14 +65,17 @@ class Ranks:
             return json.loads(text)
         return self._heard(step)
 
-    def gather(self, value: Any) -> list[Any]:
-        """What each rank gives, by rank, once all have; it is what JSON makes of it."""
+    def gather(self, value: Any, waiting: Callable[[], object] | None = None) -> list[Any]:
+        """What each rank gives, by rank, once all have; it is what JSON makes of it.
+
+        ``waiting`` is called now and then until then.
+        """
         if self.count == 1:
             return [value]
         step = self._next()
         with self._reached() as store:
             store.set(f"{step}/{self.rank}", json.dumps(value))
-        return [self._heard(f"{step}/{rank}") for rank in range(self.count)]
+        return [self._heard(f"{step}/{rank}", waiting) for rank in range(self.count)]
 
     def add(self, name: str, amount: int) -> int:
         """Adds to a number that all ranks add to, and returns it; waits for no one."""
@@ -85,12 +88,14 @@ class Ranks:
         self._steps += 1
         return f"step/{self._steps}"
 
-    def _heard(self, key: str) -> Any:
+    def _heard(self, key: str, waiting: Callable[[], object] | None = None) -> Any:
         """What another rank put there; waits for it."""
         pause = _LOOK
         with self._reached() as store:
             while not store.check([key]):
                 self.check()
+                if waiting is not None:
+                    waiting()
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_LOOK)
             return json.loads(store.get(key))

@@ -32,8 +32,11 @@ def check_device(asked: str | None) -> None:
         raise NMSolveError(f"device: expected cpu, cuda or cuda:N, got {asked!r}")
 
 
-def chosen_device(asked: str | None) -> str:
+def chosen_device(asked: str | None, local: int | None = None) -> str:
     """What ``device`` asks for (cpu, cuda or cuda:N); by default a GPU if there is one.
+
+    Where several processes share a host, ``local`` numbers them, and each gets a GPU of its own unless one is
+    asked for by its number.
 
     Raises
     ------
@@ -44,12 +47,14 @@ def chosen_device(asked: str | None) -> str:
     import torch
 
     if asked is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
     if asked != "cpu":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = int(asked.partition(":")[2] or 0)
         if index >= count:
             raise NMSolveError(f"device: {asked} is not here: torch {torch.__version__} sees {count} GPUs")
+        if asked == "cuda" and local is not None:
+            return f"cuda:{local % count}"
     return asked
 
 

@@ -5,30 +5,26 @@ torch is imported once it is certain that there is work for it, or to ask the mo
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nmsolve.about import __version__
 from nmsolve.backends.devices import check_device, chosen_device
-from nmsolve.backends.dispatch import AUTO, check_backend, check_mask_method, select
+from nmsolve.backends.dispatch import AUTO, check_backend, check_mask_method
 from nmsolve.checkpoint.format import Checkpoint, open_checkpoint, output_names
-from nmsolve.checkpoint.output import check_output, publish
+from nmsolve.checkpoint.job import Job, Work, mask_together
+from nmsolve.checkpoint.output import check_output
 from nmsolve.checkpoint.selection import Selection, select_tensors
-from nmsolve.checkpoint.units import Unit, check_part, deal, input_identity, units_of
-from nmsolve.errors import NMSolveError, WorkFailed, begun, printable
-from nmsolve.files import Interrupts, Unfinished, check_space
+from nmsolve.checkpoint.units import check_part
+from nmsolve.errors import NMSolveError
+from nmsolve.files import Interrupts
 from nmsolve.pattern import NMPattern, PatternLike
+from nmsolve.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
-    from nmsolve.checkpoint.masking import MaskSettings, Output
-    from nmsolve.checkpoint.report import MaskedTensor, Report
+    from nmsolve.checkpoint.report import Report
 
 __all__ = ["Prepared", "mask_checkpoint", "prepare"]
 
@@ -101,6 +97,7 @@ def mask_checkpoint(
     certificate: bool = True,
     part: tuple[int, int] | None = None,
     merge: bool = False,
+    ranks: Ranks | None = None,
     progress: bool | None = None,
     interrupts: Interrupts | None = None,
 ) -> Report:
@@ -137,6 +134,10 @@ def mask_checkpoint(
         that sees the same files.
     merge : bool
         Puts in place what the parts have finished, and computes nothing.
+    ranks : Ranks, optional
+        The processes that share the work, from :func:`nmsolve.ranks.joined`: each makes the same call. By
+        default this process does all, whatever others do. Each rank of a host takes a GPU of its own, unless
+        ``device`` has a number.
     progress : bool, optional
         Whether to show a progress bar; by default on a terminal.
     interrupts : Interrupts, optional
@@ -146,7 +147,7 @@ def mask_checkpoint(
     -------
     Report
         What was masked and how well, what was left dense and why; also written beside the weights. With
-        ``part``, only what this process masked.
+        ``part``, and on other ranks than the first, only what this process masked.
 
     Raises
     ------
@@ -154,7 +155,7 @@ def mask_checkpoint(
         If an argument or the input is not as described, before any work.
     WorkFailed
         If a weight is not finite, for one. What is finished stays in ``.OUT.unfinished-...`` beside ``out``,
-        and the same call goes on there.
+        and the same call goes on there, with as many ranks or others. What one rank fails with, all raise.
     OSError
         If reading or writing fails.
 
@@ -164,197 +165,50 @@ def mask_checkpoint(
     >>> report.totals()["retained"]                                                     # doctest: +SKIP
     0.75
     """
-    pattern = NMPattern.of(pattern)
-    check_backend(backend)
-    for name, value in (("certificate", certificate), ("merge", merge)):
-        if not isinstance(value, bool):
-            raise NMSolveError(f"{name}: expected True or False, got {value!r}")
-    part = check_part(part)
+    ranks = ALONE if ranks is None else ranks
+
+    def begin() -> Job:
+        check_backend(backend)
+        for name, value in (("certificate", certificate), ("merge", merge)):
+            if not isinstance(value, bool):
+                raise NMSolveError(f"{name}: expected True or False, got {value!r}")
+        _check_shares(check_part(part), merge, ranks)
+        arguments = {
+            "include": list(include),
+            "exclude": list(exclude),
+            "input_first": list(input_first),
+            "input_last": list(input_last),
+        }
+        prepared = prepare(
+            checkpoint,
+            out,
+            NMPattern.of(pattern),
+            transposable=transposable,
+            method=method,
+            device=device,
+            overwrite=overwrite,
+            **arguments,
+        )
+        from nmsolve.checkpoint.masking import MaskSettings
+
+        chosen = chosen_device(device, ranks.local if ranks.count > 1 else None)
+        settings = MaskSettings(
+            NMPattern.of(pattern), transposable, method or "exact", backend, chosen, certificate
+        )
+        names = os.fspath(checkpoint), os.fspath(out), device or chosen.partition(":")[0]
+        return Job(prepared, settings, arguments, names, overwrite)
+
+    work = Work(progress, interrupts or Interrupts(), ranks)
+    with ranks.agreed():
+        if part is None and not merge:
+            return mask_together(begin, work)
+        job = begin()
+        return job.merge(work) if part is None else job.mask_part(part, work)
+
+
+def _check_shares(part: tuple[int, int] | None, merge: bool, ranks: Ranks) -> None:
     if merge and part is not None:
         raise NMSolveError("merge: expected without part, once all parts are done")
-    prepared = prepare(
-        checkpoint,
-        out,
-        pattern,
-        transposable=transposable,
-        method=method,
-        device=device,
-        include=include,
-        exclude=exclude,
-        input_first=input_first,
-        input_last=input_last,
-        overwrite=overwrite,
-    )
-    from nmsolve.checkpoint.masking import MaskSettings
-
-    chosen = chosen_device(device)
-    settings = MaskSettings(pattern, transposable, method or "exact", backend, chosen, certificate)
-    globs = {
-        "include": list(include),
-        "exclude": list(exclude),
-        "input_first": list(input_first),
-        "input_last": list(input_last),
-    }
-    job = _Job(prepared, settings, globs, os.fspath(checkpoint), os.fspath(out), overwrite)
-    work = _Work(progress, interrupts or Interrupts())
-    with job.held(shared=part is not None) as unfinished:
-        left = job.left(unfinished)
-        if merge:
-            job.check_complete(left)
-        with _kept(unfinished):
-            if part is not None:
-                mine = deal(job.units, part[1])[part[0] - 1]
-                numbers = {unit.number for unit in left}
-                job.mask([unit for unit in mine if unit.number in numbers], unfinished, work)
-                return job.report(unfinished, mine)
-            job.mask(left, unfinished, work)
-            return job.publish(unfinished, work)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """How a run shows itself, and what ends it."""
-
-    progress: bool | None
-    interrupts: Interrupts
-
-
-class _Job:
-    """The masks of a checkpoint, once it is certain that they can be made: pieces of work, and their end."""
-
-    def __init__(
-        self,
-        prepared: Prepared,
-        settings: MaskSettings,
-        globs: dict[str, list[str]],
-        source: str,
-        out: str,
-        overwrite: bool,
-    ) -> None:
-        assert prepared.out is not None
-        self.checkpoint, self.target, self.selection = prepared.checkpoint, prepared.out, prepared.selection
-        self.settings, self.overwrite = settings, overwrite
-        self.units = units_of(self.checkpoint)
-        self._names = source, out
-        self._started = time.perf_counter()
-        self._identity = input_identity(self.checkpoint)
-        chosen = select(settings.backend, settings.device, settings.pattern.m)
-        self._settings: dict[str, Any] = {
-            "pattern": str(settings.pattern),
-            "transposable": settings.transposable,
-            "method": settings.method if settings.transposable else "ordinary",
-            "backend": settings.backend,
-            "device": settings.device,
-            "certificate": settings.certificate,
-            **globs,
-            "chosen_by": self.selection.chosen_by,
-        }
-        masked = [(item.entry.name, repr(item.layout)) for item in self.selection.masked]
-        kind = settings.device.partition(":")[0]
-        decides = [__version__, self._identity, {**self._settings, "device": kind}, chosen.name, masked]
-        self.key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
-
-    @contextmanager
-    def held(self, *, shared: bool) -> Iterator[Unfinished]:
-        """The folder in which the work goes on."""
-        from nmsolve.checkpoint.masking import bytes_needed
-
-        with Unfinished(self.target, self.key, shared=shared) as unfinished:
-            needed = bytes_needed(self.checkpoint, self.selection) - unfinished.taken()
-            check_space(self.target.parent, needed)
-            yield unfinished
-
-    def _output(self, unfinished: Unfinished) -> Output:
-        from nmsolve.checkpoint.masking import Output
-
-        return Output(self.checkpoint, self.selection, self.settings, unfinished.result, self.target)
-
-    def left(self, unfinished: Unfinished) -> list[Unit]:
-        """The units that are not finished. One whose files have gone since is not."""
-        output = self._output(unfinished)
-        there = {shard.path.name: output.is_there(shard) for shard in self.checkpoint.shards}
-        left: list[Unit] = []
-        for unit in self.units:
-            if not there[unit.shard.path.name]:
-                unfinished.forget(_note(unit))
-            if unfinished.finished(_note(unit)) is None:
-                left.append(unit)
-        return left
-
-    def check_complete(self, left: Sequence[Unit]) -> None:
-        """Raises if a unit is not finished."""
-        if left:
-            raise NMSolveError(
-                f"merge: {len(left)} of {len(self.units)} pieces for this input and these settings "
-                f"are not done, the first is {left[0].name}; the same command without merge=True does them"
-            )
-
-    def mask(self, units: Sequence[Unit], unfinished: Unfinished, work: _Work) -> None:
-        """Does units."""
-        from tqdm import tqdm
-
-        from nmsolve.checkpoint.masking import write_units
-
-        def finished(unit: Unit, rows: Iterable[MaskedTensor]) -> None:
-            unfinished.finish(_note(unit), json.dumps([asdict(row) for row in rows]))
-
-        total = sum(unit.nbytes for unit in units)
-        disable = None if work.progress is None else not work.progress
-        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=disable) as bar:
-
-            def step(done: int, name: str) -> None:
-                work.interrupts.check()
-                bar.set_description_str(printable(name), refresh=False)
-                bar.update(done)
-
-            write_units(self._output(unfinished), units, finished, step)
-
-    def report(self, unfinished: Unfinished, units: Iterable[Unit]) -> Report:
-        """What was done in these units, and all that is left dense."""
-        from nmsolve.checkpoint.report import MaskedTensor, Report, SkippedTensor
-
-        rows = [json.loads(unfinished.finished(_note(unit)) or "[]") for unit in units]
-        return Report(
-            input=self._names[0],
-            output=self._names[1],
-            settings=self._settings,
-            tensors=[MaskedTensor(**{**row, "shape": tuple(row["shape"])}) for unit in rows for row in unit],
-            skipped=[
-                SkippedTensor(entry.name, shard.path.name, entry.shape, entry.dtype, reason)
-                for shard, entry, reason in self.selection.skipped
-            ],
-            files_left_out=[path.as_posix() for path in self.checkpoint.left_out],
-            seconds=time.perf_counter() - self._started,
-        )
-
-    def publish(self, unfinished: Unfinished, work: _Work) -> Report:
-        """Adds what is not weights, and puts all in place."""
-        if input_identity(self.checkpoint) != self._identity:
-            raise WorkFailed(f"{self.checkpoint.root}: the input changed while it was read")
-        if self.checkpoint.is_folder:
-            for path in self.checkpoint.extras:  # a run that was killed may have left half of one
-                (unfinished.result / path).unlink(missing_ok=True)
-            self.checkpoint.copy_extras(unfinished.result, lambda name: work.interrupts.check())
-        report = self.report(unfinished, self.units)
-        report.write(self._output(unfinished).report)
-        publish(self.checkpoint, unfinished, output_names, self.overwrite, work.interrupts)
-        return report
-
-
-@contextmanager
-def _kept(unfinished: Unfinished) -> Iterator[None]:
-    """Work that has begun: what ends it says what is kept."""
-    try:
-        with begun():
-            yield
-    except BaseException as error:
-        if unfinished.keeps():
-            # Errors of any kind keep their type; the command line tells it behind the message.
-            error.left_behind = (  # type: ignore[attr-defined]
-                f"what is finished is in {unfinished.path}: the same command goes on, or delete that folder"
-            )
-        raise
-
-
-def _note(unit: Unit) -> str:
-    return f"{unit.number}.json"
+    if ranks.count > 1 and (merge or part is not None):
+        name = "merge" if merge else "part"
+        raise NMSolveError(f"{name}: not for {ranks.count} ranks, which share the whole work by themselves")

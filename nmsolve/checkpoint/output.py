@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nmsolve.checkpoint.format import REPORT_NAME, SUFFIX, Checkpoint
-from nmsolve.files import Interrupts, Staging, Unfinished, check_out
+from nmsolve.files import Interrupts, Staging, check_out
+from nmsolve.unfinished import Unfinished
 
 __all__ = ["check_output", "publish"]
 

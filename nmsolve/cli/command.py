@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Container, Iterator
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from nmsolve.errors import NMSolveError, NMSolveWarning, WorkFailed, one_line, printable
+from nmsolve.files import Interrupts
+from nmsolve.ranks import ALONE, Ranks, joined, started
 
 __all__ = ["OK", "Command", "Parser", "exit_codes", "refuse_ranks", "run", "warnings_told"]
 
@@ -28,7 +31,8 @@ class Command:
 
     ``run`` gets the parsed arguments and returns when all is done; it raises :class:`NMSolveError` (``name:
     expected ..., got ...``, with the names of the library's arguments) before any work has begun, and
-    :class:`WorkFailed` afterwards.
+    :class:`WorkFailed` afterwards. Where ``ranks`` is set, the processes that torchrun starts share the work:
+    they are joined, ``args.ranks`` has them, and what fails is told once.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Command:
     epilog: str
     add_options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None]
+    ranks: bool = False
 
 
 def exit_codes(failed: str = NOTHING, interrupted: str = NOTHING) -> str:
@@ -52,7 +57,7 @@ exit codes:
 
 def refuse_ranks(name: str, instead: str) -> None:
     """Raise, with the argument ``name``, if torchrun started several of this process."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    _, ranks, _ = started()
     if ranks > 1:
         raise NMSolveError(f"{name}: torchrun started {ranks} processes, this command is one; {instead}")
 
@@ -71,23 +76,47 @@ class Parser(argparse.ArgumentParser):
         return action
 
     def error(self, message: str) -> NoReturn:
-        sys.exit(_fail(f"{message} (see {self.prog} --help)", USAGE))
+        with joined() as ranks:  # all of them have the same arguments
+            ranks.once(lambda: _fail(f"{message} (see {self.prog} --help)"))
+        sys.exit(USAGE)
+
+    def print_help(self, file: Any = None) -> None:
+        if started()[0] == 0:
+            super().print_help(file)
 
 
 def run(command: Command, parser: Parser, args: argparse.Namespace) -> int:
     """Runs a command and returns its exit code; an error is one line on standard error."""
+    if not command.ranks:
+        return _run(command, parser, args, ALONE)
     try:
-        command.run(args)
+        with joined() as ranks:
+            return _run(command, parser, args, ranks)
+    except Exception as error:
+        _fail(f"the ranks of torchrun cannot be joined: {_describe(error)}")
+        return FAILED
+
+
+def _run(command: Command, parser: Parser, args: argparse.Namespace, ranks: Ranks) -> int:
+    args.ranks = ranks
+    try:
+        with ranks.agreed():
+            command.run(args)
         return OK
     except NMSolveError as error:
-        return _fail(_in_options(_with_rest(str(error), error), parser.options), _code(error))
+        message, code = _in_options(_complete(str(error), error), parser.options), _code(error)
     except KeyboardInterrupt as error:
         left = getattr(error, "left_behind", None) or (error.args[0] if error.args else NOTHING)
-        return _fail(f"interrupted; {left}", INTERRUPTED)
+        message, code = f"interrupted; {left}", INTERRUPTED
     except Exception as error:
         if args.traceback:
             traceback.print_exc()
-        return _fail(_with_rest(_describe(error), error), FAILED)
+        message, code = _complete(_describe(error), error), FAILED
+    if ranks.count > 1 and threading.current_thread() is threading.main_thread():
+        for number in Interrupts.SIGNALS:  # torchrun's, for one, when the first rank has ended
+            signal.signal(number, signal.SIG_IGN)
+    ranks.once(lambda: _fail(message))
+    return code
 
 
 @contextmanager
@@ -107,9 +136,12 @@ def warnings_told() -> Iterator[None]:
         yield
 
 
-def _with_rest(message: str, error: Exception) -> str:
-    """The message and, where the work can be gone on with, what is kept: the error's ``left_behind``."""
-    left = getattr(error, "left_behind", None)
+def _complete(message: str, error: Exception) -> str:
+    """The message with the name of the rank that failed, where there are several, and, where the work can be
+    gone on with, what is kept: the error's ``of_rank`` and ``left_behind``.
+    """
+    rank, left = getattr(error, "of_rank", None), getattr(error, "left_behind", None)
+    message = f"{rank}: {message}" if rank else message
     return f"{message}; {left}" if left else message
 
 
@@ -121,9 +153,9 @@ def _in_options(message: str, options: Container[str]) -> str:
     """The library speaks of its arguments: ``out: expected`` becomes ``--out: expected`` and
     ``overwrite=True`` becomes ``--overwrite``, where there are such options.
     """
-    name, colon, rest = message.partition(":")
-    if colon and name in options:
-        message = f"{_option(name)}:{rest}"
+    found = re.match(r"(rank \d+ of \d+: )?(\w+):", message)
+    if found is not None and found[2] in options:
+        message = f"{found[1] or ''}{_option(found[2])}{message[found.end(2) :]}"
     return re.sub(r"\b(\w+)=True\b", lambda m: _option(m[1]) if m[1] in options else m[0], message)
 
 
@@ -137,9 +169,9 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"nmsolve: error: {_shortened(printable(one_line(message)))}", file=sys.stderr)
-    return code
+def _fail(message: str) -> None:
+    line = _shortened(printable(one_line(message)))
+    print(f"nmsolve: error: {line}", file=sys.stderr, flush=True)
 
 
 def _shortened(line: str) -> str:

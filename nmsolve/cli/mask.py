@@ -12,9 +12,10 @@ from nmsolve.checkpoint.on_disk import mask_checkpoint, prepare
 from nmsolve.checkpoint.roles import DENSE_BY_NAME
 from nmsolve.checkpoint.selection import Selection
 from nmsolve.cli import options
-from nmsolve.cli.command import Command, exit_codes, refuse_ranks
+from nmsolve.cli.command import Command, exit_codes
 from nmsolve.errors import NMSolveError, counted, printable
 from nmsolve.files import Interrupts
+from nmsolve.ranks import Ranks
 
 if TYPE_CHECKING:
     from nmsolve.checkpoint.report import Report
@@ -67,14 +68,17 @@ in Python:
   masks = nmsolve.load_masks("Llama-3.2-1B-8of16")     # name -> bool tensor, True = keep
 
 many processes, which all see the same files:
+  torchrun --nproc-per-node 8 -m nmsolve mask BIG --pattern 8:16 --transposable --out OUT
+      8 ranks share the work, each with a GPU if there are as many; on several hosts with torchrun's --nnodes
   nmsolve mask BIG --pattern 8:16 --transposable --out OUT --part 3/16
-      the third of 16 parts, in any order, at the same time or not, on one machine or many
+      without torchrun: the third of 16 parts, in any order, at the same time or not, on one machine or many
   nmsolve mask BIG --pattern 8:16 --transposable --out OUT --merge
       puts all parts in place once they are done
 
 Everything is written beside OUT in a hidden folder and renamed when it is complete. After an error, an
 interruption or a kill what is finished stays in .OUT.unfinished-..., and the same command goes on there, as
-one process or as parts. Memory holds a few slabs of a tensor, whatever the size of the model.
+one process, as parts or with any number of ranks. Memory holds a few slabs of a tensor, whatever the size
+of the model.
 
 {exit_codes(_KEPT, _KEPT)}"""
 
@@ -107,7 +111,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    refuse_ranks("input", "several processes share the work with --part")
+    ranks: Ranks = args.ranks
     arguments = {
         "transposable": args.transposable,
         "method": args.method,
@@ -119,9 +123,10 @@ def run(args: argparse.Namespace) -> None:
         "overwrite": args.overwrite,
     }
     pattern = options.pattern_of(args.pattern)
-    options.tell_start(args, "mask", args.input)
+    if ranks.rank == 0:
+        options.tell_start(args, "mask", args.input)
     if args.dry_run:
-        _print_selection(prepare(args.input, args.out, pattern, **arguments).selection)
+        ranks.first(lambda: _print_selection(prepare(args.input, args.out, pattern, **arguments).selection))
         return
     out = options.need_out(args.out)
     part = _part_of(args.part)
@@ -134,11 +139,12 @@ def run(args: argparse.Namespace) -> None:
             certificate=args.certificate == "on",
             part=part,
             merge=args.merge,
+            ranks=ranks,
             progress=options.progress_of(args),
             interrupts=interrupts,
             **arguments,
         )
-    if args.quiet:
+    if args.quiet or ranks.rank > 0:
         return
     if part is None:
         _print_summary(report)
@@ -194,4 +200,6 @@ def _print_summary(report: Report) -> None:
         print(f"not copied, as they hold other weights: {printable(', '.join(report.files_left_out))}")
 
 
-COMMAND = Command("mask", "mask the weights of a checkpoint", DESCRIPTION, EPILOG, add_options, run)
+COMMAND = Command(
+    "mask", "mask the weights of a checkpoint", DESCRIPTION, EPILOG, add_options, run, ranks=True
+)

@@ -86,7 +86,7 @@ def test_a_backend_that_cannot_run_is_refused(file, out, capsys, monkeypatch):
     def select(backend, device, m):
         raise BackendError(f"backend: {backend!r} cannot run on {device}: there is no GPU")
 
-    monkeypatch.setattr("nmsolve.checkpoint.on_disk.select", select)
+    monkeypatch.setattr("nmsolve.checkpoint.job.select", select)
     assert mask(file, out, backend="triton") == 2
     assert "backend: 'triton' cannot run on cpu: there is no GPU" in one_error(capsys)
     assert names(out.parent) == []

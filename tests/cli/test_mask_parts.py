@@ -200,14 +200,6 @@ def test_one_file_in_parts(tmp_path, monkeypatch, capsys):
     assert names(out.parent) == names(whole.parent)
 
 
-def test_under_torchrun_it_is_refused(file, out, monkeypatch, capsys):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert mask(file, out) == 2
-    assert "torchrun started 2 processes" in one_error(capsys)
-    assert not out.exists()
-
-
 def test_more_parts_than_work(file, out):
     for k in (1, 2):
         assert mask(file, out, "--part", f"{k}/2") == 0
