@@ -213,8 +213,14 @@ def apply_permutations(
 def fold_site(tensor: Tensor, coupling: Coupling, permutation: Tensor, site: Site) -> None:
     """Reorders a tensor's indices of the coupling's channels, in place."""
     index = coupling.index(permutation, site).to(tensor.device)
-    part = tensor.narrow(site.axis, site.start, len(index))
-    part.copy_(part.index_select(site.axis, index))
+    places = coupling.places(site, tensor.device)
+    if site.head_axis is None:
+        tensor.index_copy_(site.axis, places, tensor.index_select(site.axis, index))
+        return
+    axis = site.axis - (site.head_axis < site.axis)
+    for head in range(coupling.heads):
+        part = tensor.select(site.head_axis, head)
+        part.index_copy_(axis, places[head], part.index_select(axis, index[head]))
 
 
 def save_permutations(path: Path | str, permutations: Mapping[str, Tensor]) -> None:
@@ -325,7 +331,13 @@ def _plan(model: nn.Module, coupling: Coupling, order: Tensor, how: str, norms: 
     if not everything:
         raise NMSolveError(f"{coupling.name}: a gather needs the order of all {inputs} inputs")
     for consumer in coupling.consumers:
-        _linear_tensors(model.get_submodule(consumer.tensor.removesuffix(".weight")))
+        path, _, own = consumer.tensor.rpartition(".")
+        if own != "weight":
+            raise NMSolveError(
+                f"{coupling.name}: a run-time gather exists for linear layers, and {consumer.tensor} is a "
+                f"parameter of {type(model.get_submodule(path)).__name__}"
+            )
+        _linear_tensors(model.get_submodule(path))
     return "gather"
 
 

@@ -172,7 +172,10 @@ def _linear_couplings(model: nn.Module) -> list[Coupling]:
 
 
 def _is_linear(model: nn.Module, site: Site) -> bool:
-    layer = model.get_submodule(site.tensor.removesuffix(".weight"))
+    path, _, own = site.tensor.rpartition(".")
+    layer = model.get_submodule(path)
+    if own != "weight":  # experts, which are a parameter of their module
+        return False
     return isinstance(layer, nn.Linear) or is_conv1d(layer)
 
 

@@ -1,45 +1,36 @@
 """The couplings of a model in memory: those that its names show, and what only its modules tell.
 
-Chains of layers in ``torch.nn.Sequential`` are read from the modules, and a fold is refused where an
+Chains of layers and blocks of convolutions are read from the modules, and a fold is refused where an
 activation mixes channels or a tensor is shared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from nmsolve.permute.couplings import Coupling, Site, named_couplings
+from nmsolve.permute.channelwise import elementwise
+from nmsolve.permute.couplings import Coupling
+from nmsolve.permute.named import named_couplings
+from nmsolve.permute.part_configs import OWN_HEADS, Config, PartConfigs, narrowed
+from nmsolve.permute.traced import traced_couplings
 
-__all__ = ["find_couplings", "sequential_couplings"]
-
-_ELEMENTWISE_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.RMSNorm)
-_POOLS: tuple[type[nn.Module], ...] = (
-    nn.MaxPool1d,
-    nn.MaxPool2d,
-    nn.MaxPool3d,
-    nn.AvgPool1d,
-    nn.AvgPool2d,
-    nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool1d,
-    nn.AdaptiveMaxPool2d,
-)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+__all__ = ["ModuleConfigs", "checked", "find_couplings", "once", "reordered_by_modules", "shared_tensors"]
 
 
 def find_couplings(model: nn.Module) -> list[Coupling]:
-    """The couplings of a model: transformer blocks by the names of their layers, and sequential chains.
+    """The couplings of a model: transformer blocks by the names of their layers, and chains of layers.
+
+    What no rule knows is in none of them: docs/permutation.md has the families. Layers that read the residual
+    stream of a known one, and those whose fold was refused, are there with the reason.
 
     Parameters
     ----------
     model : nn.Module
-        Its ``config``, if it has one, gives the numbers of heads.
+        Its ``config`` and those of its parts, if it has one, give the type and the numbers of heads.
 
     Returns
     -------
@@ -54,146 +45,121 @@ def find_couplings(model: nn.Module) -> list[Coupling]:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    config: Any = getattr(model, "config", None)
-    fields = config.to_dict() if hasattr(config, "to_dict") else {}
-    chains = sequential_couplings(model)
-    taken = {site.tensor for coupling in chains for site in coupling.consumers}
-    named = [
-        coupling
-        for coupling in named_couplings(shapes, fields)
-        if not any(site.tensor in taken for site in coupling.consumers)
-    ]
-    found = [_refuse_shared(coupling, parameters) for coupling in named + chains]
-    found = [_probe_activation(coupling, model) for coupling in found]
+    named = named_couplings(shapes, ModuleConfigs(model))
+    traced, mixed = reordered_by_modules(model)
+    kept = [coupling for coupling in named if all(site.tensor not in mixed for site in coupling.consumers)]
+    shared = shared_tensors(model)
+    found = [checked(coupling, model, shared) for coupling in once([*kept, *traced])]
     order = {name: k for k, name in enumerate(parameters)}
     return sorted(found, key=lambda coupling: order[coupling.consumers[0].tensor])
 
 
-def sequential_couplings(model: nn.Module) -> list[Coupling]:
-    """The couplings of linear and convolution layers that follow each other in ``nn.Sequential`` modules.
+def reordered_by_modules(model: nn.Module) -> tuple[list[Coupling], set[str]]:
+    """The couplings of traced modules, and the weights whose inputs they say are mixed."""
+    traced = traced_couplings(model)
+    mixed = {site.tensor for found in traced if found.mixed for site in found.coupling.consumers}
+    return [found.coupling for found in traced], mixed
 
-    Between them may stand element-wise activations, dropout, norms with a parameter for each channel (which
-    are reordered too) and pooling.
+
+def once(couplings: Sequence[Coupling]) -> Iterator[Coupling]:
+    """Of couplings with a common consumer, the first that folds, or else the first."""
+    seen: set[str] = set()
+    for coupling in sorted(couplings, key=lambda coupling: not coupling.folds):
+        tensors = {site.tensor for site in coupling.consumers}
+        if not tensors & seen:
+            seen |= tensors
+            yield coupling
+
+
+def checked(coupling: Coupling, model: nn.Module, shared: Sequence[Sequence[str]]) -> Coupling:
+    """The coupling, with the reason instead of its producers where modules of the model forbid the fold.
+
+    ``shared`` has what :func:`shared_tensors` tells of the model.
     """
-    found: list[Coupling] = []
-    for prefix, module in model.named_modules():
-        inside = any(
-            isinstance(parent, nn.Sequential)
-            for name, parent in model.named_modules()
-            if name != prefix and (prefix.startswith(f"{name}.") or not name)
-        )
-        if isinstance(module, nn.Sequential) and not inside:
-            found += _chain(prefix, module)
-    return found
+    if not coupling.folds:
+        return coupling
+    return _probe_activations(_refuse_shared(coupling, shared), model)
 
 
-# --- chains -------------------------------------------------------------------------------------------------
+class ModuleConfigs(PartConfigs):
+    """Configurations as modules carry them, with what attentions and experts themselves say."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self._read: dict[int, Config] = {}
+        super().__init__(self._config(model) or {})
+
+    def at(self, tensor: str, width: int) -> Config:
+        path = tensor.split(".")[:-1]
+        for end in range(len(path), -1, -1):
+            config = self._config(self.modules.get(".".join(path[:end])))
+            if config is not None:
+                break
+        else:
+            end, config = 0, {}
+        return {**narrowed(config, path[end:], width), **self._own(path)}
+
+    def _config(self, module: nn.Module | None) -> Config | None:
+        config: Any = getattr(module, "config", None)
+        if not hasattr(config, "to_dict"):
+            return None
+        if id(config) not in self._read:
+            self._read[id(config)] = config.to_dict()
+        return self._read[id(config)]
+
+    def _own(self, path: list[str]) -> dict[str, object]:
+        """The heads, and the layout of experts, that the modules around a layer have as attributes."""
+        above, beside = ".".join(path[:-1]), ".".join(path[:-2])
+        around = [above, f"{beside}.self", f"{beside}.attention", ".".join(path)]
+        own: dict[str, object] = {}
+        for module in (self.modules[name] for name in around if name in self.modules):
+            heads = next((n for key in _HEADS if isinstance(n := getattr(module, key, None), int)), None)
+            if heads is not None:
+                own.setdefault(OWN_HEADS, heads)
+            for key in _ATTRIBUTES:
+                value = getattr(module, key, None)
+                if isinstance(value, bool | int):
+                    own.setdefault(key, value)
+        return own
 
 
-def _chain(prefix: str, sequence: nn.Sequential) -> list[Coupling]:
-    found: list[Coupling] = []
-    producers: tuple[Site, ...] = ()
-    channels, reason = 0, "it is the first layer: its inputs come from outside"
-    for name, layer in _flattened(prefix, sequence):
-        weight = f"{name}.weight"
-        if isinstance(layer, (nn.Linear, *_CONVOLUTIONS)):
-            grouped = isinstance(layer, _CONVOLUTIONS) and layer.groups != 1
-            inputs = layer.weight.shape[1]
-            if not grouped:
-                if producers and inputs != channels:
-                    reason, producers = f"it has {inputs} inputs for {channels} channels", ()
-                found.append(
-                    Coupling(name, 1, inputs, (Site(weight, 1),), producers, "" if producers else reason)
-                )
-            channels, reason = layer.weight.shape[0], ""
-            producers = (Site(weight, 0),)
-            if layer.bias is not None:
-                producers += (Site(f"{name}.bias", 0),)
-            if grouped:
-                reason, producers = (
-                    f"{name} is a grouped convolution, whose outputs are tied to its groups",
-                    (),
-                )
-        elif isinstance(layer, _ELEMENTWISE_NORMS):
-            tensors = [n for n, p in layer.named_parameters(recurse=False)]
-            tensors += [n for n, b in layer.named_buffers(recurse=False) if b.ndim == 1]
-            if any(getattr(layer, t).shape != (channels,) for t in tensors):
-                reason, producers = f"{name} normalises over more than the channels", ()
-            elif producers:
-                producers += tuple(Site(f"{name}.{t}", 0) for t in tensors)
-        elif isinstance(layer, (nn.Dropout, nn.Identity, nn.Dropout1d, nn.Dropout2d, *_POOLS)):
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
+_ATTRIBUTES = ("is_concatenated", "moe_num_experts")
+
+
+def _probe_activations(coupling: Coupling, model: nn.Module) -> Coupling:
+    """Refuses a fold where an activation beside the layers is a module that mixes channels."""
+    if not coupling.folds:
+        return coupling
+    layers = [site.tensor.rpartition(".")[0] for site in (*coupling.consumers, *coupling.producers)]
+    for path in dict.fromkeys(layer.rpartition(".")[0] for layer in layers):
+        parent = model.get_submodule(path)
+        if isinstance(parent, nn.Sequential):
             continue
-        elif any(True for _ in layer.parameters()) or not _elementwise(layer):
-            reason, producers = f"{name} ({type(layer).__name__}) does not act on every channel alike", ()
-    return found
-
-
-def _flattened(prefix: str, sequence: nn.Sequential) -> list[tuple[str, nn.Module]]:
-    found: list[tuple[str, nn.Module]] = []
-    for name, child in sequence.named_children():
-        path = f"{prefix}.{name}" if prefix else name
-        found += _flattened(path, child) if isinstance(child, nn.Sequential) else [(path, child)]
-    return found
-
-
-# --- what only the modules can tell -------------------------------------------------------------------------
-
-
-# How far one input may be apart at two places, relative to values of 1: vectorised code computes exponentials
-# in another way than the loop over what is left at the end, and tanh(x) + 1 loses what that costs.
-_ULPS = 16
-
-
-def _elementwise(layer: nn.Module) -> bool:
-    """Whether reordering the channels before or after the layer is the same, found by trying it."""
-    probe = torch.linspace(-3, 3, 48).view(1, 6, 8)
-    order = torch.tensor([5, 2, 0, 7, 6, 1, 4, 3])
-    was_training = layer.training
-    try:
-        with torch.no_grad():
-            layer.eval()
-            rows = [4, 0, 5, 1, 3, 2]
-            out = layer(probe)
-            other = probe.clone()
-            other[..., 2] = 0.5  # which a softmax tells the other channels
-            return (
-                _alike(layer(probe[..., order]), out[..., order])
-                and _alike(layer(probe[:, rows]), out[:, rows])
-                and _alike(layer(other)[..., 3:], out[..., 3:])
-            )
-    except (RuntimeError, TypeError, ValueError, IndexError):
-        return False
-    finally:
-        layer.train(was_training)
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    tolerance = _ULPS * torch.finfo(a.dtype).eps
-    return a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance)
-
-
-def _probe_activation(coupling: Coupling, model: nn.Module) -> Coupling:
-    """Refuses the fold of an MLP whose activation is a module that mixes channels."""
-    if not coupling.folds or coupling.heads != 1:
-        return coupling
-    path = coupling.name.rpartition(".")[0]
-    parent = model.get_submodule(path) if path else model
-    if isinstance(parent, nn.Sequential):
-        return coupling
-    for name, child in parent.named_children():
-        if name.startswith(("act", "intermediate_act")) and not _elementwise(child):
-            reason = f"{path}.{name} ({type(child).__name__}) does not act on every channel alike"
-            return replace(coupling, producers=(), reason=reason)
+        for name, child in parent.named_children():
+            if name.startswith(("act", "intermediate_act", "gelu")) and not elementwise(child):
+                reason = f"{path}.{name} ({type(child).__name__}) does not act on every channel alike"
+                return replace(coupling, producers=(), reason=reason)
     return coupling
 
 
-def _refuse_shared(coupling: Coupling, parameters: Mapping[str, Tensor]) -> Coupling:
+def shared_tensors(model: nn.Module) -> list[list[str]]:
+    """The names of every parameter and buffer that has several."""
+    names: dict[int, list[str]] = {}
+    tensors: list[tuple[str, Tensor]] = [*model.named_parameters(remove_duplicate=False)]
+    for name, tensor in [*tensors, *model.named_buffers(remove_duplicate=False)]:
+        names.setdefault(id(tensor), []).append(name)
+    return [of_one for of_one in names.values() if len(of_one) > 1]
+
+
+def _refuse_shared(coupling: Coupling, shared: Sequence[Sequence[str]]) -> Coupling:
     """A tensor that two places of the model share cannot be reordered for one of them."""
     if not coupling.folds:
         return coupling
-    sites = {site.tensor for site in (*coupling.consumers, *coupling.producers) if site.tensor in parameters}
-    for site in sites:
-        for name, parameter in parameters.items():
-            if name not in sites and parameter is parameters[site]:
-                return replace(coupling, producers=(), reason=f"{site} is shared with {name}")
+    sites = {site.tensor for site in (*coupling.consumers, *coupling.producers)}
+    for names in shared:
+        mine = next((name for name in names if name in sites), None)
+        other = next((name for name in names if name not in sites), None)
+        if mine is not None and other is not None:
+            return replace(coupling, producers=(), reason=f"{mine} is shared with {other}")
     return coupling

@@ -6,6 +6,7 @@ torch is imported once it is certain that there is work for it.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nmsolve.about import __version__, versions
-from nmsolve.checkpoint.architecture import read_config
 from nmsolve.checkpoint.format import (
     ORDERS_FOLDER,
     ORDERS_NAME,
@@ -22,6 +22,7 @@ from nmsolve.checkpoint.format import (
     REPORT_NAME,
     SUFFIX,
     Checkpoint,
+    Shard,
     open_checkpoint,
 )
 from nmsolve.checkpoint.output import check_output, publish
@@ -34,7 +35,7 @@ from nmsolve.pattern import NMPattern, PatternLike
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nmsolve.permute.couplings import Coupling
+    from nmsolve.permute.couplings import Coupling, Site
 
 __all__ = ["ORDERS_FOLDER", "ORDERS_SUFFIX", "PermuteReport", "permute_checkpoint", "prepare"]
 
@@ -206,13 +207,10 @@ def _choose(
     checkpoint: Checkpoint, include: Sequence[str], heads: int | None, key_value_heads: int | None
 ) -> tuple[list[Coupling], list[tuple[Coupling, str]]]:
     """The couplings to reorder, and the others with the reason."""
-    from nmsolve.permute.couplings import named_couplings
+    from nmsolve.permute.stored import stored_couplings
 
-    config: dict[str, Any] = read_config(checkpoint.root)[0] if checkpoint.is_folder else {}
-    if heads is not None:
-        config |= {"num_attention_heads": heads, "num_key_value_heads": key_value_heads}
     entries = {entry.name: entry for _, entry in checkpoint.entries()}
-    couplings = named_couplings({name: entry.shape for name, entry in entries.items()}, config)
+    couplings = stored_couplings(checkpoint, heads, key_value_heads)
     for glob in include:
         if not any(fnmatchcase(coupling.name, glob) for coupling in couplings):
             raise NMSolveError(f"include: {glob!r} matches none of the {counted(len(couplings), 'coupling')}")
@@ -246,14 +244,16 @@ def _search(
 
     from nmsolve.permute import retained_score, ria_permutation, transposable_permutation
 
+    shards = {entry.name: shard for shard, entry in checkpoint.entries()}
+    shapes = {entry.name: entry.shape for _, entry in checkpoint.entries()}
     rows: list[dict[str, Any]] = []
     orders: dict[str, Tensor] = {}
     for coupling in tqdm(chosen, unit="coupling", disable=None if progress is None else not progress):
         interrupts.check()
         sites = [*coupling.consumers]
         if transposable:  # the masks of the producers feel the order of their rows as well
-            sites += [site for site in coupling.producers if site.tensor.endswith(".weight")]
-        weights = {site.tensor: _read(checkpoint, site.tensor).float().abs() for site in sites}
+            sites += [site for site in coupling.producers if _is_matrix(shapes[site.tensor], site)]
+        weights = {site.tensor: _read(shards[site.tensor], site.tensor).float().abs() for site in sites}
         for name, weight in weights.items():
             if not torch.isfinite(weight).all():
                 raise NMSolveError(f"{name}: expected finite values, got NaN or infinite ones")
@@ -300,7 +300,7 @@ def _write(
                     for _ in writer.copy(source, entry):
                         interrupts.check()
                     continue
-                tensor = _read(checkpoint, entry.name).clone()
+                tensor = _read(shard, entry.name).clone()
                 for coupling, site in moves[entry.name]:
                     fold_site(tensor, coupling, orders[coupling.name], site)
                 writer.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -312,10 +312,15 @@ def _write(
         save_permutations(folder / _names(out)[0], orders)
 
 
-def _read(checkpoint: Checkpoint, name: str) -> Tensor:
+def _is_matrix(shape: tuple[int, ...], site: Site) -> bool:
+    """Whether a tensor has several elements for each channel, which biases and norms have not."""
+    heads = 1 if site.head_axis is None else shape[site.head_axis]
+    return math.prod(shape) > heads * shape[site.axis]
+
+
+def _read(shard: Shard, name: str) -> Tensor:
     from safetensors import safe_open
 
-    shard = next(shard for shard, entry in checkpoint.entries() if entry.name == name)
     with safe_open(shard.path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
     return tensor

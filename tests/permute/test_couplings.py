@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nmsolve.permute import apply_permutations, find_couplings
-from nmsolve.permute.model_couplings import _elementwise
+from nmsolve.permute.channelwise import elementwise
 
 ELEMENTWISE = [
     nn.ReLU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.Mish(), nn.ELU(), nn.SELU(), nn.CELU(), nn.SiLU(),
@@ -32,7 +32,7 @@ def folds(activation):
 
 @pytest.mark.parametrize("activation", ELEMENTWISE, ids=lambda a: type(a).__name__)
 def test_activations_act_on_every_channel_alike(activation):
-    assert _elementwise(activation)
+    assert elementwise(activation)
     assert folds(activation)
 
 
@@ -41,7 +41,7 @@ def test_what_depends_on_the_channel_does_not(activation):
     with torch.no_grad():
         for parameter in activation.parameters():  # they begin alike, which no trained one stays
             parameter.copy_(torch.linspace(0.5, 1.5, len(parameter)))
-    assert not _elementwise(activation)
+    assert not elementwise(activation)
 
 
 class Lanes(nn.Module):
@@ -57,8 +57,8 @@ class Lanes(nn.Module):
 
 
 def test_ulps_between_lanes_do_not_count_and_more_does():
-    assert _elementwise(Lanes(2))
-    assert not _elementwise(Lanes(200))
+    assert elementwise(Lanes(2))
+    assert not elementwise(Lanes(200))
 
 
 class Slight(nn.Module):

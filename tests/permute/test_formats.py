@@ -12,7 +12,7 @@ import zoo
 
 from nmsolve import NMSolveError
 from nmsolve.permute import permute_checkpoint
-from nmsolve.permute.couplings import named_couplings
+from nmsolve.permute.named import named_couplings
 
 H, INNER = 16, 24
 
