@@ -3,12 +3,13 @@
 Compiles every shipped configuration (cases.py), assigns the machine code to the loops of the source
 (source_regions.py) and multiplies with how often a program enters each, which Triton's interpreter counts on
 random scores (trips.py). Writes kernel_trips.csv (the counts), kernel_costs.csv and kernel_phases.csv to
-bench/results; what is selected is only printed, or written to another folder.
+bench/results; what is selected is only printed, or written to another folder, or in place of its rows.
 docs/internals/kernel-costs.md explains the columns.
 
     python bench kernel_costs                                           # everything; writes
     python bench kernel_costs --kernels exact --targets sm_90 --dtypes float32 --count
     python bench kernel_costs --kernels exact --sizes 16 --targets sm_90 --candidates
+    python bench kernel_costs --kernels nm --counted --replace          # with the counts that are there
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, read_csv, table, write_csv
+from common import RESULTS, read_csv, replace_rows, table, write_csv
 
 from kernel_costs import offline, sass
 from kernel_costs.cases import COMPARED, KERNELS, Case, cases, shipped
-from kernel_costs.costs import COSTS, PHASES, TRIPS, Cost, cost
+from kernel_costs.costs import CONFIGURATION, COSTS, PHASES, TRIPS, Cost, cost
 from kernel_costs.trips import count_all, trips_of
 
 
@@ -52,11 +53,14 @@ def main() -> int:
     parser.add_argument("--phases", action="store_true", help="print the phases as well")
     parser.add_argument("--distribution", default="normal", choices=("normal", "student_t"))
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write what was selected there")
+    parser.add_argument("--replace", action="store_true", help="write what was selected in place of its rows")
     parser.add_argument("--programs", type=int, default=16, help="to count, of each tile (16)")
     parser.add_argument("--processes", type=int, default=2, help="that compile and count side by side (2)")
     arguments = parser.parse_args()
     selection = (arguments.kernels, arguments.sizes, arguments.dtypes, arguments.targets)
-    whole = not (any(selection) or arguments.candidates or arguments.count or arguments.out)
+    whole = not (
+        any(selection) or arguments.candidates or arguments.count or arguments.out or arguments.replace
+    )
     if whole:
         compared = cases(COMPARED, None, ("float32",), ("sm_90",), True)
         chosen = shipped() + [case for case in compared if not case.shipped]
@@ -110,7 +114,25 @@ def main() -> int:
         in_order = [costs[case] for case in chosen if case in costs]
         write_csv(folder / COSTS.name, [done.row for done in in_order], "triton")
         write_csv(folder / PHASES.name, [phase for done in in_order for phase in done.phases], "triton")
+    if arguments.replace and not faults:
+        replace([*costs.values()])
     return 1 if faults else 0
+
+
+def replace(costs: list[Cost]) -> None:
+    """Write rows in place of those that are there of the same configurations, and no others."""
+    there = {configuration(row) for row in read_csv(COSTS)}
+    costs = [done for done in costs if configuration(done.row) in there]
+    anew = {configuration(done.row) for done in costs}
+    rows = [done.row for done in costs]
+    phases = [phase for done in costs for phase in done.phases]
+    for file, lines in ((COSTS, rows), (PHASES, phases)):
+        replace_rows(file, lines, lambda row: configuration(row) in anew)
+
+
+def configuration(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What tells configurations apart in either file."""
+    return tuple(str(row[name]) for name in CONFIGURATION)
 
 
 def line(row: Mapping[str, Any]) -> str:

@@ -15,6 +15,9 @@ from kernel_costs.trips import Trips
 
 TRIPS, COSTS, PHASES = (RESULTS / f"kernel_{name}.csv" for name in ("trips", "costs", "phases"))
 
+CONFIGURATION = ("kernel", "m", "dtype", "target", "shipped", "rows_in", "cols_in", "blocks", "warps")
+"""The columns that tell configurations apart, in both files."""
+
 NAMES = {
     "exact_kernel": "load, start, store",
     "exhaustive_kernel": "all",
@@ -110,14 +113,13 @@ def cost(case: Case, result: Mapping[str, Any], trips: Trips) -> Cost:
         "bound": prediction.bound,
     }
     row |= {kind: kinds[kind] for kind in sass.KINDS}
-    names = ("kernel", "m", "dtype", "target", "shipped", "rows_in", "cols_in", "blocks", "warps")
     total = sum(kinds.values())
     lines = []
     for region, phase in phases.items():
         instructions = sum(phase[kind] for kind in sass.KINDS)
         per_block = instructions * phase["entries"] * warps / blocks
         lines.append(
-            {name: row[name] for name in names}
+            {name: row[name] for name in CONFIGURATION}
             | {
                 "phase": NAMES.get(region, region), "region": region, "entries_per_program": phase["entries"],
                 "instructions_per_entry": instructions, "instructions_per_block": per_block,
