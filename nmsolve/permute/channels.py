@@ -66,11 +66,12 @@ class Place:
 class Channels:
     """The channels of a coupling, and where its tensors have them: see :class:`Site`.
 
-    ``axis`` is that of the inputs in the consumer's matrix; producers have ``starts``, one for each set of
-    channels among their outputs.
+    ``axis`` is that of the inputs in the consumer's matrix, ``out_axis`` that of the outputs in a producer's;
+    there are ``starts``, one for each set of channels among these outputs.
     """
 
     axis: int
+    out_axis: int
     heads: int
     size: int
     repeats: int = 1
@@ -85,7 +86,7 @@ class Channels:
 
     def of_producer(self, tensor: str, bias: bool) -> tuple[Site, ...]:
         """Where a producer's weight or bias has them."""
-        axis = self.stacked + (0 if bias else 1 - self.axis)
+        axis = self.stacked + (0 if bias else self.out_axis)
         head_axis = 0 if self.stacked else None
         return tuple(
             Site(tensor, axis, start, 1, self.step, self.head_step, head_axis) for start in self.starts
@@ -102,7 +103,7 @@ def input_axis(place: Place) -> int:
     """
     if place.stacked:
         return _stacked_axis(place)
-    if place.rule.consumer == "experts.mlp.w2":
+    if place.rule.turned:
         return 0
     if not place.rule.conv1d:
         return 1
@@ -136,10 +137,11 @@ def channels_of(place: Place, axis: int) -> Channels:
         raise UnknownLayout(f"where {place.writer} has these channels is unknown for {whose}")
     if place.rule.attention:
         return _of_values(place, axis)
+    out_axis = 0 if place.rule.turned else 1 - axis
     inputs = place.consumer[axis + place.stacked]
-    outputs = [shape[1 - axis + place.stacked] for shape in place.producers]
+    outputs = [shape[out_axis + place.stacked] for shape in place.producers]
     heads = place.consumer[0] if place.stacked else 1
-    if place.rule.consumer == "experts.mlp.w2":
+    if place.rule.turned:
         heads = _expert_count(place)
     layout: str = place.rule.layout
     if layout == "experts":
@@ -156,7 +158,7 @@ def channels_of(place: Place, axis: int) -> Channels:
     size = inputs if place.stacked else inputs // heads
     starts = {"halves": (0, inputs), "alternate": (0, 1)}.get(layout, (0,))
     step = 2 if layout == "alternate" else 1
-    return Channels(axis, heads, size, starts=starts, step=step, stacked=place.stacked)
+    return Channels(axis, out_axis, heads, size, starts=starts, step=step, stacked=place.stacked)
 
 
 def _of_values(place: Place, axis: int) -> Channels:
@@ -180,7 +182,7 @@ def _of_values(place: Place, axis: int) -> Channels:
     if shared < 1 or heads % shared or outputs != (heads + 2 * shared if fused else shared) * size:
         raise UnknownLayout(f"{outputs} outputs of {place.writer} are no values for {heads} heads of {size}")
     stated = place.config.get("num_key_value_heads")
-    if isinstance(stated, int) and stated != shared:
+    if not fused and isinstance(stated, int) and stated != shared:
         raise UnknownLayout(
             f"{place.writer} has {shared} key/value heads of {size}, not {stated}, as the config says"
         )
@@ -189,7 +191,7 @@ def _of_values(place: Place, axis: int) -> Channels:
         start, head_step = (repeats + 1) * size, (repeats + 2) * size
     else:
         start, head_step = ((heads + shared) * size if fused else 0), 0
-    return Channels(axis, shared, size, repeats, (start,), head_step=head_step)
+    return Channels(axis, 1 - axis, shared, size, repeats, (start,), head_step=head_step)
 
 
 def _of_latent_values(place: Place, axis: int, heads: int, size: int, outputs: int) -> Channels:
@@ -197,7 +199,7 @@ def _of_latent_values(place: Place, axis: int, heads: int, size: int, outputs: i
     key = _size(place.config, "qk_nope_head_dim")
     if outputs != heads * (key + size):
         raise UnknownLayout(f"{place.writer} has {outputs} outputs, not {heads} heads of {key} + {size}")
-    return Channels(axis, heads, size, starts=(key,), head_step=key + size)
+    return Channels(axis, 1 - axis, heads, size, starts=(key,), head_step=key + size)
 
 
 def _stacked_axis(place: Place) -> int:

@@ -50,7 +50,9 @@ def narrowed(config: Config, path: list[str], width: int) -> Config:
     for name in path:
         for key in (f"{name}_config", name, *_KEYS.get(name, ())):
             inner = config.get(key)
-            if isinstance(inner, Mapping) and inner:
+            if not isinstance(inner, Mapping):
+                continue
+            if inner.get("model_type") or _said_heads(inner, path) is not None:
                 config = inner
                 break
     if _said_heads(config, path) is not None:

@@ -58,6 +58,9 @@ class Rule:
         Values of ``model_type`` that the rule holds for; all where it is empty.
     conv1d : bool
         The names are those of transformers' Conv1D, stored (in, out), and of linear layers.
+    turned : bool
+        The experts of a layer stand one below the other in matrices, the consumer's stored (in, out) and the
+        producers' (out, in).
     """
 
     consumer: str
@@ -71,6 +74,7 @@ class Rule:
     beside: tuple[str, ...] = ()
     types: frozenset[str] = frozenset()
     conv1d: bool = False
+    turned: bool = False
 
     @property
     def attention(self) -> bool:
@@ -119,7 +123,7 @@ RULES = (
     # Experts, and layers of experts in one.
     Rule("experts.down_proj", ("experts.gate_up_proj",), "experts", home="experts", closed=True),
     Rule("experts.down_proj", ("experts.up_proj",), home="experts", closed=True, types=_types("nemotron_h")),
-    Rule("experts.mlp.w2", ("experts.mlp.v1", "experts.mlp.w1"), types=_types("dbrx"), closed=True),
+    Rule("experts.mlp.w2", ("experts.mlp.v1", "experts.mlp.w1"), types=_types("dbrx"), turned=True),
     Rule("output_linear", ("input_linear",), "halves", types=_GRANITE, closed=True),
     # Values of attentions.
     Rule("o_proj", ("v_proj",), queries="q_proj", readers=_QKV),

@@ -73,12 +73,12 @@ def _graphs(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, fx.G
     """The outermost modules that can be traced and hold several layers, with their graphs."""
     if not _worth_tracing(module):
         return
-    graph = _trace(module, _Tracer())
+    graph = _trace(module, _Tracer)
     if graph is not None:
         yield path, module, graph
         return
     if isinstance(module, nn.Sequential):  # whose children follow each other, whatever is in them
-        graph = _trace(module, _ShallowTracer())
+        graph = _trace(module, _ShallowTracer)
         if graph is not None:
             yield path, module, graph
     for name, child in module.named_children():
@@ -95,7 +95,7 @@ def _worth_tracing(module: nn.Module) -> bool:
     return len([layer for layer in module.modules() if isinstance(layer, kinds)]) > 1
 
 
-def _trace(module: nn.Module, tracer: fx.Tracer) -> fx.Graph | None:
+def _trace(module: nn.Module, kind: type[_Tracer]) -> fx.Graph | None:
     """The calls of a module's forward pass, None if it cannot be traced.
 
     It runs on a copy, which whatever the forward pass leaves behind stays in.
@@ -103,7 +103,7 @@ def _trace(module: nn.Module, tracer: fx.Tracer) -> fx.Graph | None:
     tensors = [*module.parameters(), *module.buffers()]
     try:
         twin = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors}).eval()
-        return tracer.trace(twin)
+        return kind(twin).trace(twin)
     except Exception:  # whatever a forward pass makes of tensors that are none
         return None
 
@@ -111,18 +111,26 @@ def _trace(module: nn.Module, tracer: fx.Tracer) -> fx.Graph | None:
 class _Tracer(fx.Tracer):
     """Follows calls into all modules but torch's, and those that act on every channel alike."""
 
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        # Tried before tracing, in which modules are called otherwise.
+        self.alike = {id(part) for part in root.modules() if _is_bare(part) and elementwise(part)}
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if super().is_leaf_module(m, module_qualified_name):
-            return True
-        bare = next(m.parameters(), None) is None and next(m.children(), None) is None
-        return bare and elementwise(m)
+        return super().is_leaf_module(m, module_qualified_name) or id(m) in self.alike
 
 
-class _ShallowTracer(fx.Tracer):
+class _ShallowTracer(_Tracer):
     """Follows calls into chains alone."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not isinstance(m, nn.Sequential)
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether there is nothing in a module of its own kind."""
+    own = next(module.parameters(), None) is None and next(module.children(), None) is None
+    return own and not type(module).__module__.startswith("torch.nn.")
 
 
 @dataclass(eq=False)
@@ -186,7 +194,9 @@ class _Follower:
         if is_plain(layer):
             self._layer(node, name, layer, value)
         elif value is None:
-            self._fix(node, f"what {name} ({type(layer).__name__}) does to the channels is unknown")
+            before = [self.lost[at] for at in node.all_input_nodes if at in self.lost]
+            unknown = f"what {name} ({type(layer).__name__}) does to the channels is unknown"
+            self._fix(node, *(before[0] if before else (unknown, False)))
         elif isinstance(layer, NORMS):
             sites = norm_sites(name, layer, value.group.count)
             fits = isinstance(layer, nn.LayerNorm | nn.RMSNorm) == value.last
