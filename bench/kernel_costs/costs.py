@@ -87,6 +87,8 @@ def cost(case: Case, result: Mapping[str, Any], trips: Trips) -> Cost:
     for region, counts in result["phases"].items():
         if counts["peeled"]:
             entered[region] -= entered[around(region, sources)]
+    for region, counts in result["phases"].items():
+        entered[region] /= counts["turns"]
     pipes: dict[str, float] = defaultdict(float)
     kinds: dict[str, float] = defaultdict(float)
     phases: dict[str, dict[str, Any]] = {}

@@ -18,6 +18,8 @@ _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*
 _TARGET = re.compile(r"(?:`\(([.$]\S+?)\)|\b0x([0-9a-f]+))\s*$")
 
 
+_NUMBER = re.compile(r"\b0x[0-9a-f]+\b")
+_REGISTER = re.compile(r"\bU?R\d+\b")
 _ENDS = ("CALL", "EXIT", "RET")
 
 
@@ -83,6 +85,18 @@ def subroutine(code: list[Instruction], call: Instruction) -> list[Instruction]:
     if not found or found[ends].name != "RET" or found[ends].predicate:
         raise ValueError(f"the call at {call.address:#x} is of no straight subroutine: {call.operands}")
     return found[: ends + 1]
+
+
+def added(line: Instruction) -> tuple[int, bool] | None:
+    """The number that an instruction adds, without its sign, and whether to the register that it writes.
+
+    None for other instructions than additions of one number.
+    """
+    numbers = [int(number, 16) for number in _NUMBER.findall(line.operands)]
+    if line.name not in ("IADD", "IADD3", "VIADD", "UIADD3") or len(numbers) != 1:
+        return None
+    registers = _REGISTER.findall(line.operands)
+    return min(numbers[0], 2**32 - numbers[0]), registers[0] in registers[1:]
 
 
 class Block(NamedTuple):

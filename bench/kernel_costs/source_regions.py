@@ -25,7 +25,11 @@ _STAY = ("SHFL", "LDG", "STG", "LDS", "STS", "BAR", "shfl", "ld", "st", "bar")
 
 
 class SourceRegion(NamedTuple):
-    """Lines ``first`` to ``last`` of a file; ``calls`` are the functions called there, not further inside."""
+    """Lines ``first`` to ``last`` of a file.
+
+    ``calls`` are the functions called there, not further inside. ``by_ones`` tells of a loop that it counts
+    its turns.
+    """
 
     name: str
     parent: str | None
@@ -33,6 +37,7 @@ class SourceRegion(NamedTuple):
     last: int
     loop: bool
     calls: tuple[str, ...]
+    by_ones: bool
 
 
 def _bodies(statement: ast.stmt) -> Iterator[tuple[str, list[ast.stmt]]]:
@@ -83,6 +88,12 @@ def _calls(body: list[ast.stmt]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _by_ones(loop: ast.stmt | None) -> bool:
+    """Whether it is ``for ... in range(stop)``."""
+    over = loop.iter if isinstance(loop, ast.For) else None
+    return isinstance(over, ast.Call) and ast.unparse(over.func) == "range" and len(over.args) == 1
+
+
 def read(source: str) -> list[SourceRegion]:
     """All regions of a file."""
     found = []
@@ -91,7 +102,8 @@ def read(source: str) -> list[SourceRegion]:
             for name, parent, body, loop in _walk(node.name, node.body):
                 last = max(getattr(line, "end_lineno", 0) or 0 for line in body)
                 first = (loop or body[0]).lineno
-                found.append(SourceRegion(name, parent, first, last, loop is not None, _calls(body)))
+                calls, by_ones = _calls(body), _by_ones(loop)
+                found.append(SourceRegion(name, parent, first, last, loop is not None, calls, by_ones))
     return found
 
 
@@ -146,7 +158,7 @@ class Sources:
 
 
 def phases(code: list[sass.Instruction], sources: Sources) -> dict[str, dict[str, Any]]:
-    """Instructions by region: those executed once for every entry of the region, and whether it is peeled.
+    """Instructions by region: those executed once for so many ``turns`` of it, and whether it is ``peeled``.
 
     A subroutine is executed where it is called, so its instructions are of the region there.
 
@@ -168,8 +180,46 @@ def phases(code: list[sass.Instruction], sources: Sources) -> dict[str, dict[str
     if left:
         where = ", ".join(f"{code[blocks[b].first].address:#x}" for b in sorted(left))
         raise ValueError(f"the blocks at {where} are of no region")
-    peeled = peeled_loops(code, blocks, loops, region_of, sources)
-    return {name: sass.count(found) | {"peeled": name in peeled} for name, found in lines.items()}
+    turns = turns_of_loops(code, blocks, loops, region_of, sources)
+    peeled = peeled_loops(code, blocks, loops, region_of, turns, sources)
+    return {
+        name: sass.count(found) | {"peeled": name in peeled, "turns": turns.get(_loop_of(name, sources), 1)}
+        for name, found in lines.items()
+    }
+
+
+def _loop_of(name: str, sources: Sources) -> str:
+    """The loop that is a region or is around it; the kernel if none is."""
+    chain = sources.chain(name) or ()
+    return next((here for here in chain if sources.regions[here].loop), sources.entry)
+
+
+def turns_of_loops(
+    code: list[sass.Instruction],
+    blocks: list[sass.Block],
+    loops: list[sass.Loop],
+    region_of: Mapping[int | None, str],
+    sources: Sources,
+) -> dict[str, int]:
+    """Loops of which the machine code makes several turns at a time, and how many.
+
+    By that number it adds to the counter, where a turn of the source adds 1. Raises ValueError where numbers
+    are added in the line of a loop, but none to what becomes the counter of the next turn.
+    """
+    turns = {}
+    for k, loop in enumerate(loops):
+        region = sources.regions[region_of[k]]
+        if not region.by_ones:
+            continue
+        lines = [line for b in loop.body for line in code[blocks[b].first : blocks[b].last]]
+        here = [x for x in lines if x.source[1] == region.first and sources.at(*x.source) == region.name]
+        added = [found for line in here if (found := sass.added(line)) is not None]
+        steps = {number for number, again in added if again}
+        if len(steps) > 1 or (not steps and len({number for number, _ in added}) > 1):
+            raise ValueError(f"{region.name} adds {sorted(added)} to its counter: unrolled?")
+        if steps - {1}:
+            turns[region.name] = steps.pop()
+    return turns
 
 
 def peeled_loops(
@@ -177,11 +227,12 @@ def peeled_loops(
     blocks: list[sass.Block],
     loops: list[sass.Loop],
     region_of: Mapping[int | None, str],
+    turns: Mapping[str, int],
     sources: Sources,
 ) -> set[str]:
     """The loops whose first turn the compiler has put before the loop, so that it makes one less.
 
-    Of these over half of the body is there twice, also of what lanes exchange, loads and stores; of others no
+    Of these over half of a turn is there twice, also of what lanes exchange, loads and stores; of others no
     more than what was moved out of them, which may be much, but seldom the latter.
     """
     innermost = sass.innermost(loops)
@@ -199,8 +250,9 @@ def peeled_loops(
     return {
         name
         for name in loop_around
-        if 2 * before[name, True] >= inside[name, True]
-        and 2 * (before[name, True] + before[name, False]) > inside[name, True] + inside[name, False]
+        if 2 * turns.get(name, 1) * before[name, True] >= inside[name, True]
+        and 2 * turns.get(name, 1) * (before[name, True] + before[name, False])
+        > inside[name, True] + inside[name, False]
     }
 
 

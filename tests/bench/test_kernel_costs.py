@@ -340,6 +340,67 @@ def test_a_loop_whose_first_turn_is_before_it_makes_one_less(sources: source_reg
     assert source_regions.phases(sass.parse(first + loop + end), sources)["kernel.while1"]["peeled"]
 
 
+COUNTED = """@triton.jit
+def kernel(x_ptr):
+    x = tl.load(x_ptr)
+    for k in range(16):
+        x += k
+        if x > 3:
+            x = 1 / x
+    tl.store(x_ptr, x)
+"""
+TURN = """\t//## File "k.py", line 5
+        /*00{0}1*/                   FADD R1, R1, R0 ;
+        /*00{0}2*/               @P1 BRA `(.L_no{0}) ;
+\t//## File "k.py", line 7
+        /*00{0}3*/                   MUFU.RCP R1, R1 ;
+\t//## File "k.py", line 4
+.L_no{0}:
+        /*00{0}4*/                   {1} ;
+"""
+
+
+def counted_loop(*adds: str) -> list[sass.Instruction]:
+    """A loop that is written out so many times."""
+    turns = "".join(TURN.format(k, add) for k, add in enumerate(adds, 1))
+    end = "        /*0081*/                @P0 BRA `(.L_0) ;\n        /*0091*/                   EXIT ;\n"
+    return sass.parse(f".L_0:\n{turns}{end}")
+
+
+@pytest.fixture
+def counted(tmp_path: Path) -> source_regions.Sources:
+    (tmp_path / "k.py").write_text(COUNTED)
+    return source_regions.Sources([tmp_path / "k.py"], "kernel")
+
+
+@pytest.mark.parametrize(
+    ("adds", "turns"),
+    [
+        (["VIADD R4, R4, 0x1"], 1),
+        (["IADD3 R4, R4, -0x1, RZ"], 1),
+        (["UIADD3 UR4, UPT, UPT, UR7, 0x1, URZ", "UIADD3 UR7, UPT, UPT, UR7, 0x2, URZ"], 2),
+        (["VIADD R5, R4, 0x1", "VIADD R5, R4, 0x2", "VIADD R4, R4, 0x3"], 3),
+        (["IADD3 R4, R4, 0xfffffffe, RZ", "FADD R1, R1, R0"], 2),
+        (["IMAD.IADD R4, R4, 0x1, R5"], 1),
+    ],
+)
+def test_a_loop_makes_as_many_turns_at_a_time_as_its_counter_says(
+    counted: source_regions.Sources, adds: list[str], turns: int
+) -> None:
+    found = source_regions.phases(counted_loop(*adds), counted)
+    assert {name: counts["turns"] for name, counts in found.items()} == {
+        "kernel": 1,
+        "kernel.for1": turns,
+        "kernel.for1.if1": turns,
+    }
+
+
+def test_a_counter_that_cannot_be_followed_is_an_error(counted: source_regions.Sources) -> None:
+    for adds in (["VIADD R5, R4, 0x1", "VIADD R6, R4, 0x2"], ["VIADD R4, R4, 0x1", "VIADD R5, R5, 0x2"]):
+        with pytest.raises(ValueError, match=r"kernel.for1 adds .* to its counter"):
+            source_regions.phases(counted_loop(*adds), counted)
+
+
 # --- regions of the source ----------------------------------------------------------------------------------
 
 
@@ -438,10 +499,11 @@ def test_prediction_is_the_slowest_of_the_units_and_the_memory() -> None:
 def test_a_cost_is_instructions_times_entries() -> None:
     case = cases.Case("tsenor", 16, "float32", "sm_90", True, None)
     phases = {
-        "dykstra_kernel": {"kinds": {"float": 100}, "pipes": {"fma": 100}, "peeled": False},
-        "store_mask.if1": {"kinds": {"global": 4}, "pipes": {"memory": 4}, "peeled": False},
+        "dykstra_kernel": {"kinds": {"float": 100}, "pipes": {"fma": 100}, "peeled": False, "turns": 1},
+        "store_mask.if1": {"kinds": {"global": 4}, "pipes": {"memory": 4}, "peeled": False, "turns": 1},
         "dykstra.for1.for1": {
             "kinds": {"float": 30, "shuffle": 2}, "pipes": {"fma": 30, "shuffle": 2}, "peeled": False,
+            "turns": 1,
         },
     }  # fmt: skip
     result: dict[str, Any] = {
@@ -466,6 +528,9 @@ def test_a_cost_is_instructions_times_entries() -> None:
     phases["dykstra.for1.for1"]["peeled"] = True  # one turn less for each refresh
     less, _ = costs.cost(case, result, trips)
     assert less["instructions_per_block"] == (104 + 299 * 32) * 2 / 4
+    phases["dykstra.for1.for1"]["turns"] = 13  # of the others at a time
+    less, _ = costs.cost(case, result, trips)
+    assert less["instructions_per_block"] == (104 + 23 * 32) * 2 / 4
 
 
 @pytest.mark.parametrize("m", cases.SIZES)
