@@ -181,7 +181,7 @@ def phases(code: list[sass.Instruction], sources: Sources) -> dict[str, dict[str
         where = ", ".join(f"{code[blocks[b].first].address:#x}" for b in sorted(left))
         raise ValueError(f"the blocks at {where} are of no region")
     turns = turns_of_loops(code, blocks, loops, region_of, sources)
-    peeled = peeled_loops(code, blocks, loops, region_of, turns, sources)
+    peeled = peeled_loops(code, blocks, loops, region_of, sources, turns)
     return {
         name: sass.count(found) | {"peeled": name in peeled, "turns": turns.get(_loop_of(name, sources), 1)}
         for name, found in lines.items()
@@ -227,8 +227,8 @@ def peeled_loops(
     blocks: list[sass.Block],
     loops: list[sass.Loop],
     region_of: Mapping[int | None, str],
-    turns: Mapping[str, int],
     sources: Sources,
+    turns: Mapping[str, int],
 ) -> set[str]:
     """The loops whose first turn the compiler has put before the loop, so that it makes one less.
 

@@ -533,6 +533,18 @@ def test_a_cost_is_instructions_times_entries() -> None:
     assert less["instructions_per_block"] == (104 + 23 * 32) * 2 / 4
 
 
+def test_bits_of_bfloat16_are_half_of_those_that_are_counted() -> None:
+    phase = {"kinds": {"integer": 10}, "pipes": {"alu": 10}, "peeled": False, "turns": 1}
+    result: dict[str, Any] = {
+        "meta": {"GROUPS": 32, "num_warps": 1}, "registers": 100, "spills": 0, "stack": 0, "shared": 0,
+        "phases": {"nm_kernel.for1": phase},
+    }  # fmt: skip
+    trips = {("nm", 16, 32): {"nm_kernel.for1": 32.0}}
+    for dtype, bits in (("float32", 32), ("bfloat16", 16), ("float32", 32)):
+        row, _ = costs.cost(cases.Case("nm", 16, dtype, "sm_90", True, None), result, trips)
+        assert row["instructions_per_block"] == bits * 10 / 32
+
+
 @pytest.mark.parametrize("m", cases.SIZES)
 def test_candidates_fill_their_warps(m: int) -> None:
     tiles = cases.candidate_tiles(m)

@@ -73,7 +73,7 @@ def entries(launch: emulator.Launch, sources: source_regions.Sources) -> dict[st
         for region, number in tally.items():
             most[region] = max(most.get(region, (0, blocks[b], "")), (number, blocks[b], holder))
     executed = {region: times[block.first] for region, (_, block, holder) in most.items() if region == holder}
-    for region in source_regions.peeled_loops(code, blocks, loops, region_of, sources):
+    for region in source_regions.peeled_loops(code, blocks, loops, region_of, sources, {}):
         executed[region] += executed[costs.around(region, sources)]  # the first turns
     executed.pop(sources.entry, None)
     warps = launch.ctas * program.threads // 32
