@@ -298,6 +298,29 @@ def test_ordinary_is_a_stable_sort(name: str, n: int, m: int) -> None:
             assert same(flags, expected)
 
 
+UNCOMMON = (torch.float64, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, *UNCOMMON])
+def test_ordinary_masks_of_groups_that_lie_anyhow(dtype: torch.dtype) -> None:
+    """Contiguous, in wider rows, column by column, none at all, with NaN beside them that none may read."""
+    for n, m in ((2, 4), (31, 32)) if dtype in UNCOMMON else ((1, 4), (4, 8), (5, 16), (31, 32)):
+        generator = torch.Generator().manual_seed(m)
+        for rows, cols in ((1, m), (3, 5 * m), (2, 33 * m), (5, 3 * m + 1), (40, 0), (1, 70_000)):
+            wide = torch.full((2, rows + 2, cols + 7), torch.nan, dtype=dtype)
+            scores = wide[:, 1:-1, 3 : 3 + cols]
+            scores.copy_(torch.randint(-3, 4, scores.shape, generator=generator) * 0.5)
+            scores[scores == 0.5] = torch.inf
+            padded = torch.nn.functional.pad(scores.double(), (0, -cols % m), value=-100)
+            groups = padded.unflatten(-1, (-1, m))
+            earlier = torch.arange(m) < torch.arange(m)[:, None]
+            before = groups[..., None, :] > groups[..., None]
+            before |= (groups[..., None, :] == groups[..., None]) & earlier
+            expected = (before.sum(-1) < n).flatten(-2)[..., :cols]
+            for laid in (scores, scores.contiguous(), scores.mT.contiguous().mT):
+                assert same(cpu.ordinary(laid, NMPattern(n, m)), expected), (n, m, rows, cols, laid.stride())
+
+
 def test_zero_and_minus_zero_tie() -> None:
     scores = torch.tensor([[[-0.0, 0.0, 0.0, -0.0]]])
     assert cpu.ordinary(scores, NMPattern(2, 4)).tolist() == [[[True, True, False, False]]]
@@ -353,7 +376,7 @@ from nmsolve import NMPattern
 from nmsolve.backends.cpu import masks as cpu
 from nmsolve.backends.cpu import permutations as cpu_permute
 scores = torch.arange(32.0).view(1, 4, 8)
-print(cpu.ordinary(scores, NMPattern(2, 4)).sum().item(), sum(cpu.solve_ordinary.stats.cache_hits.values()))
+print(cpu.ordinary(scores, NMPattern(2, 4)).sum().item(), sum(cpu.solve_groups.stats.cache_hits.values()))
 """
 
 
@@ -387,7 +410,7 @@ def test_an_edited_callee_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_every_kernel_that_python_calls_is_cached_by_all_sources() -> None:
-    kernels = (cpu.solve_exact, cpu.solve_greedy, cpu.solve_tsenor, cpu.solve_ordinary)
+    kernels = (cpu.solve_exact, cpu.solve_greedy, cpu.solve_tsenor, cpu.solve_ordinary, cpu.solve_groups)
     for kernel in (*kernels, cpu_permute.solve_assignments, cpu_permute.forward, cpu_permute.backward):
         assert isinstance(kernel._cache, _Cache), kernel
 

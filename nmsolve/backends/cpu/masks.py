@@ -12,6 +12,7 @@ from torch import Tensor
 from nmsolve.backends import ascent_schedule
 from nmsolve.backends.cpu._numba.dykstra import solve_tsenor
 from nmsolve.backends.cpu._numba.exact import Request, solve_exact
+from nmsolve.backends.cpu._numba.groups import SIZES, Rows, solve_groups
 from nmsolve.backends.cpu._numba.lanes import WIDTH
 from nmsolve.backends.cpu._numba.memory import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from nmsolve.backends.cpu._numba.ordinary import solve_ordinary
@@ -23,6 +24,9 @@ from nmsolve.pattern import NMPattern
 from nmsolve.solution import BlockResult
 
 __all__ = ["exact", "greedy", "ordinary", "tsenor", "why_not"]
+
+_ROW = 1 << 15
+"""Entries of a contiguous tensor that are taken for a row of groups."""
 
 _ENCODINGS = {
     torch.float32: FLOAT32,
@@ -49,7 +53,7 @@ def exact(
     ``warm`` are row and column duals ``(batch, GR, GC, M)`` to start from instead of the ascent's.
     """
     grid = grid_of(scores, pattern)
-    mask = torch.empty(scores.shape, dtype=torch.bool)
+    mask = _empty_mask(scores)
     reals, ints = _work_arrays(scores)
     work = torch.from_numpy(reals).dtype
     blocks = (len(scores), grid.block_rows, grid.block_cols)
@@ -75,7 +79,7 @@ def exact(
 
 def greedy(scores: Tensor, pattern: NMPattern) -> Tensor:
     """Masks by descending score, completed to the full count."""
-    mask = torch.empty(scores.shape, dtype=torch.bool)
+    mask = _empty_mask(scores)
     reals, ints = _work_arrays(scores)
     for region in _regions(scores, mask, pattern.m, pattern.m):
         upright, flipped = _upright(region)
@@ -85,7 +89,7 @@ def greedy(scores: Tensor, pattern: NMPattern) -> Tensor:
 
 def tsenor(scores: Tensor, pattern: NMPattern, *, iterations: int, tau: float) -> Tensor:
     """Masks by entropic transport, greedy rounding and completion (arXiv 2505.23949), in float64."""
-    mask = torch.empty(scores.shape, dtype=torch.bool)
+    mask = _empty_mask(scores)
     for region in _regions(scores, mask, pattern.m, pattern.m):
         upright, flipped = _upright(region)
         _solve(partial(solve_tsenor, upright, pattern.n, iterations, float(tau), flipped), region, 8)
@@ -94,11 +98,40 @@ def tsenor(scores: Tensor, pattern: NMPattern, *, iterations: int, tau: float) -
 
 def ordinary(scores: Tensor, pattern: NMPattern) -> Tensor:
     """Plain N:M along the last dimension: the N largest of each group of M, ties to the lowest index."""
-    mask = torch.empty(scores.shape, dtype=torch.bool)
+    mask = _empty_mask(scores)
+    solved = 0
+    if pattern.m in SIZES and scores.stride(-1) == 1:
+        solved = scores.shape[-1] // pattern.m * pattern.m
+        like, group = np.empty(0, f"i{scores.element_size()}"), (0,) * pattern.m
+        for rows in _rows_of_groups(scores[..., :solved], mask):
+            kernel = partial(solve_groups, rows, pattern.n, group, like)
+            share_out(kernel, rows.number, rows.length, torch.get_num_threads())
     reals, ints = _work_arrays(scores)
-    for region in _regions(scores, mask, 1, pattern.m):
+    for region in _regions(scores[..., solved:], mask[..., solved:], 1, pattern.m):
         _solve(partial(solve_ordinary, region, pattern.n, reals, ints), region, reals.itemsize)
     return mask
+
+
+def _empty_mask(scores: Tensor) -> Tensor:
+    """A mask to be filled in. NumPy asks for large pages, whose first touch takes a tenth of the time."""
+    return torch.from_numpy(np.empty(scores.shape, np.bool_))
+
+
+def _rows_of_groups(scores: Tensor, mask: Tensor) -> Iterator[Rows]:
+    """The rows of scores that are whole groups; a contiguous tensor is cut up whatever its rows are."""
+    size = scores.element_size()
+    if scores.numel() == 0:
+        return
+    if scores.is_contiguous() and scores.shape == mask.shape:
+        length = min(_ROW, scores.numel())
+        count = -(-scores.numel() // length)
+        rest = scores.numel() - (count - 1) * length
+        yield Rows(count, length, rest, scores.data_ptr(), length * size, mask.data_ptr(), length)
+        return
+    for matrix, flags in zip(scores, mask, strict=True):
+        length, step = matrix.shape[1], matrix.stride(0) * size
+        places = (matrix.data_ptr(), step, flags.data_ptr(), flags.stride(0))
+        yield Rows(len(matrix), length, length, *places)
 
 
 def _work_arrays(scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
