@@ -338,7 +338,20 @@ def _plan(model: nn.Module, coupling: Coupling, order: Tensor, how: str, norms: 
                 f"parameter of {type(model.get_submodule(path)).__name__}"
             )
         _linear_tensors(model.get_submodule(path))
+        _check_called(model, path, coupling)
     return "gather"
+
+
+def _check_called(model: nn.Module, path: str, coupling: Coupling) -> None:
+    """Refuses a gather in a layer whose weight torch takes without calling the layer."""
+    while path:
+        path = path.rpartition(".")[0]
+        parent = model.get_submodule(path)
+        if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+            raise NMSolveError(
+                f"{coupling.name}: a run-time gather is not possible in a {type(parent).__name__}, which "
+                "computes with the weights of its layers without calling them"
+            )
 
 
 def _check_norm(model: nn.Module, coupling: Coupling, path: str) -> None:

@@ -176,6 +176,8 @@ def _is_linear(model: nn.Module, site: Site) -> bool:
     layer = model.get_submodule(path)
     if own != "weight":  # experts, which are a parameter of their module
         return False
+    if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention):  # never called
+        return False
     return isinstance(layer, nn.Linear) or is_conv1d(layer)
 
 

@@ -18,7 +18,7 @@ from nmsolve.permute.named import named_couplings
 from nmsolve.permute.part_configs import OWN_HEADS, Config, PartConfigs, narrowed
 from nmsolve.permute.traced import traced_couplings
 
-__all__ = ["ModuleConfigs", "checked", "find_couplings", "once", "reordered_by_modules", "shared_tensors"]
+__all__ = ["ModuleConfigs", "checked", "couplings_by_tracing", "find_couplings", "once", "shared_tensors"]
 
 
 def find_couplings(model: nn.Module) -> list[Coupling]:
@@ -46,19 +46,19 @@ def find_couplings(model: nn.Module) -> list[Coupling]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     named = named_couplings(shapes, ModuleConfigs(model))
-    traced, mixed = reordered_by_modules(model)
-    kept = [coupling for coupling in named if all(site.tensor not in mixed for site in coupling.consumers)]
+    traced, refused = couplings_by_tracing(model)
+    kept = [c for c in named if c.heads > 1 or all(site.tensor not in refused for site in c.consumers)]
     shared = shared_tensors(model)
     found = [checked(coupling, model, shared) for coupling in once([*kept, *traced])]
     order = {name: k for k, name in enumerate(parameters)}
     return sorted(found, key=lambda coupling: order[coupling.consumers[0].tensor])
 
 
-def reordered_by_modules(model: nn.Module) -> tuple[list[Coupling], set[str]]:
-    """The couplings of traced modules, and the weights whose inputs they say are mixed."""
+def couplings_by_tracing(model: nn.Module) -> tuple[list[Coupling], set[str]]:
+    """The couplings of traced modules, and the weights for whose inputs no other rule counts."""
     traced = traced_couplings(model)
-    mixed = {site.tensor for found in traced if found.mixed for site in found.coupling.consumers}
-    return [found.coupling for found in traced], mixed
+    refused = {site.tensor for found in traced if found.refuses for site in found.coupling.consumers}
+    return [found.coupling for found in traced], refused
 
 
 def once(couplings: Sequence[Coupling]) -> Iterator[Coupling]:

@@ -92,6 +92,8 @@ _QKV_VISION = _types(
     "qwen3_vl_moe_vision glm4v glm4v_vision glm4v_moe glm4v_moe_vision"
 )
 _GATE_UP = _types("phi3 phi4_multimodal phi4_multimodal_audio glm glm4 glm4v glm4v_text")
+_T5 = _types("t5 mt5 umt5 longt5 switch_transformers mpnet")
+_DINO = _types("dinov2 dinov2_with_registers")
 _GRANITE = _types("granitemoe granitemoeshared granitemoehybrid granitemoe_swa")
 _MLA = (
     *("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm"),
@@ -118,6 +120,7 @@ RULES = (
     Rule("wo", ("wi_0", "wi_1"), readers=("wi_0", "wi_1"), closed=True),
     Rule("wo", ("wi",), readers=("wi",), closed=True),
     Rule("Wo", ("Wi",), "halves", readers=("Wi",), closed=True, types=_types("modernbert")),
+    Rule("weights_out", ("weights_in",), "halves", readers=("weights_in",), closed=True, types=_DINO),
     Rule("pwconv2", ("pwconv1",), between=("grn",), readers=("pwconv1",)),
     Rule("ffn_output", ("ffn",), readers=("ffn",), types=_types("albert")),
     # Experts, and layers of experts in one.
@@ -130,7 +133,7 @@ RULES = (
     Rule("out_proj", ("v_proj",), queries="q_proj", readers=_QKV),
     Rule("dense", ("v_proj",), queries="q_proj", readers=_QKV),
     Rule("out_lin", ("v_lin",), queries="q_lin", readers=("q_lin", "k_lin", "v_lin")),
-    Rule("o", ("v",), queries="q"),
+    Rule("o", ("v",), queries="q", readers=("q", "k", "v"), types=_T5),
     Rule(
         "attention.output.dense",
         ("attention.self.value",),
@@ -221,7 +224,8 @@ BESIDE_ATTENTION = (
     *("q_proj", "k_proj", "q_norm", "k_norm", "q_layernorm", "k_layernorm", "qk_norm", "rotary_emb", "sinks"),
     *("query_layernorm", "key_layernorm", "q_lin", "k_lin", "q", "k"),
     *("query", "key", "distance_embedding", "relative_position_bias", "logit_scale", "masked_bias"),
-    *("continuous_position_bias_mlp", "relative_attention_bias"),
+    *("continuous_position_bias_mlp", "relative_attention_bias", "relative_position_bias_table"),
+    "relative_position_index",
 )
 
 # Sublayers and norms that stand beside an MLP where it has no module of its own.

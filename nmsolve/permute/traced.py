@@ -52,12 +52,12 @@ _ASKING = frozenset(("size", "dim", "numel", "shape", "dtype", "device", "ndim",
 class Traced:
     """A coupling that a forward pass shows.
 
-    ``mixed`` tells that it does not fold because a layer is known to mix the channels or to tell them apart,
-    and not for want of knowledge.
+    ``refuses`` tells that no rule by names is to fold it: a layer is known to mix the channels or to tell
+    them apart, or the channels go another way in a module whose names nobody vouches for.
     """
 
     coupling: Coupling
-    mixed: bool
+    refuses: bool
 
 
 def traced_couplings(model: nn.Module) -> list[Traced]:
@@ -88,11 +88,15 @@ def _graphs(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, fx.G
 def _worth_tracing(module: nn.Module) -> bool:
     """Whether several layers are in it: convolutions, or any where names say nothing (transformers' do)."""
     kinds: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
-    if type(module).__module__.startswith("transformers."):
+    if _of_transformers(module):
         inside = [layer for layer in module.modules() if isinstance(layer, CONVOLUTIONS)]
         chains = any(isinstance(part, nn.Sequential) and _worth_tracing(part) for part in module.modules())
         return len(inside) > 1 or chains
     return len([layer for layer in module.modules() if isinstance(layer, kinds)]) > 1
+
+
+def _of_transformers(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("transformers.")
 
 
 def _trace(module: nn.Module, kind: type[_Tracer]) -> fx.Graph | None:
@@ -161,6 +165,7 @@ class _Follower:
 
     def __init__(self, prefix: str, module: nn.Module) -> None:
         self.prefix, self.module = prefix, module
+        self.vouched = _of_transformers(module)
         self.groups: list[_Group] = []
         self.joined: dict[_Group, _Group] = {}
         self.calls: dict[str, tuple[_Group, _Group]] = {}
@@ -183,7 +188,11 @@ class _Follower:
             tensors = {site.tensor for site in (*group.producers, *group.consumers)}
             used = sorted(tensors & self.touched)
             group.fixed = group.fixed or (f"{used[0]} is used outside of its layer" if used else "")
-        return [_traced(group) for group in self.groups if group.consumers and group not in self.joined]
+        kept = [group for group in self.groups if group.consumers and group not in self.joined]
+        return [Traced(_coupling(group), self._refuses(group)) for group in kept]
+
+    def _refuses(self, group: _Group) -> bool:
+        return group.mixed or (not self.vouched and group.fixed not in ("", _OUTSIDE))
 
     # Modules.
 
@@ -254,6 +263,9 @@ class _Follower:
     def _function(self, node: fx.Node) -> None:
         values = [value for value in map(self._value, node.all_input_nodes) if value is not None]
         asked = node.args[1] if node.target is getattr and len(node.args) > 1 else node.target
+        if not values:
+            before = [self.lost[at] for at in node.all_input_nodes if at in self.lost]
+            self.lost.update({node: before[0]} if before else {})
         if not values or asked in _ASKING:
             return
         value = values[0]
@@ -338,8 +350,8 @@ def _called(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def _traced(group: _Group) -> Traced:
+def _coupling(group: _Group) -> Coupling:
     name = group.consumers[0].tensor.removesuffix(".weight")
     producers = () if group.fixed else tuple(group.producers)
     reason = "" if producers else group.fixed or _OUTSIDE
-    return Traced(Coupling(name, 1, group.count, tuple(group.consumers), producers, reason), group.mixed)
+    return Coupling(name, 1, group.count, tuple(group.consumers), producers, reason)

@@ -14,8 +14,8 @@ from nmsolve.permute import apply_permutations, find_couplings, permute_checkpoi
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# Values after queries and keys, by head and by group of heads; gates in halves and in turn, transposed or not;
-# parts with their own heads; convolutions with norms between.
+# Values after queries and keys, by head and by group of heads; gates in halves and in turn, transposed or
+# not; parts with their own heads; convolutions with norms between.
 FEW = ("phi3", "gpt_neox", "falcon 40b", "t5 gated", "clip", "resnet bottleneck", "gpt_oss", "llama4")
 FEW_ON_DISK = ("mixtral", "whisper", "resnet basic")
 
