@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from common import RESULTS, read_csv
 from scale_headers import MODELS, Input, checkpoint_of
 
 from nmsolve.checkpoint.units import deal
+from nmsolve.cli import COMMANDS
+from nmsolve.cli.command import Parser
 
 PUBLISHED = {"Llama 405B": (405.85e9, 191), "DeepSeek-V3": (671.0e9, 163)}
 TINY = {
@@ -181,3 +185,19 @@ def test_the_picture_is_drawn_from_the_results(tmp_path):
     for file in (tmp_path / "scale.png", Path(plots.ROOT / "docs" / "scale.png")):
         assert file.read_bytes().startswith(b"\x89PNG")
         assert file.stat().st_size < 150_000
+
+
+def test_commands_of_the_page_take_what_torchrun_starts():
+    from torch.distributed.run import parse_args
+
+    page = (Path(scale.__file__).parents[1] / "docs" / "scale.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^(?:srun )?torchrun (.* -m nmsolve .*)$", page, re.M)
+    assert len(lines) >= 3
+    for line in lines:
+        started = parse_args(shlex.split(line))
+        name, *arguments = started.training_script_args
+        (command,) = (known for known in COMMANDS if known.name == name)
+        assert (started.module, started.training_script, command.ranks) == (True, "nmsolve", True), line
+        parser = Parser()
+        command.add_options(parser)
+        assert parser.parse_args(arguments).out == Path("OUT")
