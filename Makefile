@@ -90,6 +90,7 @@ bench: $(MODEL)
 	$(BENCH) forbidden
 	$(BENCH) initial_masks
 	$(BENCH) speed_cpu
+	$(BENCH) ordinary_cpu
 	$(BENCH) peers_cpu
 	$(BENCH) scaling
 	$(BENCH) scale

@@ -51,6 +51,24 @@ def distributions() -> str:
     )
 
 
+def ordinary() -> str:
+    """Nanoseconds per entry and, in brackets, bytes that are read and written per second beside the copy's."""
+    file = "ordinary_cpu.csv"
+    rows = results(file)
+    copies = {
+        (row["dtype"], row["pattern"]): float(row["bytes_per_second"])
+        for row in rows
+        if row["contender"] == "copy"
+    }
+
+    def cell(row: Row) -> str:
+        part = float(row["bytes_per_second"]) / copies[row["dtype"], row["pattern"]]
+        return f"{number('ns_per_entry')(row)} ({part:.2f})"
+
+    columns = [left("ns per entry", "contender"), left("scores", "dtype")]
+    return grid(file, rows, columns, lambda row: row["pattern"], cell)
+
+
 def claims() -> str:
     columns = [left("claim"), right("reached", number("reached")), right("wanted"), left("holds")]
     return listing(CLAIMS, results(CLAIMS), columns)
@@ -145,6 +163,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-chief": lambda: speed(CHIEF, CHIEF_PATTERNS),
     "speed-distributions": distributions,
     "speed-claims": claims,
+    "ordinary": ordinary,
     "memory": memory,
     "first-call": first_call,
     "warm-start": warm_start,
