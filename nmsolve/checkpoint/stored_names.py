@@ -28,10 +28,13 @@ class Destination:
         Its name in the model; the first, where the tensor is split.
     converter : object
         transformers' WeightConverter that joins or splits; None where it is only renamed.
+    pattern : str, optional
+        Which of the converter's sources the tensor is.
     """
 
     parameter: str
     converter: Any = None
+    pattern: str | None = None
 
     def transposes(self, shape: tuple[int, ...], into: tuple[int, ...]) -> bool:
         """Whether a tensor of this shape is transposed on its way into a parameter of shape ``into``."""
@@ -46,7 +49,8 @@ class Destination:
 def destinations(model: nn.Module, names: Iterable[str]) -> dict[str, Destination]:
     """Where the tensors of a checkpoint go in a model, as transformers would load them.
 
-    Tensors that are no part of the model are left out. A model of another kind has its own names.
+    Tensors that are no part of the model are left out. A model of another kind has its own names. Those that
+    are joined come in the order in which they are.
     """
     held = dict(model.state_dict(keep_vars=True))
     prefix = getattr(model, "base_model_prefix", None)
@@ -72,7 +76,7 @@ def destinations(model: nn.Module, names: Iterable[str]) -> dict[str, Destinatio
         if target not in held and name in held:
             target, pattern = rename_source_key(name, [], [], prefix, held)
         if target in held:
-            found[name] = Destination(target, None if pattern is None else by_pattern[pattern])
+            found[name] = Destination(target, None if pattern is None else by_pattern[pattern], pattern)
     return found
 
 

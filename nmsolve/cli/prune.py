@@ -11,7 +11,7 @@ from nmsolve.cli.command import Command, exit_codes, refuse_ranks, warnings_told
 from nmsolve.errors import counted, printable
 from nmsolve.files import Interrupts
 from nmsolve.pattern import NMPattern
-from nmsolve.prune.methods import PRUNING_METHODS, SEQUENTIAL
+from nmsolve.prune.methods import OFFLOADS, PRUNING_METHODS, SEQUENTIAL
 from nmsolve.prune.on_disk import DTYPES, prune_checkpoint
 
 if TYPE_CHECKING:
@@ -108,6 +108,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="the report's error over all tokens, for wanda, ria and magnitude, too (needs the memory of a "
         "Hessian; by default theirs is that of 512 tokens)",
     )
+    parser.add_argument(
+        "--offload",
+        choices=OFFLOADS,
+        help="one block at a time on the device, the rest on the host (cpu) or in the files of MODEL (disk)",
+    )
     parser.add_argument("--no-picture", action="store_true", help="write no nmsolve_report.png")
     options.add_overwrite(parser, "replace OUT if nmsolve wrote it")
     options.add_quiet(parser)
@@ -147,6 +152,7 @@ def run(args: argparse.Namespace) -> None:
             damping=args.damping,
             all_experts=args.all_experts,
             exact_error=args.exact_error,
+            offload=args.offload,
             picture=not args.no_picture,
             overwrite=args.overwrite,
             progress=options.progress_of(args),

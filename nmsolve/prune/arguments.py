@@ -18,6 +18,7 @@ from nmsolve.ops.distributed import is_dtensor
 from nmsolve.ops.validation import check_flag
 from nmsolve.pattern import NMPattern, PatternLike
 from nmsolve.prune.calibration import Batch, fingerprint
+from nmsolve.prune.homes import Home
 from nmsolve.prune.layers import Layer, Selected
 from nmsolve.prune.methods import PRUNING_METHODS, check_pruning_method, check_sequential
 from nmsolve.prune.peers import Peers
@@ -151,7 +152,7 @@ def check_plain(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_weights(selected: Selected) -> int:
+def check_weights(selected: Selected, home: Home) -> int:
     """The number of zeros in the weights to prune, as far as this process holds them.
 
     Raises
@@ -166,7 +167,7 @@ def check_weights(selected: Selected) -> int:
             check_plain(layer.weight_name, layer.weight.data)
     zeros = 0
     for layer in selected.layers:
-        weight = Peers.held(layer.weight)
+        weight = Peers.held(home.value(layer.weight_name, layer.weight))
         wrong = weight.numel() - int(torch.isfinite(weight).sum())
         if wrong:
             raise WorkFailed(
@@ -226,10 +227,11 @@ def check_tokens(model: nn.Module, batches: Iterable[Batch]) -> None:
 
 
 def fingerprints(
-    model: nn.Module, selected: Selected, batches: Iterable[Batch], allowed: Mapping[Layer, Tensor]
+    home: Home, selected: Selected, batches: Iterable[Batch], allowed: Mapping[Layer, Tensor]
 ) -> dict[str, str]:
     """What tells a run's inputs from those of another: all that its results depend on but the settings."""
-    tensors = chain(model.named_parameters(), model.named_buffers())
+    named = chain(home.model.named_parameters(), home.model.named_buffers())
+    tensors = ((name, home.value(name, tensor)) for name, tensor in named)
     return {
         "model": fingerprint({name: value} for name, value in tensors if not value.is_meta),
         "calibration": fingerprint(batches),

@@ -253,7 +253,8 @@ def measures(batches: Iterable[Batch]) -> dict[str, int]:
 
 def call_model(model: nn.Module, batch: Batch) -> Any:
     """``model(batch)``, with the batch on the model's device."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    here = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    device = next(here, torch.device("cpu"))
 
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value

@@ -215,6 +215,7 @@ def select_layers(
     dense: Sequence[str] = (),
     *,
     stacks: bool = False,
+    away: bool = False,
 ) -> Selected:
     """Decides for every layer which pattern it gets.
 
@@ -229,6 +230,8 @@ def select_layers(
         Globs of layers to leave dense.
     stacks : bool
         Whether stacked experts are among the layers.
+    away : bool
+        Whether weights on the meta device are read when they are needed.
 
     Raises
     ------
@@ -263,7 +266,7 @@ def select_layers(
             reason = "no pattern for it"
         elif layer.weight.dtype not in _DTYPES:
             reason = f"dtype {str(layer.weight.dtype).removeprefix('torch.')}"
-        elif layer.weight.numel() == 0 or layer.weight.is_meta:
+        elif layer.weight.numel() == 0 or (layer.weight.is_meta and not away):
             reason = "no weights in memory"
         elif layer.module._parameters.get(layer.own) is None:
             reason = "its weight is computed from other parameters"

@@ -21,16 +21,21 @@ if TYPE_CHECKING:
     from nmsolve.prune.rule import MaskRule
 
 __all__ = [
+    "OFFLOADS",
     "PRUNING_METHODS",
     "SEQUENTIAL",
     "LayerPruner",
     "PruningMethod",
+    "check_offload",
     "check_pruning_method",
     "check_sequential",
 ]
 
 SEQUENTIAL = ("layer", "block", "off")
 """What is pruned before a layer's inputs are measured: the earlier layers, the earlier blocks, nothing."""
+
+OFFLOADS = ("cpu", "disk")
+"""Where the weights of all blocks but one can be."""
 
 
 class LayerPruner(Protocol):
@@ -165,3 +170,9 @@ def check_sequential(sequential: str) -> None:
     """Raise unless ``sequential`` is one of :data:`SEQUENTIAL`."""
     if sequential not in SEQUENTIAL:
         raise NMSolveError(f"sequential: expected one of {', '.join(SEQUENTIAL)}, got {sequential!r}")
+
+
+def check_offload(offload: object) -> None:
+    """Raise unless ``offload`` is one of :data:`OFFLOADS` or None."""
+    if offload is not None and offload not in OFFLOADS:
+        raise NMSolveError(f"offload: expected one of {', '.join(OFFLOADS)}, got {offload!r}")

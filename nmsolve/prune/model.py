@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -39,17 +39,23 @@ from nmsolve.prune.arguments import (
     sequence_length_of,
     used_settings,
 )
-from nmsolve.prune.calibration import Batch, fingerprint, make_batches, measures, read_tokens
+from nmsolve.prune.calibration import Batch, make_batches, read_tokens
 from nmsolve.prune.experts import eager_experts
+from nmsolve.prune.homes import OnDisk, home_of
 from nmsolve.prune.layers import select_layers, uncompiled
 from nmsolve.prune.layerwise.problem import DAMPING
+from nmsolve.prune.masks import ChosenMasks
 from nmsolve.prune.methods import PRUNING_METHODS
-from nmsolve.prune.peers import Peers, peers_of
+from nmsolve.prune.peers import peers_of
 from nmsolve.prune.report import PruneReport, need_matplotlib
 from nmsolve.prune.run import Run
+from nmsolve.prune.shares import share
 from nmsolve.prune.store import LayerStore
 from nmsolve.prune.stored import Place, StoredMasks, find_places, names_of
 from nmsolve.prune.walk import quiet_model
+
+if TYPE_CHECKING:
+    from nmsolve.prune.unloaded import StoredWeights
 
 __all__ = ["PruneResult", "prune_model"]
 
@@ -129,7 +135,7 @@ class PruneResult:
         for earlier in (folder / MASKS_FOLDER).glob(f"*{MASKS_SUFFIX}"):
             earlier.unlink()
         for pattern in dict.fromkeys(self.patterns.values()):
-            masks = {name: mask for name, mask in self.masks.items() if self.patterns[name] == pattern}
+            masks = ChosenMasks(self.masks, [name for name in self.masks if self.patterns[name] == pattern])
             file = folder / MASKS_FOLDER / f"{pattern.n}of{pattern.m}{MASKS_SUFFIX}"
             save_masks(file, masks, pattern, transposable=bool(self.report.settings["transposable"]))
         self.report.write(folder / REPORT_NAME)
@@ -154,42 +160,6 @@ def _uncompiled_calls() -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager")
 
 
-@dataclass
-class _Share:
-    """The batches that this process runs, of which ``counted`` count, and what there is in all."""
-
-    mine: list[Batch]
-    counted: int
-    count: int
-    measures: dict[str, int]
-
-
-def _share(batches: list[Batch], peers: Peers) -> _Share:
-    """Deals batches that all ranks have alike; those that differ are each rank's own share.
-
-    All ranks run as many, since they take part in one another's passes: what they lack is filled up with a
-    batch that does not count.
-    """
-    if peers.count == 1:
-        return _Share(batches, len(batches), len(batches), measures(batches))
-    told = peers.gather((fingerprint(batches), len(batches), measures(batches)))
-    counts = [count for _, count, _ in told]
-    if not all(counts):
-        if any(counts):
-            raise NMSolveError(f"calibration: rank {counts.index(0)} of {peers.count} has none, others have")
-        return _Share([], 0, 0, {})
-    if len({digest for digest, _, _ in told}) == 1:
-        mine, total, sums = batches[peers.rank :: peers.count], len(batches), measures(batches)
-        most = -(-total // peers.count)
-    else:
-        mine, total, most = list(batches), sum(counts), max(counts)
-        rows = [row for _, _, row in told]
-        sums = {name: sum(row[name] for row in rows) for name in rows[0] if all(name in row for row in rows)}
-        if "sequence_length" in sums:
-            sums["sequence_length"] = max(row["sequence_length"] for row in rows)
-    return _Share(mine + batches[:1] * (most - len(mine)), len(mine), total, sums)
-
-
 def prune_model(
     model: nn.Module,
     calibration: object = None,
@@ -212,6 +182,8 @@ def prune_model(
     iterations: int | None = None,
     all_experts: bool = False,
     exact_error: bool = False,
+    offload: str | StoredWeights | None = None,
+    device: str | torch.device | None = None,
     resume: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
     check: Callable[[], None] | None = None,
@@ -259,6 +231,12 @@ def prune_model(
     exact_error : bool
         Whether the report's error is over all tokens for the methods that need no Hessian, too: it is kept
         for that, ``in x in`` numbers. By default theirs is over at most 512 tokens drawn at random.
+    offload : {"cpu"}, optional
+        Keeps the weights on the host, where the model is to be: those of a block are on the device while it
+        is at work, those outside of blocks while the whole model is called. ``"disk"`` is for
+        :func:`nmsolve.prune.prune_checkpoint`, which gives the weights of a model that was built without.
+    device : str or torch.device, optional
+        With ``offload``, where blocks are at work; by default a GPU if there is one.
     resume : path, optional
         Folder in which finished layers are kept. A run that was killed goes on from there, given the model as
         it was before, and ends with the same weights as an undisturbed one.
@@ -292,8 +270,10 @@ def prune_model(
     if not isinstance(model, nn.Module):
         raise NMSolveError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     model = uncompiled(model)
-    check_in_memory(model)
+    if offload is None or isinstance(offload, str):
+        check_in_memory(model)
     peers = peers_of(model)
+    home = home_of(model, peers, offload, None if device is None else torch.device(device))
     if peers.sharded and resume is not None:
         raise NMSolveError("resume: a model that is sharded by fully_shard cannot be resumed; leave it out")
     with peers.agreed():
@@ -310,14 +290,15 @@ def prune_model(
             model,
         )
         patterns = parse_patterns(pattern)
-        selected = select_layers(model, patterns, [dense] if isinstance(dense, str) else dense, stacks=True)
+        globs = [dense] if isinstance(dense, str) else dense
+        selected = select_layers(model, patterns, globs, stacks=True, away=home.away)
         for layer, layer_pattern in selected.layers.items():
-            select(backend, layer.weight.device, layer_pattern.m)
-        zeros = check_weights(selected)
+            select(backend, home.device_of(layer), layer_pattern.m)
+        zeros = check_weights(selected, home)
         allowed = check_initial_masks(initial_masks, selected)
         if transposable:
             for layer in allowed:  # masks within these are corners of larger blocks (rule.py)
-                select(backend, layer.weight.device, 2 * selected.layers[layer].m)
+                select(backend, home.device_of(layer), 2 * selected.layers[layer].m)
         batches: list[Batch] = []
         begins: dict[str, object] = {}
         if calibration is None:
@@ -343,7 +324,7 @@ def prune_model(
         "settings: the ranks were called with different ones",
     )
     zeros = sum(peers.gather(zeros))
-    shared = _share(batches, peers)
+    shared = share(batches, peers)
 
     shown = {glob: None if value is None else str(value) for glob, value in patterns.items()}
     report = PruneReport(
@@ -362,8 +343,12 @@ def prune_model(
     with ExitStack() as stack:
         store = None
         if resume is not None:
-            prints = fingerprints(model, selected, batches, allowed)
+            prints = fingerprints(home, selected, batches, allowed)
             store = stack.enter_context(LayerStore(resume, {**report.settings, **prints}))
+        if isinstance(home, OnDisk):
+            assert store is not None
+            home.store = store
+        stack.enter_context(home)
         stack.enter_context(quiet_model(model))
         stack.enter_context(_uncompiled_calls())
         stack.enter_context(eager_experts(selected.layers))
@@ -378,6 +363,7 @@ def prune_model(
             store,
             quiet,
             check,
+            home,
             peers,
             shared.counted,
         )

@@ -8,7 +8,8 @@ import hashlib
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,10 @@ from nmsolve.backends.dispatch import AUTO, check_backend, check_mask_method
 from nmsolve.checkpoint.format import REPORT_NAME, SUFFIX, open_checkpoint
 from nmsolve.errors import NMSolveError, NMSolveWarning, WorkFailed, counted
 from nmsolve.files import Interrupts, Staging, check_out, check_space, is_regular
-from nmsolve.prune.methods import PRUNING_METHODS, check_pruning_method
+from nmsolve.prune.methods import PRUNING_METHODS, check_offload, check_pruning_method
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from nmsolve.checkpoint.format import Checkpoint
     from nmsolve.prune.arguments import Patterns
@@ -58,6 +59,7 @@ def prune_checkpoint(
     damping: float | None = None,
     all_experts: bool = False,
     exact_error: bool = False,
+    offload: str | None = None,
     picture: bool = True,
     overwrite: bool = False,
     progress: bool | None = None,
@@ -85,6 +87,10 @@ def prune_checkpoint(
         ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; by default a GPU if there is one.
     dtype : {"float32", "bfloat16", "float16"}, optional
         Of the model while it runs and of what is saved; by default the checkpoint's.
+    offload : {"cpu", "disk"}, optional
+        Keeps one block at a time on the device, and the rest of the weights on the host, or in the files of
+        ``model`` (those that were pruned in the hidden folder beside ``out``). By default all of them are
+        on the device.
     picture : bool
         Whether to draw ``nmsolve_report.png`` (this needs matplotlib).
     overwrite : bool
@@ -122,23 +128,26 @@ sequence_length, batch_size, seed, bos, iterations, damping, all_experts, exact_
         method, transposable, mask_method, backend, device, iterations=iterations, damping=damping
     )
     text = _calibration_file(calibration, method)
+    check_offload(offload)
     folder = Path(model)
     target = check_out(Path(out), overwrite, source=folder, mark=REPORT_NAME)
 
     device = chosen_device(device)
 
     from nmsolve.prune.model import prune_model
-    from nmsolve.prune.pretrained import load_model, load_tokenizer
+    from nmsolve.prune.placed import earlier_masks, placed
+    from nmsolve.prune.pretrained import load_model, load_tokenizer, open_model
     from nmsolve.prune.report import need_matplotlib
+    from nmsolve.prune.store import stored_part
     from nmsolve.prune.stored import write_checkpoint
 
     if picture:
         need_matplotlib()
-    loaded = load_model(folder, dtype)
+    loaded, held = open_model(folder, dtype) if offload == "disk" else (load_model(folder, dtype), None)
     checkpoint = open_checkpoint(folder)
     check_space(target.parent, sum(shard.nbytes for shard in checkpoint.shards))
     tokenizer = load_tokenizer(folder) if text is not None and text.suffix != SUFFIX else None
-    places = _places(checkpoint, loaded, pattern, dense)
+    weights = placed(checkpoint, loaded, pattern, dense, held)
     _tell_left_out(checkpoint)
 
     interrupts = interrupts or Interrupts()
@@ -146,7 +155,7 @@ sequence_length, batch_size, seed, bos, iterations, damping, all_experts, exact_
     try:
         with Staging(target) as staging:
             result = prune_model(
-                loaded.to(device),
+                loaded if offload else loaded.to(device),
                 text,
                 pattern,
                 transposable=transposable,
@@ -156,7 +165,7 @@ sequence_length, batch_size, seed, bos, iterations, damping, all_experts, exact_
                 sequential=sequential,
                 initial_masks=None
                 if initial_masks is None
-                else _by_weight(initial_masks, places, checkpoint),
+                else earlier_masks(initial_masks, weights.places, checkpoint),
                 dense=dense,
                 tokenizer=tokenizer,
                 samples=samples,
@@ -166,20 +175,25 @@ sequence_length, batch_size, seed, bos, iterations, damping, all_experts, exact_
                 bos=bos,
                 all_experts=all_experts,
                 exact_error=exact_error,
+                offload=held or offload,
+                device=device if offload else None,
                 resume=resume,
                 progress=progress,
                 check=interrupts.check,
                 **options,
             )
-            result.report.files = _files(folder, out, text, checkpoint) | {"device": device, "dtype": dtype}
-            parameters = dict(loaded.named_parameters(remove_duplicate=False))
-            changed: dict[str, list[tuple[Place, Tensor]]] = {}
+            result.report.files = _files(folder, out, text, checkpoint) | {
+                "device": device,
+                "dtype": dtype,
+                "offload": offload,
+            }
+            changed: dict[str, list[tuple[Place, Callable[[], Tensor]]]] = {}
             for name in result.masks:
-                for place in places[name]:
-                    values = place.of(parameters[name].detach())
-                    changed.setdefault(place.entry, []).append((place, values))
+                for place in weights.places[name]:
+                    new = partial(stored_part, resume, weights.layers[name], place.of)
+                    changed.setdefault(place.entry, []).append((place, new))
             write_checkpoint(checkpoint, staging.path, loaded, changed, dtype, interrupts.check)
-            result = result.renamed(places)
+            result = result.renamed(weights.places)
             result.write_masks(staging.path, picture=picture)
             interrupts.hold()
             staging.publish_folder(replace=overwrite)
@@ -193,71 +207,6 @@ sequence_length, batch_size, seed, bos, iterations, damping, all_experts, exact_
         raise WorkFailed(f"{what}; finished layers are in {resume}") from error
     shutil.rmtree(resume, ignore_errors=True)
     return result
-
-
-def _places(
-    checkpoint: Checkpoint, model: nn.Module, pattern: Patterns, dense: Sequence[str]
-) -> dict[str, list[Place]]:
-    """Where each weight to prune lies in the checkpoint."""
-    from nmsolve.prune.arguments import parse_patterns
-    from nmsolve.prune.layers import select_layers
-    from nmsolve.prune.stored import find_places, names_of, unplaced
-
-    globs = [dense] if isinstance(dense, str) else dense
-    selected = select_layers(model, parse_patterns(pattern), globs, stacks=True)
-    weights = {layer.weight_name: layer.weight for layer in selected.layers}
-    places = find_places(checkpoint, weights, names_of(model, weights))
-    for name, found in places.items():
-        if not found:
-            raise unplaced(name)
-    return places
-
-
-def _by_weight(
-    masks: str | os.PathLike[str], places: Mapping[str, list[Place]], checkpoint: Checkpoint
-) -> dict[str, Tensor]:
-    """Earlier masks, which have the names of the checkpoint's tensors, by the weights of the model.
-
-    Those of tensors that are not pruned are left out, with a warning.
-    """
-    from nmsolve.checkpoint.mask_files import load_masks
-
-    found = load_masks(masks)
-    by_weight = {}
-    for name, (place, *others) in places.items():
-        if place.expert is not None:
-            mask = _of_stack([place, *others], found)
-            if mask is not None:
-                by_weight[name] = mask
-        elif place.entry in found and found[place.entry].shape[:1] == (place.rows,):
-            by_weight[name] = found[place.entry][place.first : place.last]
-    used = {place.entry for name in by_weight for place in places[name]}
-    pruned = {place.entry for of_weight in places.values() for place in of_weight}
-    dense = [x.name for _, x in checkpoint.entries() if x.name in found and x.name not in pruned]
-    if dense:
-        warnings.warn(
-            f"{counted(len(dense), 'initial mask')} not used, of what stays dense: {dense[0]}"
-            + (", ..." if len(dense) > 1 else ""),
-            NMSolveWarning,
-            stacklevel=3,
-        )
-    rest = found.keys() - used - set(dense)
-    return by_weight | {name: found[name] for name in sorted(rest)}
-
-
-def _of_stack(places: Sequence[Place], masks: Mapping[str, Tensor]) -> Tensor | None:
-    """The mask of stacked experts from those of the tensors that hold them; True where there is none."""
-    import torch
-
-    last = places[-1]
-    given = [place for place in places if place.entry in masks]
-    if not given or any(len(masks[place.entry]) != place.rows for place in given):
-        return None
-    shape = (last.expert or 0) + 1, last.end, *masks[given[0].entry].shape[1:]
-    whole = torch.ones(shape, dtype=torch.bool)
-    for place in given:
-        place.of(whole).copy_(masks[place.entry])
-    return whole
 
 
 def _tell_left_out(checkpoint: Checkpoint) -> None:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nmsolve.checkpoint.architecture import build, read_config, too_large
 from nmsolve.checkpoint.format import Checkpoint, open_checkpoint
+from nmsolve.checkpoint.roles import told
+from nmsolve.checkpoint.selection import DTYPES
 from nmsolve.errors import NMSolveError, NMSolveWarning, counted, one_line
 from nmsolve.files import is_regular
 
-__all__ = ["load_model", "load_tokenizer"]
+if TYPE_CHECKING:
+    import torch
+
+    from nmsolve.prune.unloaded import StoredWeights
+
+__all__ = ["load_model", "load_tokenizer", "open_model"]
 
 # Neither the network nor code that comes with a checkpoint.
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -33,6 +42,84 @@ def load_model(folder: Path, dtype: str | None = None) -> Any:
     NMSolveError
         If transformers is not installed, or the folder holds no model that it can load whole.
     """
+    checkpoint, kind = _kind_of(folder)
+    import torch
+
+    try:
+        _check_parameters(checkpoint, kind.__name__)
+        model, found = kind.from_pretrained(
+            folder,
+            use_safetensors=True,
+            dtype="auto" if dtype is None else getattr(torch, dtype),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **_LOCAL,
+        )
+    except NMSolveError:
+        raise
+    except Exception as error:
+        raise NMSolveError(f"{folder}: the model cannot be loaded: {_told(error)}") from None
+    _check_loaded(folder, kind.__name__, found)
+    return model
+
+
+def open_model(folder: Path, dtype: str | None = None) -> tuple[Any, StoredWeights]:
+    """The model of a checkpoint folder as :func:`load_model` loads it, but for its weights, and those.
+
+    Its parameters are on the meta device, its buffers are there.
+
+    Raises
+    ------
+    NMSolveError
+        As :func:`load_model`; and if a parameter cannot be read by itself.
+    """
+    checkpoint, kind = _kind_of(folder)
+    import torch
+    import transformers
+
+    from nmsolve.prune.unloaded import StoredWeights, built_without_weights
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
+        wanted = _dtype_of(config, checkpoint) if dtype is None else getattr(torch, dtype)
+        with built_without_weights():
+            model = kind._from_config(config, dtype=wanted)
+        told(model, "tie_weights")
+        _keep_wide(model, wanted)
+    except NMSolveError:
+        raise
+    except Exception as error:
+        raise NMSolveError(f"{folder}: the model cannot be built: {_told(error)}") from None
+    weights = StoredWeights(checkpoint, model)
+    computed = "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"
+    missing = [name for name in weights.lacking if not _is_named(model, computed[0], name)]
+    _check_missing(folder, kind.__name__, missing)
+    _compute(model, weights.lacking)
+    buffers = dict(model.named_buffers())
+    for name, value in weights.read([name for name in buffers if name in weights]).items():
+        buffers[name].copy_(value)
+    unused = [name for name in sorted(weights.unused) if not _is_named(model, computed[1], name)]
+    _tell_unused(folder, kind.__name__, unused)
+    return model, weights
+
+
+def _compute(model: Any, names: Sequence[str]) -> None:
+    """Has a model compute what is in no file: its buffers, and the parameters of these names."""
+    import torch
+
+    for name in names:
+        module, _, own = name.rpartition(".")
+        parameter = model.get_parameter(name)
+        there = torch.empty(parameter.shape, dtype=parameter.dtype)
+        model.get_submodule(module)._parameters[own] = torch.nn.Parameter(there, parameter.requires_grad)
+    if hasattr(model, "initialize_weights"):  # transformers 4 has made them
+        for module in model.modules():
+            module._is_hf_initialized = False
+        model.initialize_weights()
+
+
+def _kind_of(folder: Path) -> tuple[Checkpoint, Any]:
+    """The checkpoint in a folder, and the class of transformers that its config names."""
     if importlib.util.find_spec("transformers") is None:
         raise NMSolveError("transformers is not installed: pip install transformers")
     _check_no_adapter(folder)
@@ -43,7 +130,6 @@ def load_model(folder: Path, dtype: str | None = None) -> Any:
         raise NMSolveError(f"{folder}: expected a checkpoint folder with a config.json")
     _check_library(folder)
     _check_size(checkpoint)
-    import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -58,22 +144,49 @@ def load_model(folder: Path, dtype: str | None = None) -> Any:
     kind: Any = getattr(transformers, named[0], None)
     if transformers.PreTrainedModel not in getattr(kind, "__mro__", ()):
         raise NMSolveError(f"{folder}: transformers {transformers.__version__} has no model {named[0]}")
-    try:
-        _check_parameters(checkpoint, named[0])
-        model, found = kind.from_pretrained(
-            folder,
-            use_safetensors=True,
-            dtype="auto" if dtype is None else getattr(torch, dtype),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **_LOCAL,
-        )
-    except NMSolveError:
-        raise
-    except Exception as error:
-        raise NMSolveError(f"{folder}: the model cannot be loaded: {_told(error)}") from None
-    _check_loaded(folder, named[0], found)
-    return model
+    return checkpoint, kind
+
+
+def _dtype_of(config: Any, checkpoint: Checkpoint) -> torch.dtype:
+    """What ``dtype="auto"`` is: that of the configuration, or of the first tensor of floats."""
+    import torch
+
+    named = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    if isinstance(named, torch.dtype):
+        return named
+    first = next((DTYPES[x.dtype] for _, x in checkpoint.entries() if x.dtype in DTYPES), "float32")
+    found: torch.dtype = getattr(torch, named if isinstance(named, str) else first)
+    return found
+
+
+def _keep_wide(model: Any, dtype: torch.dtype) -> None:
+    """Parameters that transformers keeps in float32 for its range are float32."""
+    plan = getattr(model, "_get_dtype_plan", None)
+    if plan is None:  # transformers 4
+        names = {
+            *(getattr(model, "_keep_in_fp32_modules", None) or ()),
+            *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
+        }
+        if names and dtype.itemsize < 4:
+            raise NMSolveError(
+                f"{type(model).__name__}: part of it is kept in float32; leave offload='disk' out"
+            )
+        return
+    globs = plan(dtype)
+    if not globs:
+        return
+    from transformers.core_model_loading import build_glob_alternation
+
+    pattern, globs_by_group, _ = build_glob_alternation(list(globs))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        found = pattern.search(name)
+        if found is not None and found.lastgroup is not None and tensor.is_floating_point():
+            tensor.data = tensor.data.to(globs[globs_by_group[found.lastgroup]])
+
+
+def _is_named(model: Any, table: str, name: str) -> bool:
+    """Whether a table of patterns that a model has names a tensor."""
+    return any(re.search(pattern, name) for pattern in getattr(model, table, None) or ())
 
 
 def _check_size(checkpoint: Checkpoint) -> None:
@@ -139,19 +252,25 @@ def _check_loaded(folder: Path, kind: str, found: dict[str, Any]) -> None:
         raise NMSolveError(
             f"{folder}: {name} has another shape than in {kind}" + (f": {detail}" if detail else "")
         )
-    missing = sorted(found["missing_keys"])
+    _check_missing(folder, kind, sorted(found["missing_keys"]))
+    _tell_unused(folder, kind, sorted(found["unexpected_keys"]))
+
+
+def _check_missing(folder: Path, kind: str, missing: Sequence[str]) -> None:
     if missing:
         raise NMSolveError(
             f"{folder}: {kind} needs {missing[0]}, which is not there ({len(missing)} missing)"
         )
-    unused = sorted(found["unexpected_keys"])
+
+
+def _tell_unused(folder: Path, kind: str, unused: Sequence[str]) -> None:
     if unused:
         warnings.warn(
             f"{counted(len(unused), 'tensor')} in {folder} "
             f"{'is' if len(unused) == 1 else 'are'} no part of {kind}: {unused[0]}"
             + (", ..." if len(unused) > 1 else ""),
             NMSolveWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

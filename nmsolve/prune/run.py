@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmsolve.checkpoint.mask_files import pack_mask, unpack_mask
 from nmsolve.errors import NMSolveError, begun
 from nmsolve.pattern import NMPattern
 from nmsolve.prune.arguments import PruneSettings
 from nmsolve.prune.calibration import Batch, call_model, real_positions
 from nmsolve.prune.experts import routed, watched
+from nmsolve.prune.homes import Home
 from nmsolve.prune.layers import Layer, Selected
+from nmsolve.prune.masks import PackedMasks
 from nmsolve.prune.methods import PRUNING_METHODS, LayerPruner
 from nmsolve.prune.peers import Peers
 from nmsolve.prune.report import LayerReport, PruneReport, tell_starved
@@ -28,26 +29,7 @@ from nmsolve.prune.statistics import Statistics, work_dtype
 from nmsolve.prune.store import LayerStore
 from nmsolve.prune.walk import Chain, Group, Loose, Plan, Stop, input_of, make_plan
 
-__all__ = ["PackedMasks", "Run"]
-
-
-class PackedMasks(Mapping[str, Tensor]):
-    """Masks by the name of their weight, held as bits and unpacked when they are asked for."""
-
-    def __init__(self) -> None:
-        self._packed: dict[str, tuple[Tensor, torch.Size]] = {}
-
-    def add(self, name: str, mask: Tensor) -> None:
-        self._packed[name] = pack_mask(mask), mask.shape
-
-    def __getitem__(self, name: str) -> Tensor:
-        return unpack_mask(*self._packed[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._packed)
-
-    def __len__(self) -> int:
-        return len(self._packed)
+__all__ = ["Run"]
 
 
 _Solved = tuple[Tensor, Tensor, LayerReport]
@@ -67,11 +49,12 @@ class Run:
     store: LayerStore | None
     progress: bool | None
     check: Callable[[], None] | None
-    peers: Peers = field(default_factory=Peers)
-    counted: int = 0
+    home: Home
+    peers: Peers
+    counted: int
     masks: PackedMasks = field(default_factory=PackedMasks)
     pruned: dict[Layer, NMPattern] = field(default_factory=dict)
-    delayed: list[tuple[Layer, Tensor]] = field(default_factory=list)
+    delayed: list[Callable[[], object]] = field(default_factory=list)
     delay: bool = False
     turn: int = 0
 
@@ -111,7 +94,7 @@ class Run:
         peers = self.peers
         peers.reshard()
         for layer, mask in self.allowed.items():
-            peers.held(layer.weight).mul_(peers.part(mask.to(layer.weight.device), layer.weight))
+            self.home.mask(layer, mask)
         held = map(peers.held, self.model.parameters())
         self._memory(model=sum(p.numel() * p.element_size() for p in held))
         unreached = plan.unreached if plan else []
@@ -137,10 +120,12 @@ class Run:
             for layer in unseen:
                 self._group(Group([layer]), self._statistics(layer, settle=True))
             peers.reshard()
-            for layer, weight in self.delayed:
-                peers.held(layer.weight).copy_(weight)
+            for keep in self.delayed:
+                keep()
         order = {layer.name: place for place, layer in enumerate(self.selected.layers)}
         self.report.layers.sort(key=lambda row: order[row.name])
+        if self.home.away:
+            self._memory(block=self.home.most)
         self._memory(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         if torch.cuda.is_available():
             self._memory(peak_gpu=torch.cuda.max_memory_allocated())
@@ -169,10 +154,12 @@ class Run:
                 for group in groups:
                     self._group(group, None)
             return
-        chain.capture(self.model, self.batches)
+        with self.home.outside(), self.home.there(chain.blocks[0]):
+            chain.capture(self.model, self.batches)
         self._memory(activations=sum(t.nbytes for t in chain.hidden if t is not None))
         for index, groups in enumerate(chain.groups[: last + 1]):
-            self._block(chain, index, groups, index == last)
+            with self.home.there(chain.blocks[index]):
+                self._block(chain, index, groups, index == last)
         chain.release()
 
     def _block(self, chain: Chain, index: int, groups: list[Group], last: bool) -> None:
@@ -214,9 +201,8 @@ class Run:
         return self.store is not None and all(layer.name in self.store for layer in group.layers)
 
     def _statistics(self, layer: Layer, settle: bool = False) -> Statistics:
-        found = Statistics(
-            layer, PRUNING_METHODS[self.settings.method], self.settings.exact_error, self.peers
-        )
+        method, device = PRUNING_METHODS[self.settings.method], self.home.device_of(layer)
+        found = Statistics(layer, method, self.settings.exact_error, self.peers, device)
         if settle:
             found.settle()
         return found
@@ -283,19 +269,18 @@ class Run:
                 if self.peers.count > 1:
                     weight, mask, report = self._told(layer, solved)
                 else:
-                    weight, mask, report = self._layer(
-                        layer, self.peers.whole(layer.weight), measured, prepared
-                    )
+                    with self.home.there(layer.module):
+                        whole = self.peers.whole(layer.weight)
+                        weight, mask, report = self._layer(layer, whole, measured, prepared)
                 if self.store is not None:
                     self.store.save(layer.name, weight, mask, report)
             self.masks.add(layer.weight_name, mask)
             self.pruned[layer] = self.selected.layers[layer]
             self.report.layers.append(report)
-            part = self.peers.part(weight, layer.weight)
             if self.delay:
-                self.delayed.append((layer, part.cpu()))
+                self.delayed.append(self.home.keep_later(layer, weight))
             else:
-                self.peers.held(layer.weight).copy_(part)
+                self.home.keep(layer, weight)
             error = "" if report.relative_error is None else f"error {report.relative_error:.3g}, "
             self.bar.set_description_str(layer.name, refresh=False)
             self.bar.set_postfix_str(f"{error}gap {report.gap:.1e}", refresh=False)

@@ -43,6 +43,8 @@ class Statistics:
         Whether the error is that over all tokens: then there is a Hessian in any case.
     peers : Peers, optional
         The processes that measure together: each draws a sample of its own.
+    device : torch.device, optional
+        Where they are; by default where the layer's weight is.
 
     Attributes
     ----------
@@ -61,11 +63,16 @@ class Statistics:
     """
 
     def __init__(
-        self, layer: Layer, method: PruningMethod, exact_error: bool, peers: Peers | None = None
+        self,
+        layer: Layer,
+        method: PruningMethod,
+        exact_error: bool,
+        peers: Peers | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.layer = layer
         groups, size = layer.groups, layer.input_size
-        device, dtype = layer.weight.device, work_dtype(layer.weight)
+        device, dtype = device or layer.weight.device, work_dtype(layer.weight)
         self.hessian = self.diagonal = self.sample = None
         if exact_error or (method.needs_calibration and not method.diagonal):
             self.hessian = torch.zeros((groups, size, size), dtype=dtype, device=device)

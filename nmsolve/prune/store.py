@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -26,7 +26,7 @@ from nmsolve.errors import NMSolveError
 from nmsolve.files import is_partial, locked, read_json, write_bytes, write_text
 from nmsolve.prune.report import LayerReport
 
-__all__ = ["LayerStore"]
+__all__ = ["LayerStore", "stored_part"]
 
 _RECORD, _LAYERS = "run.json", "layers"
 
@@ -116,8 +116,8 @@ class LayerStore:
             raise NMSolveError(f"resume: {self.folder} is in use by another run") from None
 
     def path(self, name: str) -> Path:
-        """The file of a layer; dots are no separators, so any module name is a file name."""
-        return self.folder / _LAYERS / f"{name.replace('/', '_') or 'model'}.safetensors"
+        """The file of a layer."""
+        return _path(self.folder, name)
 
     def __contains__(self, name: str) -> bool:
         return self.path(name).exists()
@@ -128,6 +128,10 @@ class LayerStore:
 
         tensors = {"weight": weight.detach().cpu().contiguous(), "mask": pack_mask(mask)}
         write_bytes(self.path(name), save(tensors, {"report": json.dumps(asdict(report))}))
+
+    def weight(self, name: str) -> Tensor:
+        """The new weight of a layer that this run has saved or loaded."""
+        return stored_part(self.folder, name)
 
     def load(self, name: str, like: Tensor) -> tuple[Tensor, Tensor, LayerReport]:
         """Weight, mask and report of a layer whose weight has the shape and dtype of ``like``.
@@ -160,6 +164,19 @@ class LayerStore:
         if weight.dtype != like.dtype or mask.dtype != torch.uint8:
             raise wrong
         return weight, unpack_mask(mask, weight.shape), report
+
+
+def _path(folder: Path, name: str) -> Path:
+    """The file of a layer in a folder; dots are no separators, so any module name is a file name."""
+    return folder / _LAYERS / f"{name.replace('/', '_') or 'model'}.safetensors"
+
+
+def stored_part(folder: Path, name: str, part: Callable[[Tensor], Tensor] = Tensor.detach) -> Tensor:
+    """The new weight of a finished layer, or a part of it."""
+    from safetensors import safe_open
+
+    with safe_open(_path(folder, name), framework="pt") as file:
+        return part(file.get_tensor("weight")).clone()
 
 
 def _fits(report: LayerReport) -> bool:

@@ -29,6 +29,7 @@ from nmsolve.checkpoint.selection import DTYPES
 from nmsolve.checkpoint.streams import StreamWriter
 from nmsolve.errors import NMSolveError
 from nmsolve.files import write_bytes
+from nmsolve.prune.unloaded import read_entry
 
 __all__ = ["Place", "StoredMasks", "find_places", "names_of", "unplaced", "write_checkpoint"]
 
@@ -244,7 +245,7 @@ class StoredMasks(Mapping[str, Tensor]):
 class _Rewriting:
     """What changes: rows of tensors, and the dtype of floating-point ones."""
 
-    parts: Mapping[str, list[tuple[Place, Tensor]]]
+    parts: Mapping[str, list[tuple[Place, Callable[[], Tensor]]]]
     dtypes: Mapping[str, str]
 
 
@@ -252,7 +253,7 @@ def write_checkpoint(
     checkpoint: Checkpoint,
     folder: Path,
     model: nn.Module,
-    changed: Mapping[str, list[tuple[Place, Tensor]]],
+    changed: Mapping[str, list[tuple[Place, Callable[[], Tensor]]]],
     dtype: str | None,
     check: Callable[[], None],
 ) -> None:
@@ -265,8 +266,8 @@ def write_checkpoint(
         Is there, and empty.
     model : nn.Module
         Tells which tensors transformers keeps in a dtype of their own.
-    changed : mapping of str to list of (Place, Tensor)
-        New values by the name of the tensor in the checkpoint.
+    changed : mapping of str to list of (Place, callable)
+        What returns new values, by the name of the tensor in the checkpoint.
     dtype : str, optional
         torch's name of the dtype of floating-point tensors; by default each keeps its own.
     check : callable
@@ -298,8 +299,6 @@ def _new_dtypes(checkpoint: Checkpoint, model: nn.Module, dtype: str) -> dict[st
 
 
 def _write_shard(shard: Shard, path: Path, what: _Rewriting, check: Callable[[], None]) -> None:
-    from safetensors import safe_open
-
     def code(entry: Entry) -> str:
         return what.dtypes.get(entry.name, entry.dtype)
 
@@ -312,7 +311,6 @@ def _write_shard(shard: Shard, path: Path, what: _Rewriting, check: Callable[[],
     total = sum(size(entry) for entry in shard.entries)
     with (
         shard.path.open("rb") as source,
-        safe_open(shard.path, framework="pt") as file,
         StreamWriter(path, header, total) as writer,
     ):
         for entry in shard.entries:
@@ -321,9 +319,9 @@ def _write_shard(shard: Shard, path: Path, what: _Rewriting, check: Callable[[],
                 for _ in writer.copy(source, entry):
                     check()
                 continue
-            tensor = file.get_tensor(entry.name).to(getattr(torch, DTYPES[code(entry)]))
+            tensor = read_entry(source, entry).to(getattr(torch, DTYPES[code(entry)]))
             for place, values in what.parts.get(entry.name, ()):
-                tensor[place.first : place.last] = values.to("cpu", tensor.dtype)
+                tensor[place.first : place.last] = values().to("cpu", tensor.dtype)
             writer.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
