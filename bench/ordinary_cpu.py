@@ -86,7 +86,7 @@ def main() -> None:
             for row in measure(scores.to(getattr(torch, dtype)), pattern, args.repeats):
                 print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
                 rows.append(row)
-    common.write_csv(args.out, rows, "numba")
+    common.write_csv(args.out, rows)
 
 
 if __name__ == "__main__":

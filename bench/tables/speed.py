@@ -52,7 +52,7 @@ def distributions() -> str:
 
 
 def ordinary() -> str:
-    """Nanoseconds per entry and, in brackets, bytes that are read and written per second beside the copy's."""
+    """Nanoseconds per entry and, in brackets, bytes read and written per second beside the copy's."""
     file = "ordinary_cpu.csv"
     rows = results(file)
     copies = {
