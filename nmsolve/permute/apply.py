@@ -185,6 +185,9 @@ def apply_permutations(
     for coupling, _, way in plans:
         for site in (*coupling.consumers, *(coupling.producers if way == "fold" else ())):
             check_plain(site.tensor, tensors[site.tensor].data)
+            if not tensors[site.tensor].is_floating_point():
+                dtype = str(tensors[site.tensor].dtype).removeprefix("torch.")
+                raise NMSolveError(f"model: {site.tensor} is {dtype}: reorder first, then quantise")
     for path, norm in permuted.items():
         model.set_submodule(path, norm)
     for coupling, order, way in plans:

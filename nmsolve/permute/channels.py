@@ -135,6 +135,8 @@ def channels_of(place: Place, axis: int) -> Channels:
         of = place.config.get("model_type")
         whose = "a model of unknown type" if of is None else f"a {of!r} model"
         raise UnknownLayout(f"where {place.writer} has these channels is unknown for {whose}")
+    if place.rule.oblong and place.consumer[0] == place.consumer[1]:
+        raise UnknownLayout(f"{place.reader} is square, so that it may be a layer of another place")
     if place.rule.attention:
         return _of_values(place, axis)
     out_axis = 0 if place.rule.turned else 1 - axis

@@ -18,7 +18,7 @@ from nmsolve.permute.named import named_couplings
 from nmsolve.permute.part_configs import OWN_HEADS, Config, PartConfigs, narrowed
 from nmsolve.permute.traced import traced_couplings
 
-__all__ = ["ModuleConfigs", "checked", "couplings_by_tracing", "find_couplings", "once", "shared_tensors"]
+__all__ = ["Checks", "ModuleConfigs", "couplings_by_tracing", "find_couplings", "once"]
 
 
 def find_couplings(model: nn.Module) -> list[Coupling]:
@@ -48,8 +48,8 @@ def find_couplings(model: nn.Module) -> list[Coupling]:
     named = named_couplings(shapes, ModuleConfigs(model))
     traced, refused = couplings_by_tracing(model)
     kept = [c for c in named if c.heads > 1 or all(site.tensor not in refused for site in c.consumers)]
-    shared = shared_tensors(model)
-    found = [checked(coupling, model, shared) for coupling in once([*kept, *traced])]
+    checks = Checks(model)
+    found = [checks.checked(coupling) for coupling in once([*kept, *traced])]
     order = {name: k for k, name in enumerate(parameters)}
     return sorted(found, key=lambda coupling: order[coupling.consumers[0].tensor])
 
@@ -71,14 +71,39 @@ def once(couplings: Sequence[Coupling]) -> Iterator[Coupling]:
             yield coupling
 
 
-def checked(coupling: Coupling, model: nn.Module, shared: Sequence[Sequence[str]]) -> Coupling:
-    """The coupling, with the reason instead of its producers where modules of the model forbid the fold.
+class Checks:
+    """What the modules of a model say against a fold."""
 
-    ``shared`` has what :func:`shared_tensors` tells of the model.
-    """
-    if not coupling.folds:
-        return coupling
-    return _probe_activations(_refuse_shared(coupling, shared), model)
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.shared = _shared_tensors(model)
+        self._alike: dict[int, bool] = {}
+
+    def checked(self, coupling: Coupling) -> Coupling:
+        """The coupling, with the reason instead of its producers where the model forbids the fold."""
+        reason = self._why_not(coupling) if coupling.folds else ""
+        return replace(coupling, producers=(), reason=reason) if reason else coupling
+
+    def _why_not(self, coupling: Coupling) -> str:
+        """A tensor that another place shares, or an activation beside the layers that mixes channels."""
+        sites = (*coupling.consumers, *coupling.producers)
+        tensors = {site.tensor for site in sites}
+        for names in self.shared:
+            mine = next((name for name in names if name in tensors), None)
+            other = next((name for name in names if name not in tensors), None)
+            if mine is not None and other is not None:
+                return f"{mine} is shared with {other}"
+        layers = [site.tensor.rpartition(".")[0] for site in sites]
+        for path in dict.fromkeys(layer.rpartition(".")[0] for layer in layers):
+            for name, child in self.model.get_submodule(path).named_children():
+                if name.startswith(("act", "intermediate_act", "gelu")) and not self._is_alike(child):
+                    return f"{path}.{name} ({type(child).__name__}) does not act on every channel alike"
+        return ""
+
+    def _is_alike(self, module: nn.Module) -> bool:
+        if id(module) not in self._alike:
+            self._alike[id(module)] = elementwise(module)
+        return self._alike[id(module)]
 
 
 class ModuleConfigs(PartConfigs):
@@ -127,39 +152,10 @@ _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 _ATTRIBUTES = ("is_concatenated", "moe_num_experts")
 
 
-def _probe_activations(coupling: Coupling, model: nn.Module) -> Coupling:
-    """Refuses a fold where an activation beside the layers is a module that mixes channels."""
-    if not coupling.folds:
-        return coupling
-    layers = [site.tensor.rpartition(".")[0] for site in (*coupling.consumers, *coupling.producers)]
-    for path in dict.fromkeys(layer.rpartition(".")[0] for layer in layers):
-        parent = model.get_submodule(path)
-        if isinstance(parent, nn.Sequential):
-            continue
-        for name, child in parent.named_children():
-            if name.startswith(("act", "intermediate_act", "gelu")) and not elementwise(child):
-                reason = f"{path}.{name} ({type(child).__name__}) does not act on every channel alike"
-                return replace(coupling, producers=(), reason=reason)
-    return coupling
-
-
-def shared_tensors(model: nn.Module) -> list[list[str]]:
+def _shared_tensors(model: nn.Module) -> list[list[str]]:
     """The names of every parameter and buffer that has several."""
     names: dict[int, list[str]] = {}
     tensors: list[tuple[str, Tensor]] = [*model.named_parameters(remove_duplicate=False)]
     for name, tensor in [*tensors, *model.named_buffers(remove_duplicate=False)]:
         names.setdefault(id(tensor), []).append(name)
     return [of_one for of_one in names.values() if len(of_one) > 1]
-
-
-def _refuse_shared(coupling: Coupling, shared: Sequence[Sequence[str]]) -> Coupling:
-    """A tensor that two places of the model share cannot be reordered for one of them."""
-    if not coupling.folds:
-        return coupling
-    sites = {site.tensor for site in (*coupling.consumers, *coupling.producers)}
-    for names in shared:
-        mine = next((name for name in names if name in sites), None)
-        other = next((name for name in names if name not in sites), None)
-        if mine is not None and other is not None:
-            return replace(coupling, producers=(), reason=f"{mine} is shared with {other}")
-    return coupling

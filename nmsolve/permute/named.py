@@ -12,6 +12,7 @@ values along, values of other layers, and parameters beside the layers that coul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -24,8 +25,12 @@ __all__ = ["named_couplings"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Configurations in which a layer may read the values of another one.
-_SHARED_VALUES = ("num_kv_shared_layers", "use_cla")
+# Configurations in which values are more than a projection of the layer's input, and how.
+_OTHER_VALUES = {
+    "num_kv_shared_layers": "layers of this model may read values of other layers",
+    "use_cla": "layers of this model may read values of other layers",
+    "rotary_value": "rotary embeddings pair the channels of this model's values",
+}
 
 
 def named_couplings(shapes: Shapes, config: Config | PartConfigs | None = None) -> list[Coupling]:
@@ -191,11 +196,9 @@ class _Pair:
         config, prefix, inputs = self.place.config, self.place.prefix, self.place.consumer[axis]
         if not self.rule.attention:
             return
-        for name in _SHARED_VALUES:
+        for name, why in _OTHER_VALUES.items():
             if config.get(name):
-                raise UnknownLayout(
-                    f"layers of this model may read values of other layers ({name} = {config[name]})"
-                )
+                raise UnknownLayout(f"{why} ({name} = {config[name]})")
         queries = [f"{prefix}{self.rule.queries}.weight"] if self.rule.queries else []
         if self.rule.layout == "keyed":
             heads, _ = heads_of(config, self.place.reader)
@@ -248,7 +251,7 @@ class _Pair:
             if any(name.startswith(layer) for layer in layers):
                 strange = True
             elif closed:
-                strange = not self._may_stand(inner, shape)
+                strange = not self._may_stand(inner, shape, channels)
             else:
                 strange = inner.count(".") <= 2 and channels in shape and not _starts(inner, SUBLAYERS)
                 module = inner.rpartition(".")[0]
@@ -259,10 +262,13 @@ class _Pair:
                     f"{name} stands beside these layers, and what it does to the channels is unknown"
                 )
 
-    def _may_stand(self, inner: str, shape: tuple[int, ...]) -> bool:
+    def _may_stand(self, inner: str, shape: tuple[int, ...], channels: int) -> bool:
         """Whether a tensor of a closed module, named from there on, leaves the channels alone."""
         if not self.rule.attention:
-            return _starts(inner, (*BESIDE_MLP, *self.rule.beside))
+            if self.rule.beside:
+                return _starts(inner, self.rule.beside)
+            scalar = inner.startswith("act") and math.prod(shape) == 1
+            return scalar or (channels not in shape and _starts(inner, BESIDE_MLP))
         if inner == "bias" and len(shape) == 4 and shape[:2] == (1, 1):  # the causal mask of older files
             return True
         if self.rule.home and _starts(inner, ("output",)):  # what follows the consumer

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from nmsolve.permute.couplings import Coupling, Site
 
 __all__ = ["ORDERS_FOLDER", "ORDERS_SUFFIX", "PermuteReport", "permute_checkpoint", "prepare"]
+
+# One of several files of a checkpoint.
+_SHARD = re.compile(r"-\d+-of-\d+\.")
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,14 @@ def prepare(
     """
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
         raise NMSolveError(f"passes: expected at least 1, got {passes!r}")
+    for name, count in (("heads", heads), ("key_value_heads", key_value_heads)):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise NMSolveError(f"{name}: expected at least 1, got {count!r}")
+    if key_value_heads is not None and (heads is None or heads % key_value_heads):
+        raise NMSolveError(f"key_value_heads: expected a divisor of heads={heads}, got {key_value_heads}")
     found = open_checkpoint(Path(checkpoint))
+    if not found.is_folder and _SHARD.search(found.root.name):
+        raise NMSolveError(f"{found.root}: a shard has a part of the layers; give the folder that it is in")
     target = check_output(found, out, overwrite, _names)
     return Prepared(found, target, *_choose(found, include, heads, key_value_heads))
 

@@ -61,6 +61,8 @@ class Rule:
     turned : bool
         The experts of a layer stand one below the other in matrices, the consumer's stored (in, out) and the
         producers' (out, in).
+    oblong : bool
+        Only shapes tell which of the layers is which, so that square ones tell nothing.
     """
 
     consumer: str
@@ -75,6 +77,7 @@ class Rule:
     types: frozenset[str] = frozenset()
     conv1d: bool = False
     turned: bool = False
+    oblong: bool = False
 
     @property
     def attention(self) -> bool:
@@ -106,7 +109,7 @@ RULES = (
     Rule("down_proj", ("up_proj", "gate_proj"), readers=("up_proj", "gate_proj")),
     Rule("down_proj", ("up_proj",), readers=("up_proj",), closed=True),
     Rule("down_proj", ("gate_up_proj",), "halves", readers=("gate_up_proj",), closed=True, types=_GATE_UP),
-    Rule("w2", ("w3", "w1"), readers=("w3", "w1")),
+    Rule("w2", ("w3", "w1"), readers=("w3", "w1"), oblong=True),
     Rule("fc2", ("fc1",), readers=("fc1",)),
     Rule("output.dense", ("intermediate.dense",), readers=("intermediate.dense",)),
     Rule("mlp.c_proj", ("mlp.c_fc",), readers=("mlp.c_fc",), conv1d=True),

@@ -18,7 +18,7 @@ from nmsolve.checkpoint.format import Checkpoint
 from nmsolve.checkpoint.roles import dense_by_name
 from nmsolve.checkpoint.stored_names import Destination, destinations
 from nmsolve.permute.couplings import Coupling, Site
-from nmsolve.permute.model_couplings import ModuleConfigs, checked, couplings_by_tracing, once, shared_tensors
+from nmsolve.permute.model_couplings import Checks, ModuleConfigs, couplings_by_tracing, once
 from nmsolve.permute.named import named_couplings
 from nmsolve.permute.part_configs import OWN_HEADS, Config, PartConfigs
 
@@ -116,15 +116,15 @@ def _of_model(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], given: Co
     found, refused = couplings_by_tracing(model)
     traced = [moved for coupling in found if (moved := _renamed(coupling, stored)) is not None]
     kept = [c for c in named if c.heads > 1 or all(inside.get(s.tensor) not in refused for s in c.consumers)]
-    checks, shared = [], shared_tensors(model)
+    checks, verdicts = Checks(model), []
     for coupling in once([*kept, *traced]):
         within = _renamed(coupling, inside)
-        verdict = coupling if within is None else checked(within, model, shared)
+        verdict = coupling if within is None else checks.checked(within)
         if coupling.folds and not verdict.folds:
             coupling = replace(coupling, producers=(), reason=verdict.reason)
-        checks.append(coupling)
+        verdicts.append(coupling)
     order = {name: k for k, name in enumerate(shapes)}
-    return sorted(checks, key=lambda coupling: order[coupling.consumers[0].tensor])
+    return sorted(verdicts, key=lambda coupling: order[coupling.consumers[0].tensor])
 
 
 def _renamed(coupling: Coupling, names: Mapping[str, str]) -> Coupling | None:

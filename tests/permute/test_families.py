@@ -9,7 +9,9 @@ import coupled
 import pytest
 import torch
 
-from nmsolve.permute import apply_permutations, find_couplings, permute_checkpoint
+import nmsolve
+from nmsolve import NMSolveError
+from nmsolve.permute import apply_permutations, find_couplings, permute_checkpoint, retained_score
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -62,6 +64,55 @@ def test_a_checkpoint_on_disk_computes_what_it_did(name, tmp_path):
         coupled.outputs(
             name, coupled.exact(type(model).from_pretrained(tmp_path / at, dtype="float64").eval())
         )
+        for at in ("in", "out")
+    )
+    assert (after - before).abs().max() < 1e-9 * max(1.0, float(before.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("mixtral", -1),
+        ("gpt_oss", 0),
+        pytest.param("llama4", 0, marks=pytest.mark.slow),
+        pytest.param("dbrx", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_scores_of_experts_are_what_their_masks_will_see(name, inputs):
+    model = coupled.build(name)
+    (coupling,) = [c for c in find_couplings(model) if c.heads == 4 and "experts" in c.name]
+    parameter = model.get_parameter(coupling.consumers[0].tensor).detach()
+    order = random_order(coupling, 0)
+    scores = coupling.scores({coupling.consumers[0].tensor: parameter.abs()})
+    assert scores.shape[0] == 4
+    expected = retained_score(scores, 2, 4, order)
+    apply_permutations(model, {coupling.name: order}, how="fold")
+    weight = parameter.abs().unflatten(0, (4, -1)) if parameter.ndim == 2 else parameter.abs()
+    for expert, total in zip(weight.unbind(0), expected, strict=True):
+        matrix = expert.movedim(inputs, -1)
+        kept = (matrix * nmsolve.nm_mask(matrix.contiguous(), 2, 4)).sum()
+        assert float(kept) == pytest.approx(float(total), rel=1e-12)
+    with pytest.raises(NMSolveError, match="a run-time gather exists for linear layers"):
+        apply_permutations(model, {coupling.name: torch.arange(4 * coupling.size)})
+
+
+TRANSPOSABLE = ("gpt_oss", "phi3", "gpt_neox", "deepseek_v3", "dbrx", "granitemoe", "resnet bottleneck")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "gpt_oss" else pytest.param(name, marks=pytest.mark.slow) for name in TRANSPOSABLE],
+)
+def test_transposable_masks_keep_more_and_the_checkpoint_computes_the_same(name, tmp_path):
+    coupled.build(name).save_pretrained(tmp_path / "in")
+    report = permute_checkpoint(
+        tmp_path / "in", tmp_path / "out", "2:4", transposable=True, passes=1, progress=False
+    )
+    totals = report.totals()
+    assert totals["before"] < totals["after"] < totals["score"]
+    kind = type(coupled.build(name))
+    before, after = (
+        coupled.outputs(name, coupled.exact(kind.from_pretrained(tmp_path / at, dtype="float64").eval()))
         for at in ("in", "out")
     )
     assert (after - before).abs().max() < 1e-9 * max(1.0, float(before.abs().max()))
