@@ -127,6 +127,7 @@ def _guard_memory() -> None:
 
     def checked_load(self: Any, pointers: Any, mask: Any, *args: Any) -> Any:
         addresses(pointers, mask, "load")
+        mask.data = mask.data.astype(bool, copy=False)  # in Triton 3.9 a scalar makes it integers
         return load(self, pointers, mask, *args)
 
     def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *args: Any) -> Any:

@@ -145,6 +145,31 @@ def test_largest_of_a_warps_floats_and_of_three() -> None:
         assert (found == expected).all()
 
 
+def test_local_memory_at_an_address_of_32_bits() -> None:
+    """As Triton 3.9 writes it: a place in local memory becomes a generic address."""
+    body = """
+	mov.b32 %r10, __local_depot0;
+	cvt.u64.u32 %rd5, %r10;
+	cvta.local.u64 %rd5, %rd5;
+	st.b32 [%rd5+4], %r1;
+	ld.b32 %r11, [%rd5+4];
+	st.b32 [%rd3], %r11;
+"""
+    assert run(body)[:32].tolist() == list(range(32))
+
+
+def test_the_larger_of_two_and_zero() -> None:
+    body = """
+	sub.s32 %r10, %r1, 20;
+	max.relu.s32 %r11, %r10, -5;
+	min.relu.s32 %r12, %r10, 7;
+	mad.lo.s32 %r13, %r11, 100, %r12;
+	st.global.b32 [%rd3], %r13;
+"""
+    expected = [100 * max(k - 20, -5, 0) + max(min(k - 20, 7), 0) for k in range(32)]
+    assert run(body)[:32].tolist() == expected
+
+
 def test_local_memory_is_each_threads_own() -> None:
     body = """
 	mov.b64 %rd5, __local_depot0;

@@ -170,7 +170,7 @@ def _constant(operand: str, kind: type) -> np.generic:
     if operand == "global_smem":
         return kind(0)
     if operand.startswith("__local_depot"):
-        return kind(LOCAL)
+        return kind(LOCAL if bits == 64 else 0)  # generic, or in local memory, as Triton 3.9 has it
     number = int(operand.rstrip("U"), 0)
     if kind is np.bool_:
         return np.bool_(number != 0)
@@ -359,7 +359,7 @@ def _bits_of_words(w: _Writer, match: re.Match[str], i: Instruction) -> None:
 # --- moving, choosing, comparing ----------------------------------------------------------------------------
 
 
-@rule(r"mov\.([bus])(16|32|64)|mov\.(pred|f32|f64)|cvta\.to\.global\.(u)(64)|cvta\.local\.(u)(64)")
+@rule(r"mov\.([bus])(16|32|64)|mov\.(pred|f32|f64)|cvta\.to\.global\.(u)(64)")
 def _mov(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     kind = _bits(i.opcode.rpartition(".")[2])
     to, source = i.operands
@@ -377,6 +377,17 @@ def _mov(w: _Writer, match: re.Match[str], i: Instruction) -> None:
         w.put(to, kind, " | ".join(parts))
     else:
         w.put(to, kind, w.value(source, kind))
+
+
+@rule(r"(max|min)\.relu\.s32")
+def _relu(w: _Writer, match: re.Match[str], i: Instruction) -> None:
+    x, y = (w.value(operand, "s32") for operand in i.operands[1:])
+    w.put(i.operands[0], "s32", f"np.maximum(np.{_NUMPY[match[1]]}({x}, {y}), 0)")
+
+
+@rule(r"cvta\.local\.u64")
+def _cvta_local(w: _Writer, match: re.Match[str], i: Instruction) -> None:
+    w.put(i.operands[0], "u64", f"({w.value(i.operands[1], 'u64')} | u64({LOCAL}))")
 
 
 @rule(r"selp\.([bus](?:16|32|64)|f32|f64)")
