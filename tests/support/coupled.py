@@ -1,7 +1,7 @@
 """Tiny random models of the families of docs/permutation.md, in float64, and what folds in each.
 
-Sizes are such that a wrong axis, head or half changes what a model computes: grouped key/value heads, heads of
-another size than hidden over heads, parts of one model with different numbers of heads.
+Sizes are such that a wrong axis, head or half changes what a model computes: grouped key/value heads, heads
+of another size than hidden over heads, parts of one model with different numbers of heads.
 """
 
 from __future__ import annotations
