@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,10 @@ __all__ = ["ALONE", "Ranks", "joined", "started"]
 # Seconds: between looks while waiting, the first and the longest; and for the last words of ranks that end.
 _LOOK, _LONGEST_LOOK = 0.002, 0.1
 _FAREWELL = 5.0
+
+# Seconds between signs of life, and without any until a rank that others wait for is given up. torchrun ends
+# those on its host when one has died, but not those on others.
+_BEAT, _SILENCE = 5.0, 120.0
 
 
 class Ranks:
@@ -63,7 +68,7 @@ class Ranks:
             with self._reached() as store:
                 store.set(step, text)
             return json.loads(text)
-        return self._heard(step)
+        return self._heard(step, 0)
 
     def gather(self, value: Any, waiting: Callable[[], object] | None = None) -> list[Any]:
         """What each rank gives, by rank, once all have; it is what JSON makes of it.
@@ -75,7 +80,7 @@ class Ranks:
         step = self._next()
         with self._reached() as store:
             store.set(f"{step}/{self.rank}", json.dumps(value))
-        return [self._heard(f"{step}/{rank}", waiting) for rank in range(self.count)]
+        return [self._heard(f"{step}/{rank}", rank, waiting) for rank in range(self.count)]
 
     def add(self, name: str, amount: int) -> int:
         """Adds to a number that all ranks add to, and returns it; waits for no one."""
@@ -88,9 +93,10 @@ class Ranks:
         self._steps += 1
         return f"step/{self._steps}"
 
-    def _heard(self, key: str, waiting: Callable[[], object] | None = None) -> Any:
+    def _heard(self, key: str, rank: int, waiting: Callable[[], object] | None = None) -> Any:
         """What another rank put there; waits for it."""
         pause = _LOOK
+        beats, last = -1, time.monotonic()
         with self._reached() as store:
             while not store.check([key]):
                 self.check()
@@ -98,6 +104,10 @@ class Ranks:
                     waiting()
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_LOOK)
+                if (now := store.add(f"beats/{rank}", 0)) != beats:
+                    beats, last = now, time.monotonic()
+                elif time.monotonic() > last + _SILENCE:
+                    raise _lost(f"rank {rank} of {self.count} has given no sign of life for {_SILENCE:.0f} s")
             return json.loads(store.get(key))
 
     def _shared(self) -> Store:
@@ -112,7 +122,7 @@ class Ranks:
         try:
             yield self._shared()
         except dist.DistError as error:
-            raise WorkFailed("the other ranks cannot be reached any more") from error
+            raise _lost("the other ranks cannot be reached any more") from error
 
     # --- failing together -----------------------------------------------------------------------------------
 
@@ -189,6 +199,25 @@ class Ranks:
         else:
             self._wait_a_little(lambda: self._shared().check(["once/done"]))
 
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Gives signs of life in the block, from a thread; without them those who wait give this rank up."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            with suppress(RuntimeError):  # the store is gone
+                while not ended.is_set():
+                    self._shared().add(f"beats/{self.rank}", 1)
+                    ended.wait(_BEAT)
+
+        thread = threading.Thread(target=beat, name="nmsolve-alive", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join(_FAREWELL)
+
     # --- tensors --------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -259,6 +288,13 @@ def _text(error: BaseException) -> str:
     return f"{rank}: {text}" if rank else text
 
 
+def _lost(text: str) -> WorkFailed:
+    """Others are gone; this is no error of the rank that finds it."""
+    error = WorkFailed(text)
+    error.of_rank = None  # type: ignore[attr-defined]
+    return error
+
+
 def started() -> tuple[int, int, int]:
     """The rank of this process, how many torchrun started, and its number among those on this host."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -301,7 +337,8 @@ def joined() -> Iterator[Ranks]:
     _joins += 1
     ranks = Ranks(rank, count, local, dist.PrefixStore(f"nmsolve/{_joins}", store))
     try:
-        yield ranks
+        with ranks.alive():
+            yield ranks
     finally:
         ranks.leave()
 

@@ -184,9 +184,9 @@ def mask_together(begin: Callable[[], Job], work: Work) -> Report:
     with ExitStack() as stack:
         job, unfinished, left = (_led if ranks.rank == 0 else _followed)(begin, ranks, stack)
         ranks.gather(None)  # until here nothing was begun
-        with _kept(unfinished):
+        with ranks.named(), _kept(unfinished):
             mine = deal(left, ranks.count)[ranks.rank]
-            with ranks.named(), _progress(left, work) as progress:
+            with _progress(left, work) as progress:
                 job.mask(mine, unfinished, progress)
                 report = job.report(unfinished, mine)
                 if ranks.rank > 0:

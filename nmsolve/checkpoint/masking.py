@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -157,9 +157,12 @@ def write_units(
         behind = stack.enter_context(Behind())
         for unit in units:
             files = output.files(unit.shard)
-            writers = [PlacedWriter(file.path, file.header, file.nbytes) for file in files]
-            for writer in writers:
-                open_files.callback(writer.close)
+            first = unit.entries[0].name if unit.entries else unit.name
+            writers = []
+            for file in files:
+                with _telling(first, file.path):
+                    writers.append(PlacedWriter(file.path, file.header, file.nbytes))
+                open_files.callback(writers[-1].close)
             chosen, rows = output.chosen(unit.shard), []
             for entry in unit.entries:
                 progress(0, entry.name)
@@ -173,7 +176,16 @@ def write_units(
                     progress(entry.nbytes, entry.name)
                 else:
                     rows.append(_mask_tensor(item, settings, backend, slabs, behind, places, progress))
-            behind.call(_finish_unit, writers, partial(finished, unit, rows))
+            behind.call(_finish_unit, first, writers, partial(finished, unit, rows))
+
+
+@contextmanager
+def _telling(name: str, path: Path) -> Iterator[None]:
+    """What the operating system refuses, with the tensor that it was about."""
+    try:
+        yield
+    except OSError as error:
+        raise WorkFailed(f"{name}: {error.strerror or error}: {path}") from error
 
 
 class _Place:
@@ -184,22 +196,21 @@ class _Place:
         self._position = position
 
     def write(self, name: str, data: bytes | memoryview) -> None:
-        try:
+        with _telling(name, self._writer.path):
             self._position = self._writer.write(self._position, data)
-        except OSError as error:
-            raise WorkFailed(f"{name}: {error.strerror or error}: {self._writer.path}") from error
 
 
-def _finish_unit(writers: Iterable[PlacedWriter], finished: Callable[[], None]) -> None:
+def _finish_unit(first: str, writers: Iterable[PlacedWriter], finished: Callable[[], None]) -> None:
     for writer in writers:
-        writer.sync()
-        writer.close()
+        with _telling(first, writer.path):
+            writer.sync()
+            writer.close()
     finished()
 
 
 def _copy(place: _Place, path: Path, entry: Entry, stopped: Event) -> None:
     """A dense tensor as it is, unless the run ends meanwhile."""
-    with path.open("rb") as source:
+    with _telling(entry.name, path), path.open("rb") as source:
         for piece in pieces(source, entry):
             if stopped.is_set():
                 return
@@ -214,13 +225,13 @@ def _reads(unit: Unit, output: Output, backend: Backend) -> Iterator[Callable[[]
             position = entry.start
             dtype = getattr(torch, DTYPES[entry.dtype])
             for shape in _slabs(chosen[entry.name].layout, output.settings.pattern.m, backend.slab):
-                yield partial(_read, unit.shard.path, position, shape, dtype)
+                yield partial(_read, entry.name, unit.shard.path, position, shape, dtype)
                 position += math.prod(shape) * dtype.itemsize
 
 
-def _read(path: Path, position: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _read(name: str, path: Path, position: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     slab = torch.empty(shape, dtype=dtype)
-    with path.open("rb") as source:
+    with _telling(name, path), path.open("rb") as source:
         read_into(source, position, _bytes_of(slab))
     return slab
 

@@ -46,8 +46,8 @@ def ahead(tasks: Iterable[Callable[[], _T]]) -> Generator[_T, None, None]:
 class Behind:
     """Calls that are made in a thread, one after the other. Leaving the block waits for them.
 
-    After an error in the block, what has not begun is not done; ``stopped`` tells a long call that it may
-    end.
+    After an error, in a call or in the block, what has not begun is not done; ``stopped`` tells a long call
+    that it may end.
 
     Examples
     --------
@@ -66,9 +66,19 @@ class Behind:
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Hand over a call. Raises what an earlier one raised, and waits where many are not done yet."""
-        self._waiting.append(self._pool.submit(function, *arguments))
+        self._waiting.append(self._pool.submit(self._do, function, *arguments))
         while len(self._waiting) > _DEPTH + 1 or (self._waiting and self._waiting[0].done()):
             self._waiting.popleft().result()
+
+    def _do(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Nothing if a call before has failed, or has ended early: this one may build on it."""
+        if self.stopped.is_set():
+            return
+        try:
+            function(*arguments)
+        except BaseException:
+            self.stopped.set()
+            raise
 
     def __enter__(self) -> Behind:
         return self

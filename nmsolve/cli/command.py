@@ -120,13 +120,16 @@ def _run(command: Command, parser: Parser, args: argparse.Namespace, ranks: Rank
 
 
 @contextmanager
-def warnings_told() -> Iterator[None]:
-    """Warnings of nmsolve are a line on standard error each; those of other libraries stay as they are."""
+def warnings_told(ranks: Ranks = ALONE) -> Iterator[None]:
+    """Warnings of nmsolve are a line on standard error each, by the first rank; those of other libraries stay
+    as they are.
+    """
     show = warnings.showwarning
 
     def tell(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
         if issubclass(category, NMSolveWarning):
-            print(f"nmsolve: warning: {_shortened(printable(one_line(message)))}", file=sys.stderr)
+            if ranks.rank == 0:
+                print(f"nmsolve: warning: {_shortened(printable(one_line(message)))}", file=sys.stderr)
         else:
             show(message, category, *where, **options)
 

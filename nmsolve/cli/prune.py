@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nmsolve.cli import options
-from nmsolve.cli.command import Command, exit_codes, refuse_ranks, warnings_told
+from nmsolve.cli.command import Command, exit_codes, warnings_told
 from nmsolve.errors import counted, printable
 from nmsolve.files import Interrupts
 from nmsolve.pattern import NMPattern
 from nmsolve.prune.methods import OFFLOADS, PRUNING_METHODS, SEQUENTIAL
 from nmsolve.prune.on_disk import DTYPES, prune_checkpoint
+from nmsolve.ranks import Ranks
 
 if TYPE_CHECKING:
     from nmsolve.prune.model import PruneResult
@@ -38,6 +39,9 @@ examples:
       ordinary N:M by layer: the last pattern whose glob matches decides
 
   nmsolve eval-ppl SmolLM2-16of32 --text test.txt --window 512
+
+  torchrun --nproc-per-node 4 -m nmsolve prune SmolLM2 --pattern 2:4 --calibration text.txt --out sparse
+      four processes, each with its share of the calibration and of the layers
 
 A run that was interrupted or killed goes on where it was when the same command is given again: finished
 layers are kept in a hidden folder beside OUT, which is removed at the end.
@@ -122,13 +126,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    refuse_ranks(
-        "model",
-        "from Python, nmsolve.prune.prune_model prunes a model that fully_shard has spread over them",
-    )
+    ranks: Ranks = args.ranks
     patterns = _patterns(args.pattern)
-    options.tell_start(args, "prune", args.model)
-    with warnings_told(), Interrupts() as interrupts:
+    if ranks.rank == 0:
+        options.tell_start(args, "prune", args.model)
+    with warnings_told(ranks), Interrupts() as interrupts:
         result = prune_checkpoint(
             args.model,
             args.out,
@@ -155,10 +157,11 @@ def run(args: argparse.Namespace) -> None:
             offload=args.offload,
             picture=not args.no_picture,
             overwrite=args.overwrite,
+            ranks=ranks,
             progress=options.progress_of(args),
             interrupts=interrupts,
         )
-    if not args.quiet:
+    if not args.quiet and ranks.rank == 0:
         _print_summary(result, args.out)
 
 
@@ -198,5 +201,11 @@ def _tokens(layers: list[LayerReport]) -> int:
 
 
 COMMAND = Command(
-    "prune", "prune a transformers model with calibration data", DESCRIPTION, EPILOG, add_options, run
+    "prune",
+    "prune a transformers model with calibration data",
+    DESCRIPTION,
+    EPILOG,
+    add_options,
+    run,
+    ranks=True,
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nmsolve.permute.channelwise import elementwise
+from nmsolve.permute.channelwise import CONVOLUTIONS, elementwise
 from nmsolve.permute.couplings import Coupling
 from nmsolve.permute.named import named_couplings
 from nmsolve.permute.part_configs import OWN_HEADS, Config, PartConfigs, narrowed
@@ -48,10 +48,23 @@ def find_couplings(model: nn.Module) -> list[Coupling]:
     named = named_couplings(shapes, ModuleConfigs(model))
     traced, refused = couplings_by_tracing(model)
     kept = [c for c in named if c.heads > 1 or all(site.tensor not in refused for site in c.consumers)]
+    known = {site.tensor for coupling in named for site in coupling.consumers}
+    told = [c for c in traced if c.folds or _is_told(model, c, known)]
     checks = Checks(model)
-    found = [checks.checked(coupling) for coupling in once([*kept, *traced])]
+    found = [checks.checked(coupling) for coupling in once([*kept, *told])]
     order = {name: k for k, name in enumerate(parameters)}
     return sorted(found, key=lambda coupling: order[coupling.consumers[0].tensor])
+
+
+def _is_told(model: nn.Module, coupling: Coupling, known: set[str]) -> bool:
+    """Whether a layer that does not fold is listed: one of a chain or a known name, or a convolution.
+
+    Others that a forward pass calls, such as heads, would be offered for a gather that nobody asked for.
+    """
+    path = coupling.name.rpartition(".")[0]
+    chained = isinstance(model.get_submodule(path), nn.Sequential)
+    layer = model.get_submodule(coupling.name)
+    return chained or coupling.name + ".weight" in known or isinstance(layer, CONVOLUTIONS)
 
 
 def couplings_by_tracing(model: nn.Module) -> tuple[list[Coupling], set[str]]:

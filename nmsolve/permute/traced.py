@@ -342,8 +342,7 @@ class _Follower:
 
 
 def _is_adaptive_one(node: fx.Node, size: object) -> bool:
-    adaptive = "adaptive" in getattr(node.target, "__name__", "")
-    return adaptive and size in (1, (1, 1), [1, 1], (1, 1, 1))
+    return "adaptive" in _called(node) and size in (1, (1, 1), [1, 1], (1, 1, 1))
 
 
 def _called(node: fx.Node) -> str:

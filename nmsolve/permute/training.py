@@ -104,7 +104,8 @@ class Trainer:
         soft = self.parts[0].module.constants.soft
         for part in self.parts:
             logits, plan = part.module.logits, part.module.plan()
-            assert logits.grad is not None
+            if logits.grad is None:  # a layer that the loss does not reach keeps its start
+                continue
             gradient = logits.grad / plan.clamp_min(_LEAST_SHARE) if soft else logits.grad
             part.average.lerp_(gradient, 1 - _MOMENTUM)
             move = part.average * (1 - F.one_hot(assignment(plan), part.module.block).to(plan.dtype))

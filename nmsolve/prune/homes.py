@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from nmsolve.errors import NMSolveError
 from nmsolve.prune.layers import Layer
 from nmsolve.prune.methods import check_offload
 from nmsolve.prune.peers import Peers
-from nmsolve.prune.store import LayerStore
+from nmsolve.prune.store import stored_part
 
 if TYPE_CHECKING:
     from nmsolve.prune.unloaded import StoredWeights
@@ -255,7 +256,8 @@ class OnDisk(_Away):
     Those that are in no file, since the model computes them, are on the host.
     """
 
-    store: LayerStore
+    pruned_in: Path
+    """The folder of the store."""
 
     def __init__(self, model: nn.Module, peers: Peers, device: torch.device, weights: StoredWeights) -> None:
         super().__init__(model, peers, device)
@@ -268,7 +270,7 @@ class OnDisk(_Away):
         found = self._files.read(stored)
         for name in names:
             if name in self._pruned:
-                found[name] = self.store.weight(self._pruned[name])
+                found[name] = stored_part(self.pruned_in, self._pruned[name])
             elif name in self._host:
                 found[name] = self._host[name].data.clone()
             if name in self._allowed and name not in self._pruned:

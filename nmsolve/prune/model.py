@@ -42,6 +42,7 @@ from nmsolve.prune.arguments import (
 from nmsolve.prune.calibration import Batch, make_batches, read_tokens
 from nmsolve.prune.experts import eager_experts
 from nmsolve.prune.homes import OnDisk, home_of
+from nmsolve.prune.kept import Kept
 from nmsolve.prune.layers import select_layers, uncompiled
 from nmsolve.prune.layerwise.problem import DAMPING
 from nmsolve.prune.masks import ChosenMasks
@@ -182,6 +183,7 @@ def prune_model(
     iterations: int | None = None,
     all_experts: bool = False,
     exact_error: bool = False,
+    replicated: bool = False,
     offload: str | StoredWeights | None = None,
     device: str | torch.device | None = None,
     resume: str | os.PathLike[str] | None = None,
@@ -231,6 +233,9 @@ def prune_model(
     exact_error : bool
         Whether the report's error is over all tokens for the methods that need no Hessian, too: it is kept
         for that, ``in x in`` numbers. By default theirs is over at most 512 tokens drawn at random.
+    replicated : bool
+        Whether all processes of torch.distributed have this model and make this call: they share the
+        calibration and the layers.
     offload : {"cpu"}, optional
         Keeps the weights on the host, where the model is to be: those of a block are on the device while it
         is at work, those outside of blocks while the whole model is called. ``"disk"`` is for
@@ -272,7 +277,7 @@ def prune_model(
     model = uncompiled(model)
     if offload is None or isinstance(offload, str):
         check_in_memory(model)
-    peers = peers_of(model)
+    peers = peers_of(model, replicated)
     home = home_of(model, peers, offload, None if device is None else torch.device(device))
     if peers.sharded and resume is not None:
         raise NMSolveError("resume: a model that is sharded by fully_shard cannot be resumed; leave it out")
@@ -323,7 +328,7 @@ def prune_model(
         (settings, list(selected.layers.values()), seed),
         "settings: the ranks were called with different ones",
     )
-    zeros = sum(peers.gather(zeros))
+    zeros = sum(peers.gather(zeros)) if peers.sharded else zeros
     shared = share(batches, peers)
 
     shown = {glob: None if value is None else str(value) for glob, value in patterns.items()}
@@ -342,12 +347,13 @@ def prune_model(
     )
     with ExitStack() as stack:
         store = None
-        if resume is not None:
-            prints = fingerprints(home, selected, batches, allowed)
-            store = stack.enter_context(LayerStore(resume, {**report.settings, **prints}))
+        with peers.agreed():
+            if resume is not None and peers.rank == 0:
+                prints = fingerprints(home, selected, batches, allowed)
+                store = stack.enter_context(LayerStore(resume, {**report.settings, **prints}))
         if isinstance(home, OnDisk):
-            assert store is not None
-            home.store = store
+            assert resume is not None
+            home.pruned_in = Path(resume)
         stack.enter_context(home)
         stack.enter_context(quiet_model(model))
         stack.enter_context(_uncompiled_calls())
@@ -359,8 +365,9 @@ def prune_model(
             selected,
             allowed,
             shared.mine,
+            shared.tried,
             report,
-            store,
+            Kept(store, peers),
             quiet,
             check,
             home,

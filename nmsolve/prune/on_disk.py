@@ -9,6 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from nmsolve.checkpoint.format import REPORT_NAME, SUFFIX, open_checkpoint
 from nmsolve.errors import NMSolveError, NMSolveWarning, WorkFailed, counted
 from nmsolve.files import Interrupts, Staging, check_out, check_space, is_regular
 from nmsolve.prune.methods import PRUNING_METHODS, check_offload, check_pruning_method
+from nmsolve.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +64,7 @@ def prune_checkpoint(
     offload: str | None = None,
     picture: bool = True,
     overwrite: bool = False,
+    ranks: Ranks | None = None,
     progress: bool | None = None,
     interrupts: Interrupts | None = None,
 ) -> PruneResult:
@@ -95,6 +98,10 @@ def prune_checkpoint(
         Whether to draw ``nmsolve_report.png`` (this needs matplotlib).
     overwrite : bool
         Whether a folder ``out`` that nmsolve wrote may be replaced.
+    ranks : Ranks, optional
+        The processes that share the work, from :func:`nmsolve.ranks.joined`: each makes the same call, has
+        the model (or with ``offload`` a block of it), and runs its share of the calibration; the first one
+        writes. By default this one alone.
     progress, interrupts
         As in :func:`nmsolve.checkpoint.mask_checkpoint`.
     pattern, transposable, method, mask_method, backend, sequential, initial_masks, dense, samples, \
@@ -123,6 +130,7 @@ sequence_length, batch_size, seed, bos, iterations, damping, all_experts, exact_
     >>> result.report.totals()["layers"]                                                # doctest: +SKIP
     210
     """
+    ranks = ALONE if ranks is None else ranks
     _check_dtype(dtype)
     options = _check(
         method, transposable, mask_method, backend, device, iterations=iterations, damping=damping
@@ -132,13 +140,14 @@ sequence_length, batch_size, seed, bos, iterations, damping, all_experts, exact_
     folder = Path(model)
     target = check_out(Path(out), overwrite, source=folder, mark=REPORT_NAME)
 
-    device = chosen_device(device)
+    device = chosen_device(device, ranks.local if ranks.count > 1 else None)
 
     from nmsolve.prune.model import prune_model
+    from nmsolve.prune.peers import together
     from nmsolve.prune.placed import earlier_masks, placed
     from nmsolve.prune.pretrained import load_model, load_tokenizer, open_model
     from nmsolve.prune.report import need_matplotlib
-    from nmsolve.prune.store import stored_part
+    from nmsolve.prune.store import finished_in, stored_part
     from nmsolve.prune.stored import write_checkpoint
 
     if picture:
@@ -152,61 +161,76 @@ sequence_length, batch_size, seed, bos, iterations, damping, all_experts, exact_
 
     interrupts = interrupts or Interrupts()
     resume = target.with_name(f".{target.name}.unfinished")
-    try:
-        with Staging(target) as staging:
-            result = prune_model(
-                loaded if offload else loaded.to(device),
-                text,
-                pattern,
-                transposable=transposable,
-                method=method,
-                mask_method=mask_method or "exact",
-                backend=backend,
-                sequential=sequential,
-                initial_masks=None
-                if initial_masks is None
-                else earlier_masks(initial_masks, weights.places, checkpoint),
-                dense=dense,
-                tokenizer=tokenizer,
-                samples=samples,
-                sequence_length=sequence_length,
-                batch_size=batch_size,
-                seed=seed,
-                bos=bos,
-                all_experts=all_experts,
-                exact_error=exact_error,
-                offload=held or offload,
-                device=device if offload else None,
-                resume=resume,
-                progress=progress,
-                check=interrupts.check,
-                **options,
-            )
-            result.report.files = _files(folder, out, text, checkpoint) | {
-                "device": device,
-                "dtype": dtype,
-                "offload": offload,
-            }
-            changed: dict[str, list[tuple[Place, Callable[[], Tensor]]]] = {}
-            for name in result.masks:
-                for place in weights.places[name]:
-                    new = partial(stored_part, resume, weights.layers[name], place.of)
-                    changed.setdefault(place.entry, []).append((place, new))
-            write_checkpoint(checkpoint, staging.path, loaded, changed, dtype, interrupts.check)
-            result = result.renamed(weights.places)
-            result.write_masks(staging.path, picture=picture)
-            interrupts.hold()
-            staging.publish_folder(replace=overwrite)
-    except KeyboardInterrupt:
-        kept = f"finished layers are in {resume}; " if resume.exists() else ""
-        raise KeyboardInterrupt(f"{kept}the same command goes on") from None
-    except (NMSolveError, OSError) as error:
-        if not resume.exists() or str(error).startswith("resume: "):  # which says what to do with it
-            raise
-        what = getattr(error, "strerror", None) or error
-        raise WorkFailed(f"{what}; finished layers are in {resume}") from error
-    shutil.rmtree(resume, ignore_errors=True)
-    return result
+
+    def check() -> None:
+        interrupts.check()
+        ranks.check()
+
+    def prune() -> PruneResult:
+        result = prune_model(
+            loaded if offload else loaded.to(device),
+            text,
+            pattern,
+            transposable=transposable,
+            method=method,
+            mask_method=mask_method or "exact",
+            backend=backend,
+            sequential=sequential,
+            initial_masks=None
+            if initial_masks is None
+            else earlier_masks(initial_masks, weights.places, checkpoint),
+            dense=dense,
+            tokenizer=tokenizer,
+            samples=samples,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            seed=seed,
+            bos=bos,
+            all_experts=all_experts,
+            exact_error=exact_error,
+            replicated=ranks.count > 1,
+            offload=held or offload,
+            device=device if offload else None,
+            resume=resume,
+            progress=progress,
+            check=check,
+            **options,
+        )
+        result.report.files = _files(folder, out, text, checkpoint) | {
+            "device": device,
+            "dtype": dtype,
+            "offload": offload,
+        }
+        return result
+
+    def write(result: PruneResult, staging: Staging | None) -> None:
+        assert staging is not None  # on the first rank, which alone writes
+        changed: dict[str, list[tuple[Place, Callable[[], Tensor]]]] = {}
+        for name in result.masks:
+            for place in weights.places[name]:
+                new = partial(stored_part, resume, weights.layers[name], place.of)
+                changed.setdefault(place.entry, []).append((place, new))
+        write_checkpoint(checkpoint, staging.path, loaded, changed, dtype, check)
+        result.renamed(weights.places).write_masks(staging.path, picture=picture)
+        interrupts.hold()
+        staging.publish_folder(replace=overwrite)
+
+    with together(ranks):
+        try:
+            with Staging(target) if ranks.rank == 0 else nullcontext() as staging:
+                result = prune()
+                ranks.first(lambda: write(result, staging))
+        except KeyboardInterrupt:
+            kept = f"finished layers are in {resume}; " if finished_in(resume) else ""
+            raise KeyboardInterrupt(f"{kept}the same command goes on") from None
+        except (NMSolveError, OSError) as error:
+            if not finished_in(resume) or str(error).startswith("resume: "):  # which says what to do with it
+                raise
+            what = getattr(error, "strerror", None) or error
+            raise WorkFailed(f"{what}; finished layers are in {resume}") from error
+        if ranks.rank == 0:
+            shutil.rmtree(resume, ignore_errors=True)
+    return result.renamed(weights.places)
 
 
 def _tell_left_out(checkpoint: Checkpoint) -> None:

@@ -1,4 +1,5 @@
-"""The processes that hold a model together: FSDP2 (``fully_shard``), each with its share of the calibration.
+"""The processes that prune a model together, each with its share of the calibration: those that FSDP2
+(``fully_shard``) has spread it over, or that have one each.
 
 Every process runs its own batches and sums what was measured with the others. A layer to prune is gathered
 and solved whole by one of them, in turn, which tells the others the result, and each writes the rows that it
@@ -8,6 +9,7 @@ at any row, and what methods decide over a whole layer is what one process would
 
 from __future__ import annotations
 
+import datetime
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +20,9 @@ from torch import Tensor, nn
 
 from nmsolve.errors import NMSolveError, WorkFailed, one_line
 from nmsolve.ops.distributed import is_dtensor
+from nmsolve.ranks import Ranks
 
-__all__ = ["Peers", "peers_of"]
+__all__ = ["Peers", "peers_of", "together"]
 
 _REPLICAS = {
     "DistributedDataParallel": "prune model.module, in one process, before it is wrapped",
@@ -28,7 +31,14 @@ _REPLICAS = {
 
 
 class Peers:
-    """Those that hold ``model``; one process alone where nothing is sharded.
+    """Those that prune a model together; one process alone where nothing else is said.
+
+    Parameters
+    ----------
+    sharded : sequence of module
+        What ``fully_shard`` has spread over all of them.
+    replicated : bool
+        Whether all processes of torch.distributed have the model.
 
     Attributes
     ----------
@@ -37,11 +47,11 @@ class Peers:
         Whether modules are sharded, be it over one process.
     """
 
-    def __init__(self, sharded: Sequence[Any] = ()) -> None:
+    def __init__(self, sharded: Sequence[Any] = (), replicated: bool = False) -> None:
         self._modules = list(sharded)
         self.sharded = bool(self._modules)
         self.rank, self.count = 0, 1
-        if self.sharded:
+        if self.sharded or replicated:
             self.rank, self.count = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     def reshard(self) -> None:
@@ -54,7 +64,8 @@ class Peers:
         if self.count == 1:
             return [value]
         found = [None] * self.count
-        torch.distributed.all_gather_object(found, value)
+        with _reached():
+            torch.distributed.all_gather_object(found, value)
         return found
 
     @contextmanager
@@ -73,7 +84,7 @@ class Peers:
         told = None
         if problem is not None:
             ours = isinstance(problem, NMSolveError)
-            text = str(problem) if ours else f"{type(problem).__name__}: {one_line(problem)}"
+            text = str(problem) if ours else _said(problem)
             told = (ours and not isinstance(problem, WorkFailed), text)
         everyone = self.gather(told)
         wrong = {rank: said for rank, said in enumerate(everyone) if said is not None}
@@ -95,20 +106,32 @@ class Peers:
     def sum_(self, tensor: Tensor) -> None:
         """The sum over all, in place."""
         if self.count > 1:
-            torch.distributed.all_reduce(tensor)
+            with _reached():
+                torch.distributed.all_reduce(tensor)
 
     def tell(self, value: Any, source: int) -> Any:
         """What ``source`` gives, to all."""
+        if self.count == 1:
+            return value
         box = [value]
-        torch.distributed.broadcast_object_list(box, src=source)
+        with _reached():
+            torch.distributed.broadcast_object_list(box, src=source)
         return box[0]
 
-    def tell_tensor(self, tensor: Tensor | None, like: Tensor, dtype: torch.dtype, source: int) -> Tensor:
-        """The tensor of ``source``, of the shape of ``like``, to all."""
+    def tell_tensor(
+        self,
+        tensor: Tensor | None,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        source: int,
+    ) -> Tensor:
+        """The tensor of ``source``, of this shape and dtype, to all."""
         if tensor is None:
-            tensor = torch.empty(like.shape, dtype=dtype, device=like.device)
-        sent = tensor.contiguous()
-        torch.distributed.broadcast(sent.view(torch.uint8) if dtype == torch.bool else sent, src=source)
+            tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
+        sent = tensor.to(device).contiguous()
+        with _reached():
+            torch.distributed.broadcast(sent.view(-1).view(torch.uint8), src=source)
         return sent
 
     @staticmethod
@@ -134,14 +157,47 @@ class Peers:
         return distribute_tensor(whole.to(weight.device), *place, src_data_rank=None).to_local()
 
 
-def peers_of(model: nn.Module) -> Peers:
-    """Who holds a model.
+def _said(problem: Exception) -> str:
+    if isinstance(problem, OSError) and problem.strerror:
+        return f"{problem.strerror}: {problem.filename}" if problem.filename else problem.strerror
+    return f"{type(problem).__name__}: {one_line(problem)}"
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    """A collective, which fails where a process has ended."""
+    try:
+        yield
+    except (RuntimeError, torch.distributed.DistError) as error:
+        raise WorkFailed(f"the other ranks cannot be reached any more: {one_line(error)}") from error
+
+
+@contextmanager
+def together(ranks: Ranks) -> Iterator[None]:
+    """Collectives among the processes that torchrun started; what ends the block on one ends it on all."""
+    if ranks.count == 1:
+        yield
+        return
+    ranks.gather(None)  # one that has failed by now does not come
+    with ranks.collectives(timeout=_PATIENCE), ranks.agreed():
+        yield
+
+
+_PATIENCE = datetime.timedelta(days=30)
+"""A layer may take long, and a process that ends is noticed at once."""
+
+
+def peers_of(model: nn.Module, replicated: bool = False) -> Peers:
+    """Who prunes a model: who holds it, or all processes if each has it.
 
     Raises
     ------
     NMSolveError
-        If it is wrapped or sharded by something other than ``fully_shard``, or not over all processes.
+        If it is wrapped or sharded by something other than ``fully_shard``, or not over all processes; if it
+        is sharded and said to be replicated, or torch.distributed is not there.
     """
+    if replicated and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise NMSolveError("replicated: torch.distributed is not initialised")
     for module in model.modules():
         of_torch = {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")}
         for kind, advice in _REPLICAS.items():
@@ -149,7 +205,9 @@ def peers_of(model: nn.Module) -> Peers:
                 raise NMSolveError(f"model: {kind}: {advice}")
     fsdp = sys.modules.get("torch.distributed.fsdp")
     sharded = [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
-    peers = Peers(sharded)
+    if sharded and replicated:
+        raise NMSolveError("replicated: the model is sharded by fully_shard; leave it out")
+    peers = Peers(sharded, replicated)
     peers.reshard()
     for name, parameter in model.named_parameters():
         if is_dtensor(parameter):

@@ -19,6 +19,7 @@ from nmsolve.prune.arguments import PruneSettings
 from nmsolve.prune.calibration import Batch, call_model, real_positions
 from nmsolve.prune.experts import routed, watched
 from nmsolve.prune.homes import Home
+from nmsolve.prune.kept import Kept, Solved, told
 from nmsolve.prune.layers import Layer, Selected
 from nmsolve.prune.masks import PackedMasks
 from nmsolve.prune.methods import PRUNING_METHODS, LayerPruner
@@ -26,27 +27,26 @@ from nmsolve.prune.peers import Peers
 from nmsolve.prune.report import LayerReport, PruneReport, tell_starved
 from nmsolve.prune.rule import MaskRule
 from nmsolve.prune.statistics import Statistics, work_dtype
-from nmsolve.prune.store import LayerStore
 from nmsolve.prune.walk import Chain, Group, Loose, Plan, Stop, input_of, make_plan
 
 __all__ = ["Run"]
 
 
-_Solved = tuple[Tensor, Tensor, LayerReport]
-"""New weight and mask of a layer, and its report."""
-
-
 @dataclass
 class Run:
-    """What is pruned, how, on what, and by whom: of the batches the first ``counted`` count."""
+    """What is pruned, how, on what, and by whom.
+
+    Of the batches the first ``counted`` count; those ``tried`` are what the walk is planned on.
+    """
 
     model: nn.Module
     settings: PruneSettings
     selected: Selected
     allowed: Mapping[Layer, Tensor]
     batches: list[Batch]
+    tried: list[Batch]
     report: PruneReport
-    store: LayerStore | None
+    kept: Kept
     progress: bool | None
     check: Callable[[], None] | None
     home: Home
@@ -72,9 +72,9 @@ class Run:
         if self.settings.all_experts:
             self._check_experts()
         plan = None
-        if self.batches:
+        if self.tried:
             every = self.settings.all_experts
-            plan = make_plan(self.model, layers, self.batches[0], self.batches[1:], every, self.peers)
+            plan = make_plan(self.model, layers, self.tried[0], self.tried[1:], every, self.peers)
         with begun():
             self._all(plan)
 
@@ -198,7 +198,7 @@ class Run:
             self._group(group, measured[k] if measured else None)
 
     def _done(self, group: Group) -> bool:
-        return self.store is not None and all(layer.name in self.store for layer in group.layers)
+        return all(layer in self.kept for layer in group.layers)
 
     def _statistics(self, layer: Layer, settle: bool = False) -> Statistics:
         method, device = PRUNING_METHODS[self.settings.method], self.home.device_of(layer)
@@ -258,22 +258,22 @@ class Run:
         """Prunes the layers of a group, or takes them from the store."""
         prepared = cache(partial(self._prepare, measured))  # by the first layer that is not in the store
         self.peers.reshard()
-        solved = self._deal(group.layers, measured, prepared) if self.peers.count > 1 else {}
+        left = [layer for layer in group.layers if layer not in self.kept]
+        solved = self._deal(left, measured, prepared) if self.peers.count > 1 else {}
         for layer in group.layers:
             if self.check is not None:
                 self.check()
-            if self.store is not None and layer.name in self.store:
-                weight, mask, report = self.store.load(layer.name, layer.weight)
+            if layer in self.kept:
+                weight, mask, report = self.kept.load(layer, self.home.device_of(layer))
                 self.report.resumed += 1
             else:
                 if self.peers.count > 1:
-                    weight, mask, report = self._told(layer, solved)
+                    rank, found = solved.pop(layer)
+                    found = told(self.peers, layer, found, rank, self.home.device_of(layer))
                 else:
-                    with self.home.there(layer.module):
-                        whole = self.peers.whole(layer.weight)
-                        weight, mask, report = self._layer(layer, whole, measured, prepared)
-                if self.store is not None:
-                    self.store.save(layer.name, weight, mask, report)
+                    found = self._one(layer, measured, prepared)
+                weight, mask, report = found
+                self.kept.save(layer, found)
             self.masks.add(layer.weight_name, mask)
             self.pruned[layer] = self.selected.layers[layer]
             self.report.layers.append(report)
@@ -288,29 +288,34 @@ class Run:
 
     def _deal(
         self, layers: Sequence[Layer], measured: Statistics | None, prepared: Callable[..., LayerPruner]
-    ) -> dict[Layer, tuple[int, _Solved | None]]:
+    ) -> dict[Layer, tuple[int, Solved | None]]:
         """Who solves which layer of a group, and what came of it here."""
-        mine: dict[Layer, Tensor] = {}
         ranks: dict[Layer, int] = {}
+        gathered: dict[Layer, Tensor] = {}
         for layer in layers:
             ranks[layer] = self.turn % self.peers.count
             self.turn += 1
-            whole = self.peers.whole(layer.weight)
-            if ranks[layer] == self.peers.rank:
-                mine[layer] = whole
-        solved: dict[Layer, _Solved] = {}
+            whole = self.peers.whole(layer.weight) if self.peers.sharded else None
+            if whole is not None and ranks[layer] == self.peers.rank:
+                gathered[layer] = whole
+        solved: dict[Layer, Solved] = {}
         with self.peers.agreed():
-            for layer in list(mine):
-                solved[layer] = self._layer(layer, mine.pop(layer), measured, prepared)
+            for layer, rank in ranks.items():
+                if rank == self.peers.rank:
+                    solved[layer] = self._one(layer, measured, prepared, gathered.pop(layer, None))
         return {layer: (rank, solved.get(layer)) for layer, rank in ranks.items()}
 
-    def _told(self, layer: Layer, solved: dict[Layer, tuple[int, _Solved | None]]) -> _Solved:
-        """What came of a layer, from the rank that solved it."""
-        rank, found = solved.pop(layer)
-        weight, mask, report = found or (None, None, None)
-        weight = self.peers.tell_tensor(weight, layer.weight, layer.weight.dtype, rank)
-        mask = self.peers.tell_tensor(mask, layer.weight, torch.bool, rank)
-        return weight, mask, self.peers.tell(report, rank)
+    def _one(
+        self,
+        layer: Layer,
+        measured: Statistics | None,
+        prepared: Callable[..., LayerPruner],
+        whole: Tensor | None = None,
+    ) -> Solved:
+        """Solves a layer, whose ``whole`` weight may have been gathered."""
+        with self.home.there(layer.module):
+            weight = self.peers.whole(layer.weight) if whole is None else whole
+            return self._layer(layer, weight, measured, prepared)
 
     def _prepare(self, measured: Statistics | None, expert: int | None = None) -> LayerPruner:
         """What prunes the layers of a group, or one expert, by the method of the run."""
@@ -324,7 +329,7 @@ class Run:
         whole: Tensor,
         measured: Statistics | None,
         prepared: Callable[..., LayerPruner],
-    ) -> _Solved:
+    ) -> Solved:
         """New weight and mask of one layer, both in the weight's shape, as ``whole``, its weight, is."""
         start = time.perf_counter()
         pattern = self.selected.layers[layer]
@@ -336,7 +341,7 @@ class Run:
                 raise NMSolveError(f"{layer.name}: {problem}") from None
         tally = rule.tally
         tokens = measured.tokens if measured is not None else [0]
-        told = measured is not None and _is_expert(layer)
+        by_expert = measured is not None and _is_expert(layer)
         report = LayerReport(
             name=layer.name,
             shape=tuple(layer.weight.shape),
@@ -356,7 +361,7 @@ class Run:
             mask_seconds=tally.seconds,
             mask_solves=tally.solves,
             error_tokens=0 if measured is None else measured.error_tokens(),
-            expert_tokens=list(tokens[: layer.groups]) if told else None,
+            expert_tokens=list(tokens[: layer.groups]) if by_expert else None,
         )
         return weight, mask, report
 

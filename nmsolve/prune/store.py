@@ -26,7 +26,7 @@ from nmsolve.errors import NMSolveError
 from nmsolve.files import is_partial, locked, read_json, write_bytes, write_text
 from nmsolve.prune.report import LayerReport
 
-__all__ = ["LayerStore", "stored_part"]
+__all__ = ["LayerStore", "file_name", "finished_in", "stored_part"]
 
 _RECORD, _LAYERS = "run.json", "layers"
 
@@ -73,7 +73,7 @@ class LayerStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._names():
+        if not self.names():
             with suppress(OSError):
                 shutil.rmtree(self.folder / _LAYERS)
                 record = self.folder / _RECORD
@@ -83,8 +83,9 @@ class LayerStore:
                 self.folder.rmdir()
         self._held.close()
 
-    def _names(self) -> list[str]:
-        return sorted(path.stem for path in (self.folder / _LAYERS).glob("[!.]*.safetensors"))
+    def names(self) -> list[str]:
+        """Of the finished layers, as :func:`file_name` spells them."""
+        return finished_in(self.folder)
 
     def _check(self, run: Mapping[str, Any]) -> None:
         record = self.folder / _RECORD
@@ -101,7 +102,7 @@ class LayerStore:
             raise NMSolveError(f"resume: {record}: expected what a run was started with; {_REMOVE}")
         names = dict.fromkeys([*run, *found])
         differing = [name for name in names if run.get(name) != found.get(name)]
-        if differing and self._names():
+        if differing and self.names():
             name = differing[0]
             raise NMSolveError(
                 f"resume: {self.folder} holds layers of another run: {name} was {found.get(name)!r} "
@@ -119,19 +120,12 @@ class LayerStore:
         """The file of a layer."""
         return _path(self.folder, name)
 
-    def __contains__(self, name: str) -> bool:
-        return self.path(name).exists()
-
     def save(self, name: str, weight: Tensor, mask: Tensor, report: LayerReport) -> None:
         """Stores a layer."""
         from safetensors.torch import save
 
         tensors = {"weight": weight.detach().cpu().contiguous(), "mask": pack_mask(mask)}
         write_bytes(self.path(name), save(tensors, {"report": json.dumps(asdict(report))}))
-
-    def weight(self, name: str) -> Tensor:
-        """The new weight of a layer that this run has saved or loaded."""
-        return stored_part(self.folder, name)
 
     def load(self, name: str, like: Tensor) -> tuple[Tensor, Tensor, LayerReport]:
         """Weight, mask and report of a layer whose weight has the shape and dtype of ``like``.
@@ -166,9 +160,18 @@ class LayerStore:
         return weight, unpack_mask(mask, weight.shape), report
 
 
+def finished_in(folder: Path) -> list[str]:
+    """The layers that are finished in a folder, as :func:`file_name` spells them."""
+    return sorted(path.stem for path in (folder / _LAYERS).glob("[!.]*.safetensors"))
+
+
+def file_name(name: str) -> str:
+    """What the file of a layer is called; dots are no separators, so any module name is a file name."""
+    return name.replace("/", "_") or "model"
+
+
 def _path(folder: Path, name: str) -> Path:
-    """The file of a layer in a folder; dots are no separators, so any module name is a file name."""
-    return folder / _LAYERS / f"{name.replace('/', '_') or 'model'}.safetensors"
+    return folder / _LAYERS / f"{file_name(name)}.safetensors"
 
 
 def stored_part(folder: Path, name: str, part: Callable[[Tensor], Tensor] = Tensor.detach) -> Tensor:

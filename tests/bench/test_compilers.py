@@ -20,7 +20,7 @@ NOT_ADMITTED = "3.4.0"
 
 
 def test_what_was_compiled_and_executed_is_sound() -> None:
-    """Nothing spills from 3.6 on but tsenor at M = 64, whose tiles without cost more (compilers.md)."""
+    """Nothing spills from 3.6 on but tsenor, at M = 64 and on AMD's GPUs for desktops (compilers.md)."""
     assert ROWS
     faults = [
         row for row in ROWS if row["outcome"] not in ("compiles", "agrees") and row["triton"] != NOT_ADMITTED
@@ -30,7 +30,7 @@ def test_what_was_compiled_and_executed_is_sound() -> None:
         for row in ROWS
         if row["triton"] in SINCE
         and row["spills"] not in ("", "0")
-        and (row["kernel"], row["m"]) != ("tsenor", "64")
+        and not (row["kernel"] == "tsenor" and (row["m"] == "64" or row["target"].startswith("gfx1")))
     ]
     assert not faults
 

@@ -90,3 +90,22 @@ def test_a_reader_that_is_left_early_ends() -> None:
     assert next(pieces) == 0
     pieces.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("nmsolve-ahead")]
+
+
+def test_what_stands_behind_a_failed_call_is_not_done() -> None:
+    """It was handed over before anyone knew of the failure."""
+    waiting, done = threading.Event(), []
+
+    def fail() -> None:
+        waiting.wait(10)
+        raise OSError("no space")
+
+    def run() -> None:
+        with Behind() as behind:
+            behind.call(fail)
+            behind.call(done.append, 1)
+            waiting.set()
+
+    with pytest.raises(OSError, match="no space"):
+        run()
+    assert done == []

@@ -197,7 +197,7 @@ sys.exit(main(["mask", {str(file)!r}, "--pattern", "8:16", "--backend", "torch",
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"nmsolve: error: File too large.*\n", done.stderr)
+    assert re.fullmatch(r"nmsolve: error: model\S+: File too large: .*\n", done.stderr)
     assert names(out.parent) == []
 
 

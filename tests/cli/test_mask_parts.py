@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -20,6 +21,7 @@ import nmsolve.checkpoint.masking
 import nmsolve.checkpoint.units
 from nmsolve import NMSolveError
 from nmsolve.checkpoint.format import open_checkpoint
+from nmsolve.checkpoint.streams import PlacedWriter
 from nmsolve.checkpoint.units import check_part, deal, units_of
 
 pytest_plugins = ("mask_command",)
@@ -168,6 +170,24 @@ def test_files_that_have_gone_are_made_again(sharded, tmp_path):
     killed(sharded, tmp_path / "out", after=12)
     (folder,) = unfinished(tmp_path)
     min((folder / "result").glob("*.safetensors")).unlink()
+    assert mask(sharded, tmp_path / "out", TRANSPOSABLE) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("nth", [5, 10, 15, 20, 25])
+def test_a_write_that_fails_once(sharded, tmp_path, monkeypatch, nth):
+    """A piece of which one write has failed is not finished, though those behind it succeed."""
+    assert mask(sharded, tmp_path / "whole", TRANSPOSABLE) == 0
+    write, calls = PlacedWriter.write, []
+
+    def fail_once(self, position, data):
+        calls.append(None)
+        if len(calls) == nth:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, position, data)
+
+    monkeypatch.setattr(PlacedWriter, "write", fail_once)
+    assert mask(sharded, tmp_path / "out", TRANSPOSABLE) == 1
     assert mask(sharded, tmp_path / "out", TRANSPOSABLE) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

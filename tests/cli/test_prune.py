@@ -162,16 +162,6 @@ def test_mistakes_are_told_in_a_line_and_nothing_is_written(checkpoint, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_under_torchrun_it_is_refused(checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert prune(checkpoint, tmp_path / "one", "--pattern", "4:8", "--method", "magnitude") == 0
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert prune(checkpoint, tmp_path / "two", "--pattern", "4:8", "--method", "magnitude") == 2
-    assert "torchrun started 2 processes" in capsys.readouterr().err
-    assert not (tmp_path / "two").exists()
-
-
 def test_output_that_is_in_the_way(checkpoint, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     assert prune(checkpoint, tmp_path / "out", "--pattern", "2:4") == 2

@@ -148,6 +148,27 @@ def test_those_whom_nobody_answers_end(tmp_path, monkeypatch):
     ranks.leave()
 
 
+def test_a_rank_without_a_sign_of_life_is_given_up(tmp_path, monkeypatch):
+    """One that works for long is not, though others wait for it."""
+    monkeypatch.setattr("nmsolve.ranks._FAREWELL", 0.1)
+    monkeypatch.setattr("nmsolve.ranks._BEAT", 0.05)
+    monkeypatch.setattr("nmsolve.ranks._SILENCE", 0.5)
+    first, second = stores("tcp", 2, tmp_path)
+    waiting, working = Ranks(0, 2, 0, first), Ranks(1, 2, 1, second)
+
+    def work() -> None:
+        with working.alive():
+            time.sleep(1.5)
+            working.gather("done")
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(work)
+        assert waiting.gather("first") == ["first", "done"]
+        done.result()
+    with pytest.raises(WorkFailed, match="rank 1 of 2 has given no sign of life"), waiting.agreed():
+        waiting.gather("second")
+
+
 def test_a_store_that_is_gone(tmp_path):
     server, client = stores("tcp", 2, tmp_path)
     ranks, said = Ranks(1, 2, 1, client), []
