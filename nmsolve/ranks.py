@@ -32,6 +32,8 @@ _FAREWELL = 5.0
 # those on its host when one has died, but not those on others.
 _BEAT, _SILENCE = 5.0, 120.0
 
+_CONNECTING = datetime.timedelta(seconds=15)
+
 
 class Ranks:
     """One of the processes that share a piece of work; all of them make the same calls in the same order.
@@ -221,16 +223,29 @@ class Ranks:
     # --- tensors --------------------------------------------------------------------------------------------
 
     @contextmanager
-    def collectives(self, backend: str = "gloo", timeout: datetime.timedelta | None = None) -> Iterator[None]:
-        """A process group of torch.distributed for the block, if there is none yet."""
+    def collectives(
+        self, backend: str = "gloo", timeout: datetime.timedelta = datetime.timedelta(minutes=30)
+    ) -> Iterator[None]:
+        """A process group of torch.distributed for the block, if there is none yet.
+
+        ``timeout`` is that of its collectives. Ranks that have just met are connected at once, or one is
+        gone: while they wait for it, no signal reaches them.
+        """
         import torch.distributed as dist
 
         if self._store is None or dist.is_initialized():
             yield
             return
         store = dist.PrefixStore("collectives", self._store)
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.count, timeout=timeout)
+        self.gather(None)
         try:
+            dist.init_process_group(
+                backend, store=store, rank=self.rank, world_size=self.count, timeout=_CONNECTING
+            )
+        except RuntimeError as error:
+            raise _lost(f"the other ranks cannot be reached: {one_line(error)}") from error
+        try:
+            dist.distributed_c10d._set_pg_timeout(timeout)
             yield
         finally:
             dist.destroy_process_group()

@@ -178,7 +178,6 @@ def together(ranks: Ranks) -> Iterator[None]:
     if ranks.count == 1:
         yield
         return
-    ranks.gather(None)  # one that has failed by now does not come
     with ranks.collectives(timeout=_PATIENCE), ranks.agreed():
         yield
 

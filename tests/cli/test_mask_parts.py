@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import llama, save_sharded
-from mask_command import exit_code, mask, names, one_error
+from mask_command import contents, exit_code, mask, names, one_error
 from safetensors.torch import save_file
 
 import nmsolve.checkpoint.masking
@@ -36,22 +36,6 @@ def sharded(tmp_path: Path, monkeypatch) -> Path:
     save_sharded(tmp_path / "in", llama())
     (tmp_path / "in" / "tokenizer.txt").write_text("words")
     return tmp_path / "in"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of an output; the report without times and its own name."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.name == "nmsolve_report.json":
-            report = json.loads(path.read_text())
-            del report["output"]
-            for row in [report["totals"], *report["tensors"]]:
-                row.pop("seconds")
-                row.pop("seconds_solving", None)
-            found[path.name] = json.dumps(report).encode()
-        elif path.is_file():
-            found[path.relative_to(folder).as_posix()] = path.read_bytes()
-    return found
 
 
 def unfinished(folder: Path) -> list[Path]:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 from checkpoints import llama, save_sharded
-from mask_spread import SETTINGS, contents
+from mask_command import contents
+from mask_spread import SETTINGS
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 

@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import distributed
 
 from nmsolve.cli import main
 
-__all__ = ["Ended", "launch"]
+__all__ = ["Ended", "launch", "run_cases"]
 
 # Seconds until ranks that do not end are said to hang; torchrun would kill them after 30.
 PATIENCE = 25.0
@@ -128,3 +129,18 @@ def _fork(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def run_cases(folder: Path, todo: Mapping[str, Callable[[Path], None]]) -> dict[str, str | None]:
+    """For each case, which gets a folder of its name, what it raised, or None."""
+    torch.set_num_threads(1)
+    found: dict[str, str | None] = {}
+    for name, function in todo.items():
+        began = time.monotonic()
+        try:
+            function(folder / name)
+            found[name] = None
+        except Exception:
+            found[name] = traceback.format_exc()
+        print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr)
+    return found

@@ -5,6 +5,7 @@ Modules that want the fixtures name this one in ``pytest_plugins``.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -17,13 +18,29 @@ from safetensors.torch import save_file
 from nmsolve import check_mask
 from nmsolve.cli import main
 
-__all__ = ["exit_code", "mask", "names", "one_error", "optimum", "verify"]
+__all__ = ["contents", "exit_code", "mask", "names", "one_error", "optimum", "verify"]
 
 
 def mask(source: Path, out: Path, *options: str, pattern: str = "8:16", backend: str = "torch") -> int:
     return main(
         ["mask", str(source), "--pattern", pattern, "--backend", backend, "--out", str(out), *options]
     )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of an output; the report without times and its own name."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.name == "nmsolve_report.json":
+            report = json.loads(path.read_text())
+            del report["output"]
+            for row in [report["totals"], *report["tensors"]]:
+                row.pop("seconds")
+                row.pop("seconds_solving", None)
+            found[path.name] = json.dumps(report).encode()
+        elif path.is_file():
+            found[path.relative_to(folder).as_posix()] = path.read_bytes()
+    return found
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
 from functools import partial
@@ -24,7 +23,8 @@ from pathlib import Path
 
 import torch
 from checkpoints import llama, save_sharded
-from forked_ranks import Ended, launch
+from forked_ranks import Ended, launch, run_cases
+from mask_command import contents
 from safetensors.torch import save_file
 
 import nmsolve.checkpoint.masking
@@ -42,22 +42,6 @@ CASES: dict[str, Callable[[Path], None]] = {}
 def case(function: Callable[[Path], None]) -> Callable[[Path], None]:
     CASES[function.__name__] = function
     return function
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of an output; the report without times and its own name."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.name == "nmsolve_report.json":
-            report = json.loads(path.read_text())
-            del report["output"]
-            for row in [report["totals"], *report["tensors"]]:
-                row.pop("seconds")
-                row.pop("seconds_solving", None)
-            found[path.name] = json.dumps(report).encode()
-        elif path.is_file():
-            found[path.relative_to(folder).as_posix()] = path.read_bytes()
-    return found
 
 
 class Place:
@@ -346,21 +330,11 @@ def killed(folder: Path, seed: int) -> None:
 
 def run(folder: Path, *what: str) -> dict[str, str | None]:
     """For each case, and each seed of :func:`killed`, what it raised, or null."""
-    torch.set_num_threads(1)
     nmsolve.checkpoint.units.UNIT_BYTES = 6000
     todo = dict(CASES if "cases" in what else {})
     for seed in filter(str.isdecimal, what):
         todo[f"killed_{seed}"] = partial(killed, seed=int(seed))
-    found: dict[str, str | None] = {}
-    for name, function in todo.items():
-        began = time.monotonic()
-        try:
-            function(folder / name)
-            found[name] = None
-        except Exception:
-            found[name] = traceback.format_exc()
-        print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr)
-    return found
+    return run_cases(folder, todo)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import tiny_models
 import torch
-from forked_ranks import Ended, launch
+from forked_ranks import Ended, launch, run_cases
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -312,6 +311,24 @@ def signals_leave_what_is_finished(folder: Path) -> None:
         place.complete(2)
 
 
+def a_rank_dies_before_they_are_connected(folder: Path) -> None:
+    """Others that wait for it hear no signal meanwhile, but not for long."""
+
+    def prepare(rank: int) -> None:
+        if rank == 1:
+            torch.distributed.init_process_group = lambda *args, **options: os.kill(
+                os.getpid(), signal.SIGKILL
+            )
+
+    place = Place(folder, "--method", "wanda")
+    ended = place.prune(3, prepare=prepare)
+    assert [code == -signal.SIGKILL for code in ended.codes] == [False, True, False], ended
+    place.complete(2)
+
+
+SLOW[a_rank_dies_before_they_are_connected.__name__] = a_rank_dies_before_they_are_connected
+
+
 def killed(folder: Path, seed: int) -> None:
     """One rank is killed at a random moment; then others go on, or one process."""
     chance = random.Random(seed)
@@ -347,21 +364,11 @@ def killed(folder: Path, seed: int) -> None:
 
 def run(folder: Path, *what: str) -> dict[str, str | None]:
     """For each case, and each seed of :func:`killed`, what it raised, or null."""
-    torch.set_num_threads(1)
     todo = dict(CASES if "cases" in what else {}) | dict(SLOW if "slow" in what else {})
     todo |= {name: function for name, function in (CASES | SLOW).items() if name in what}
     for seed in filter(str.isdecimal, what):
         todo[f"killed_{seed}"] = partial(killed, seed=int(seed))
-    found: dict[str, str | None] = {}
-    for name, function in todo.items():
-        began = time.monotonic()
-        try:
-            function(folder / name)
-            found[name] = None
-        except Exception:
-            found[name] = traceback.format_exc()
-        print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr)
-    return found
+    return run_cases(folder, todo)
 
 
 if __name__ == "__main__":
