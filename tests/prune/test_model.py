@@ -282,18 +282,8 @@ def test_padding_does_not_count():
 
 
 def test_experts_may_stay_dense_and_globs_name_them():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        vocab_size=tiny_models.VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    model = transformers.MixtralForCausalLM(config)
+    pytest.importorskip("transformers")
+    model = tiny_models.mixtral(intermediate_size=64, num_hidden_layers=1)
     if not any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters()):
         pytest.skip("this transformers keeps the experts in layers of their own")
     result = prune(model, tiny_models.tokens(), dense="experts.*")

@@ -26,19 +26,7 @@ DISK = {**QUICK, "picture": False, "device": "cpu"}
 
 
 def make(kind: str) -> torch.nn.Module:
-    if kind != "mixtral":
-        return tiny_models.make(kind)
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        vocab_size=tiny_models.VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-    )
-    return transformers.MixtralForCausalLM(config).eval()
+    return tiny_models.mixtral() if kind == "mixtral" else tiny_models.make(kind)
 
 
 @pytest.fixture

@@ -229,25 +229,11 @@ def few_batches() -> None:
 
 def experts() -> None:
     """Stacked experts, which each rank sends other numbers of tokens."""
-    import transformers
-
-    def make() -> nn.Module:
-        torch.manual_seed(0)
-        config = transformers.MixtralConfig(
-            vocab_size=tiny_models.VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=4,
-        )
-        return transformers.MixtralForCausalLM(config).eval().double()
 
     batches = list(tiny_models.tokens(10).split(2))
-    reference = make()
+    reference = tiny_models.mixtral().double()
     expected = prune_model(reference, batches, "4:8", method="sparsegpt")
-    model = sharded(make())
+    model = sharded(tiny_models.mixtral().double())
     compare(model, prune_model(model, batches, "4:8", method="sparsegpt"), reference, expected)
 
 

@@ -74,6 +74,15 @@ def make(kind: str, **changes: object) -> nn.Module:
     raise ValueError(kind)
 
 
+def mixtral(**changes: int) -> nn.Module:
+    """A mixture of four experts, which transformers 5 keeps in one parameter; the same every time."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = _sizes() | {"intermediate_size": 48, "num_key_value_heads": 1, "num_local_experts": 4} | changes
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=VOCABULARY, **sizes)).eval()
+
+
 KINDS = ("llama", "qwen2", "opt", "gpt2", "bert", "vit", "t5")
 
 
