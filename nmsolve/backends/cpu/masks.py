@@ -113,7 +113,7 @@ def ordinary(scores: Tensor, pattern: NMPattern) -> Tensor:
 
 
 def _empty_mask(scores: Tensor) -> Tensor:
-    """A mask to be filled in. NumPy asks for large pages, whose first touch takes a tenth of the time."""
+    """A mask to be filled in. NumPy asks for large pages, which are soon touched for the first time."""
     return torch.from_numpy(np.empty(scores.shape, np.bool_))
 
 
