@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nmsolve.errors import NMSolveError
-from nmsolve.ops.distributed import is_dtensor
+from nmsolve.ops.distributed import whole_of
 from nmsolve.prune.arguments import Patterns
 from nmsolve.train import SparseTraining
 
@@ -68,10 +68,7 @@ class SparseRun:
         """The state with whole masks in main memory, for a file. Communicates where weights are sharded."""
         assert self.sparse is not None
         state = self.sparse.state_dict()
-        masks = {
-            name: (mask.full_tensor() if is_dtensor(mask) else mask).cpu()
-            for name, mask in state["masks"].items()
-        }
+        masks = {name: whole_of(mask).cpu() for name, mask in state["masks"].items()}
         return {**state, "masks": masks}
 
     def end(self) -> None:

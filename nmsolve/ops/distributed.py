@@ -7,6 +7,7 @@ shape, the mesh and the placements, so every process decides alone and they all 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ __all__ = [
     "shard_of",
     "sharding_of",
     "spread_like",
+    "whole_of",
 ]
 
 # Consecutive global indices [start, stop) of one dimension.
@@ -38,6 +40,11 @@ class Sharding:
 
     mesh: Any
     placements: tuple[Any, ...]
+
+    @property
+    def place(self) -> str:
+        """What an error says of this process's shard."""
+        return f"in the shard {tuple(self.mesh.get_coordinate())} of the mesh"
 
 
 def is_dtensor(value: object) -> TypeGuard[Any]:
@@ -60,7 +67,9 @@ def sharding_of(tensor: Tensor, m: int, tiled: Sequence[int], name: str = "score
         return None
     mesh, placements = tensor.device_mesh, tuple(tensor.placements)
     for mesh_dim, placement in enumerate(placements):
-        if placement.is_partial() or not (placement.is_replicate() or hasattr(placement, "dim")):
+        if placement.is_partial() or not (
+            placement.is_replicate() or getattr(placement, "dim", None) is not None
+        ):
             raise NMSolveError(
                 f"{name}: expected a sharded or replicated DTensor, got {placement!r} on "
                 f"{_mesh_dim(mesh, mesh_dim)}; {name}.redistribute(placements=...) sums it up first"
@@ -205,17 +214,51 @@ def _strides(shape: Sequence[int], inner: int) -> tuple[int, ...]:
     return tuple(strides)
 
 
+def whole_of(tensor: Tensor) -> Tensor:
+    """All of a DTensor, or the tensor itself. Communicates.
+
+    Raises
+    ------
+    NMSolveError
+        Where PyTorch gathers it wrongly: 2.9 does so with uneven shards of FSDP2 over tensor parallelism.
+    """
+    if not is_dtensor(tensor):
+        return tensor
+    _check_moves(tensor)
+    whole: Tensor = tensor.full_tensor()
+    return whole
+
+
+def _check_moves(tensor: Any) -> None:
+    strided = {place.dim for place in tensor.placements if hasattr(place, "split_factor")}
+    if not strided or not torch.__version__.startswith("2.9."):
+        return
+    for dim in strided:
+        sizes = [
+            tensor.device_mesh.size(k)
+            for k, place in enumerate(tensor.placements)
+            if getattr(place, "dim", None) == dim
+        ]
+        if tensor.shape[dim] % (parts := math.prod(sizes)):
+            raise NMSolveError(
+                f"PyTorch {torch.__version__} mixes up the rows of uneven shards of FSDP2 over tensor "
+                f"parallelism as it gathers them (dimension {dim} of size {tensor.shape[dim]} in {parts} "
+                "parts); 2.10 does not"
+            )
+
+
 def spread_like(whole: Tensor, tensor: Tensor) -> Tensor:
     """A tensor that every process has whole, or that lies otherwise, spread as ``tensor`` of its shape is.
 
     Communicates where ``whole`` is a DTensor that lies otherwise; all have to call it then.
     """
     if not is_dtensor(tensor):
-        return (whole.full_tensor() if is_dtensor(whole) else whole).to(tensor.device)
+        return whole_of(whole).to(tensor.device)
     if is_dtensor(whole):
         if whole.device_mesh == tensor.device_mesh and tuple(whole.placements) == tuple(tensor.placements):
             return whole
-        whole = whole.full_tensor()
+        whole = whole_of(whole)
+    _check_moves(tensor)
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh, on_device = tensor.device_mesh, whole.to(shard_of(tensor).device)
@@ -231,7 +274,7 @@ def on_shards(operator: Callable[..., Any], shardings: Sequence[Sharding | None]
     try:
         return operator(*args)
     except NMSolveError as error:
-        raise type(error)(f"{error}, in the shard {where[0].mesh.get_coordinate()} of the mesh") from error
+        raise type(error)(f"{error}, {where[0].place}") from error
 
 
 def agree_over_mesh(sharding: Sharding, message: str | None) -> str | None:

@@ -428,7 +428,7 @@ def check_mask(
     violation = mask_violation(shard_of(mask), pattern, None if transposable else dim)
     if sharding is not None:
         if violation is not None:
-            violation += f", in the shard {sharding.mesh.get_coordinate()} of the mesh"
+            violation += f", {sharding.place}"
         violation = agree_over_mesh(sharding, violation)
     if violation is not None:
         raise NMSolveError(f"mask: {violation}")

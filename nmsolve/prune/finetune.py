@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nmsolve.checkpoint.roles import roles_of
 from nmsolve.errors import NMSolveError
-from nmsolve.ops.distributed import is_dtensor, shard_of, spread_like
+from nmsolve.ops.distributed import is_dtensor, shard_of, spread_like, whole_of
 from nmsolve.pattern import NMPattern, PatternLike
 from nmsolve.prune.arguments import check_in_memory
 from nmsolve.prune.layers import Layer, find_layers, find_stacks, uncompiled
@@ -145,8 +145,7 @@ class FixedMasks:
             there: Any = held.parameter.detach() != 0
             mask = held.mask
             if is_dtensor(there):
-                spread: Any = spread_like(mask, there)
-                there, mask = there.full_tensor(), spread.full_tensor()
+                there, mask = whole_of(there), whole_of(spread_like(mask, there))
             forward = backward = True
             for matrix in _matrices(there, self._layers.get(name)):
                 forward = forward and _holds(matrix, expected)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nmsolve.errors import NMSolveError, WorkFailed, one_line
-from nmsolve.ops.distributed import is_dtensor
+from nmsolve.ops.distributed import is_dtensor, whole_of
 from nmsolve.ranks import Ranks
 
 __all__ = ["Peers", "peers_of", "together"]
@@ -137,8 +137,7 @@ class Peers:
     @staticmethod
     def whole(weight: Tensor) -> Tensor:
         """A weight as one tensor; all ask for it at once."""
-        weight = weight.detach()
-        return weight.full_tensor() if is_dtensor(weight) else weight
+        return whole_of(weight.detach())
 
     @staticmethod
     def held(weight: Tensor) -> Tensor:

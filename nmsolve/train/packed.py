@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nmsolve.errors import NMSolveError
-from nmsolve.ops.distributed import from_shards, is_dtensor, shard_of, sharding_of, spread_like
+from nmsolve.ops.distributed import from_shards, is_dtensor, shard_of, sharding_of, spread_like, whole_of
 
 __all__ = ["pack_mask", "unpack_mask"]
 
@@ -48,7 +48,7 @@ def unpack_mask(stored: object, name: str, weight: Tensor, unit: int) -> Tensor:
     local = shard_of(weight)
     if is_dtensor(weight) and is_dtensor(stored) and tuple(stored.placements) == tuple(weight.placements):
         return _unpacked(shard_of(stored), local.shape, unit).to(local.device)
-    whole = stored.full_tensor() if is_dtensor(stored) else stored
+    whole = whole_of(stored)
     return shard_of(spread_like(_unpacked(whole, weight.shape, unit), weight))
 
 

@@ -158,6 +158,9 @@ class GatheredWeight(MaskedWeight):
         self._hooked: Any = None
         self._handle: Any = None
         self._straight_through = straight_through
+        # With PyTorch 2.9 FSDP2 makes another local tensor of a smaller shard whenever it looks at it anew.
+        self._reset = fsdp_parameter.reset_sharded_param
+        fsdp_parameter.reset_sharded_param = self._reset_and_attach
         # Before it is bound, FSDP2 may still hold the parameter on "meta" that the loaded one has replaced.
         self.bind()
         self._mask = torch.ones_like(shard_of(self.parameter), dtype=torch.bool)
@@ -181,6 +184,14 @@ class GatheredWeight(MaskedWeight):
         module, leaf = self._fsdp._module_info.module, self._fsdp._module_info.param_name
         if is_dtensor(module._parameters[leaf]):  # it is not gathered now
             self._fsdp.reset_sharded_param()
+        else:
+            self._attach()
+
+    def _reset_and_attach(self) -> None:
+        self._reset()
+        self._attach()
+
+    def _attach(self) -> None:
         local: Any = self.parameter._local_tensor  # type: ignore[attr-defined]
         if getattr(local, "fsdp_pre_all_gather", None) != self.fsdp_pre_all_gather:
             local.fsdp_pre_all_gather = self.fsdp_pre_all_gather
@@ -218,6 +229,7 @@ class GatheredWeight(MaskedWeight):
     def release(self) -> None:
         if self._handle is not None:
             self._handle.remove()
+        del self._fsdp.reset_sharded_param
         local: Any = self.parameter._local_tensor  # type: ignore[attr-defined]
         for name in ("fsdp_pre_all_gather", "fsdp_post_all_gather"):
             if hasattr(local, name):

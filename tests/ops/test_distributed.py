@@ -15,6 +15,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from nmsolve.ops.distributed import Span, _split
 
 LIMIT_S = 300
+VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_four_processes(four: Outcomes, case: str) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-@pytest.mark.parametrize("factor", [1, 2, 3])
+@pytest.mark.parametrize("factor", [1, *([2, 3] if VERSION >= (2, 10) else [])])
 def test_shards_are_those_of_torch(count: int, factor: int) -> None:
     placement = Shard(0) if factor == 1 else _StridedShard(0, split_factor=factor)
     for spans in ([(0, 7)], [(0, 30)], [(4, 8), (12, 16)], [(0, 1), (2, 3), (5, 24)]):

@@ -17,6 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import nmsolve
 from nmsolve import NMSolveError
+from nmsolve.ops.distributed import whole_of
 
 FIELDS = ("mask", "row_duals", "col_duals", "objective", "bound", "scale")
 TORCH = {"backend": "torch"}
@@ -369,6 +370,22 @@ def fully_sharded_over_tensor_parallel() -> None:
         assert any(isinstance(p, _StridedShard) for p in model.up.weight.placements)
 
     compare_models(shard)
+
+
+@case(4)
+def uneven_shards_over_tensor_parallel_are_gathered_or_refused() -> None:
+    up = nn.Linear(8, 30, bias=False)
+    rows = torch.arange(30.0)[:, None].expand(30, 8)
+    with torch.no_grad():
+        up.weight.copy_(rows)
+    mesh = square()
+    model = nn.Sequential(up)
+    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    if torch.__version__.startswith("2.9."):
+        assert "mixes up the rows" in message_of(lambda: whole_of(up.weight))
+    else:
+        assert torch.equal(whole_of(up.weight), rows)
 
 
 @case(4)
