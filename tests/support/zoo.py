@@ -6,6 +6,7 @@ of ``ZOO`` say what else an architecture needs, what is to be masked in it, and 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,8 +98,9 @@ def configuration(kind: Any, changes: Mapping[str, Any], parts: Mapping[str, Map
             of = dict(of)
             named = CONFIG_MAPPING[of.pop("model_type")]
         inner[part] = configuration(named, of, {}).to_dict()
-    # transformers 4 makes no empty configuration of two models.
-    known = kind(**(inner if getattr(kind, "has_no_defaults_at_init", False) else {})).to_dict()
+    # transformers 4 makes no empty configuration of two models, and takes apart what it makes one of.
+    needed = copy.deepcopy(inner) if getattr(kind, "has_no_defaults_at_init", False) else {}
+    known = kind(**needed).to_dict()
     own = {key: kind.attribute_map.get(key, key) for key in SIZES}
     sizes = {own[key]: value for key, value in SIZES.items() if own[key] in known and own[key] not in changes}
     return kind(**{**sizes, **inner, **changes})
