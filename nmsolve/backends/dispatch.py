@@ -126,6 +126,15 @@ class PermutationSolver(Protocol):
     def rms_norm_permute(self, x: Tensor, weight: Tensor, permutation: Tensor, eps: float) -> Tensor:
         """``(x / rms(x) * weight)[:, permutation]`` of ``(rows, cols)``, contiguous."""
 
+    def nth_largest(self, columns: Tensor, groups: Tensor, n: int) -> Tensor:
+        """The n-th largest of several columns, row by row; see :mod:`nmsolve.backends.shared`."""
+
+    def sum_maxima(self, thresholds: Tensor, columns: Tensor, index: Tensor) -> Tensor:
+        """Sums over rows of maxima of thresholds and columns; see :mod:`nmsolve.backends.shared`."""
+
+    def sum_largest(self, columns: Tensor, members: Tensor, subsets: Tensor, n: int) -> Tensor:
+        """What groups of a few columns keep; see :mod:`nmsolve.backends.shared`."""
+
 
 class StripSolver(Protocol):
     """What a backend's module for hierarchical masks offers."""

@@ -23,12 +23,7 @@ if TYPE_CHECKING:
     )
     from nmsolve.permute.calibration import calibration_scores
     from nmsolve.permute.couplings import Coupling
-    from nmsolve.permute.heuristics import (
-        deal_columns,
-        ria_permutation,
-        stripe_search,
-        swap_search,
-    )
+    from nmsolve.permute.heuristics import deal_columns, ria_permutation
     from nmsolve.permute.hierarchical import HierarchicalPermutation, hierarchical_permutation
     from nmsolve.permute.learned import LearnedPermutations, learn_permutation
     from nmsolve.permute.model_couplings import find_couplings
@@ -36,6 +31,7 @@ if TYPE_CHECKING:
     from nmsolve.permute.norm import PermutedRMSNorm
     from nmsolve.permute.on_disk import permute_checkpoint
     from nmsolve.permute.orders import retained_score
+    from nmsolve.permute.swaps import stripe_search, swap_search
     from nmsolve.permute.transposable import TransposablePermutation, transposable_permutation
 
 __all__ = [
@@ -75,12 +71,7 @@ _MODULES = {
     ),
     "nmsolve.permute.calibration": ("calibration_scores",),
     "nmsolve.permute.couplings": ("Coupling",),
-    "nmsolve.permute.heuristics": (
-        "deal_columns",
-        "ria_permutation",
-        "stripe_search",
-        "swap_search",
-    ),
+    "nmsolve.permute.heuristics": ("deal_columns", "ria_permutation"),
     "nmsolve.permute.hierarchical": ("HierarchicalPermutation", "hierarchical_permutation"),
     "nmsolve.permute.learned": ("LearnedPermutations", "learn_permutation"),
     "nmsolve.permute.module": ("LearnableChannelPermutation",),
@@ -88,6 +79,7 @@ _MODULES = {
     "nmsolve.permute.norm": ("PermutedRMSNorm",),
     "nmsolve.permute.on_disk": ("permute_checkpoint",),
     "nmsolve.permute.orders": ("retained_score",),
+    "nmsolve.permute.swaps": ("stripe_search", "swap_search"),
     "nmsolve.permute.transposable": ("TransposablePermutation", "transposable_permutation"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -10,6 +10,7 @@ import torch
 
 import nmsolve
 from nmsolve import NMSolveError
+from nmsolve.backends.dispatch import BACKENDS
 from nmsolve.ops.assignment import assignment
 from nmsolve.permute import (
     deal_columns,
@@ -20,6 +21,7 @@ from nmsolve.permute import (
     transposable_permutation,
 )
 from nmsolve.permute import transposable as module
+from nmsolve.permute.insertions import Insertions
 
 SEARCHES = {"ria": ria_permutation, "swap": swap_search, "stripe": stripe_search}
 
@@ -92,26 +94,51 @@ def test_searches_never_end_below_their_start(name):
         assert retained_score(scores, 2, 4, found) >= retained_score(scores, 2, 4, start)
 
 
-def test_one_slot_is_an_optimal_assignment():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 3), (3, 4), (4, 8)])
+def test_one_slot_is_an_optimal_assignment(n, m, backend, dtype, monkeypatch):
     from scipy.optimize import linear_sum_assignment
 
-    scores, (n, m) = rand(10, 24), (2, 4)
-    groups = torch.arange(24).view(6, 4)
-    values = module_heuristics()._slot_values(scores, groups, nmsolve.NMPattern(n, m), 1)
+    scores = (rand(10, 6 * m) - 0.3).to(dtype)
+    values = insertions(scores, n, m, backend, monkeypatch)
+    groups = torch.arange(6 * m).view(1, 6, m)
+    found = values.of_slot(groups, 1)[0]
+    slots = values.of_all(groups[0])
+    close = 1e-9 if dtype == torch.float64 else 1e-4
     for g, j in itertools.product(range(6), range(6)):
-        columns = groups[g].clone()
-        columns[1] = groups[j, 1]
-        assert float(values[g, j]) == pytest.approx(kept(scores[:, columns], n, m, range(m)), abs=1e-9)
-    rows, columns = linear_sum_assignment(values.numpy(), maximize=True)
-    order = assignment(values)
-    chosen = float(values[torch.arange(6), order].sum())
-    assert chosen == pytest.approx(values.numpy()[rows, columns].sum())
+        columns = groups[0, g].clone()
+        stays = kept(scores[:, columns].double(), n, m, range(m))
+        columns[1] = groups[0, j, 1]
+        gain = kept(scores[:, columns].double(), n, m, range(m)) - stays
+        assert float(found[g, j] - found[g, g]) == pytest.approx(gain, abs=close)
+        every = slots[g, 1]
+        assert float(every[columns[1]] - every[groups[0, g, 1]]) == pytest.approx(gain, abs=close)
+    rows, columns = linear_sum_assignment(found.numpy(), maximize=True)
+    order = assignment(found)
+    chosen = float(found[torch.arange(6), order].sum())
+    assert chosen == pytest.approx(found.numpy()[rows, columns].sum())
 
 
-def module_heuristics():
-    from nmsolve.permute import heuristics
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 2), (2, 3), (3, 4)])
+def test_ways_of_dealing_two_groups(n, m, backend, monkeypatch):
+    scores = rand(700, 4 * m) - 0.3
+    values = insertions(scores, n, m, backend, monkeypatch)
+    members = torch.randperm(4 * m)[: 2 * m].view(1, -1)
+    ways = torch.stack([torch.randperm(2 * m) for _ in range(5)])
+    found = values.of_ways(members, ways)
+    for k, way in enumerate(ways):
+        assert float(found[0, k]) == pytest.approx(kept(scores, n, m, members[0, way]), rel=1e-12)
 
-    return heuristics
+
+def insertions(scores, n, m, backend, monkeypatch) -> Insertions:
+    row = BACKENDS[backend]
+    if not row.is_installed():
+        pytest.skip(f"{row.needs} is not installed")
+    values = Insertions(scores, nmsolve.NMPattern(n, m))
+    monkeypatch.setattr(values, "_solver", row.permutations)
+    return values
 
 
 def test_dealing_and_batches():

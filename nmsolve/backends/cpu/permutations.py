@@ -10,11 +10,24 @@ import torch
 from torch import Tensor
 
 from nmsolve.backends.cpu._numba.assignment import solve_assignments
+from nmsolve.backends.cpu._numba.maxima import BAND
+from nmsolve.backends.cpu._numba.maxima import nth_largest as nth_kernel
+from nmsolve.backends.cpu._numba.maxima import sum_largest as largest_kernel
+from nmsolve.backends.cpu._numba.maxima import sum_maxima as maxima_kernel
 from nmsolve.backends.cpu._numba.sinkhorn import backward, forward
 from nmsolve.backends.cpu._numba.threads import share_out
 from nmsolve.backends.shared import permute_columns, rms_norm_permute
 
-__all__ = ["assignment", "permute_columns", "rms_norm_permute", "sinkhorn_backward", "sinkhorn_forward"]
+__all__ = [
+    "assignment",
+    "nth_largest",
+    "permute_columns",
+    "rms_norm_permute",
+    "sinkhorn_backward",
+    "sinkhorn_forward",
+    "sum_largest",
+    "sum_maxima",
+]
 
 
 def assignment(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
@@ -83,3 +96,30 @@ def _widened(tensor: Tensor) -> Tensor:
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:
     return [tensor.detach().numpy() for tensor in tensors]
+
+
+def nth_largest(columns: Tensor, groups: Tensor, n: int) -> Tensor:
+    """As the reference's ``nth_largest``."""
+    out = torch.empty(len(groups), columns.shape[1], dtype=columns.dtype)
+    flat, index, found = _arrays(columns.view(-1), groups, out.view(-1))
+    _solve(partial(nth_kernel, flat, index, n, found), len(groups), groups.shape[1] * columns.shape[1])
+    return out
+
+
+def sum_maxima(thresholds: Tensor, columns: Tensor, index: Tensor) -> Tensor:
+    """As the reference's ``sum_maxima``."""
+    (batch, groups, rows), width = thresholds.shape, index.shape[1]
+    out = torch.empty(batch, groups, width, dtype=torch.float64)
+    flat = _arrays(thresholds.view(-1), columns.view(-1), index, out)
+    parts = batch * -(-groups // BAND)
+    _solve(partial(maxima_kernel, *flat), parts, BAND * width * rows)
+    return out
+
+
+def sum_largest(columns: Tensor, members: Tensor, subsets: Tensor, n: int) -> Tensor:
+    """As the reference's ``sum_largest``."""
+    out = torch.empty(len(members), len(subsets), dtype=torch.float64)
+    flat = _arrays(columns.view(-1), members, subsets)
+    kernel = partial(largest_kernel, *flat, n, columns.shape[1], *_arrays(out))
+    _solve(kernel, len(members), subsets.numel() * columns.shape[1])
+    return out

@@ -5,11 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nmsolve.backends.shared import assignment_of, permute_columns, rms_norm_permute
+from nmsolve.backends.shared import (
+    assignment_of,
+    nth_largest,
+    permute_columns,
+    rms_norm_permute,
+    sum_largest,
+    sum_maxima,
+)
 from nmsolve.backends.torch import masks as reference
 from nmsolve.pattern import NMPattern
 
-__all__ = ["assignment", "permute_columns", "rms_norm_permute", "sinkhorn_backward", "sinkhorn_forward"]
+__all__ = [
+    "assignment",
+    "nth_largest",
+    "permute_columns",
+    "rms_norm_permute",
+    "sinkhorn_backward",
+    "sinkhorn_forward",
+    "sum_largest",
+    "sum_maxima",
+]
 
 
 def assignment(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:

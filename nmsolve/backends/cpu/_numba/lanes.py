@@ -38,6 +38,7 @@ __all__ = [
     "select",
     "smallest",
     "splat",
+    "total",
     "trailing_zeros",
     "vector_type",
 ]
@@ -232,6 +233,22 @@ def smallest(typingctx: Any, a: Any) -> Any:
             low = shuffle(builder, value, value, list(range(width)))
             high = shuffle(builder, value, value, list(range(width, 2 * width)))
             value = call(builder, "minnum", [low, high], ORDERED)
+        return builder.extract_element(value, I32(0))
+
+    return a.dtype(a), emit
+
+
+@intrinsic
+def total(typingctx: Any, a: Any) -> Any:
+    """The sum of the lanes, by halves."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value, width = args[0], a.count
+        while width > 1:
+            width //= 2
+            low = shuffle(builder, value, value, list(range(width)))
+            high = shuffle(builder, value, value, list(range(width, 2 * width)))
+            value = builder.fadd(low, high)
         return builder.extract_element(value, I32(0))
 
     return a.dtype(a), emit
