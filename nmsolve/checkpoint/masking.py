@@ -275,9 +275,11 @@ def _mask_tensor(
                 f"{_not_finite(slab, first, entry.shape) or error}"
             ) from None
         seconds += time.perf_counter() - started
-        row.zeros_before += slab.numel() - int(torch.count_nonzero(slab))
         _drop(slab, keep)
-        row.nonzero += int(torch.count_nonzero(slab))
+        if row.zeros_before == 0:
+            row.nonzero = row.kept
+        else:
+            row.nonzero += int(torch.count_nonzero(slab))
         behind.call(_write, entry.name, places, slab, bits, keep)
         first += slab.numel()
         progress(slab.nbytes, entry.name)
@@ -316,8 +318,12 @@ def _slabs(layout: MatrixLayout, m: int, elements: int) -> Iterator[tuple[int, i
 def _solve(slab: Tensor, layout: MatrixLayout, settings: MaskSettings, row: MaskedTensor) -> Tensor:
     """The mask of a slab, contiguous on the CPU in the slab's shape; adds its figures to ``row``."""
     n, m = settings.pattern.n, settings.pattern.m
-    scores = slab.to(settings.device).abs()
-    check_finite(scores)  # an infinite weight is no wish to keep it
+    scores = _magnitudes(slab, settings.device)
+    score = _sum(scores)
+    if not math.isfinite(score):
+        check_finite(scores)  # an infinite weight is no wish to keep it
+    row.score += score
+    row.zeros_before += _zeros(scores)
     matrices = scores.permute(0, 3, 1, 2)
     if settings.transposable and settings.certificate:
         solution = transposable_mask(
@@ -330,7 +336,6 @@ def _solve(slab: Tensor, layout: MatrixLayout, settings: MaskSettings, row: Mask
         mask = transposable_mask(matrices, n, m, method=settings.method, backend=settings.backend)
     else:
         mask = nm_mask(matrices, n, m, dim=layout.input_dim - 2, backend=settings.backend)
-    row.score += _sum(scores)
     keep = mask.permute(0, 2, 3, 1).cpu().contiguous()
     if not (settings.transposable and settings.certificate):
         host = scores.cpu()
@@ -363,6 +368,26 @@ def _drop(slab: Tensor, keep: Tensor) -> None:
     """Sets what is not kept to +0.0, both contiguous on the CPU, as a product of integers: no temporary."""
     bits = slab.view(_INTEGERS[slab.element_size()]).numpy()
     np.multiply(bits, keep.numpy(), out=bits)
+
+
+def _magnitudes(slab: Tensor, device: str) -> Tensor:
+    """The absolute weights of a contiguous slab, on the device.
+
+    On the CPU their bits without the sign. NumPy takes them with this thread alone: those of torch wait for
+    the next work at full speed, on the cores that the solver's threads are about to take.
+    """
+    if device != "cpu":
+        return slab.to(device).abs()
+    bits = slab.view(_INTEGERS[slab.element_size()]).numpy()
+    return torch.from_numpy(bits & np.iinfo(bits.dtype).max).view(slab.dtype)
+
+
+def _zeros(magnitudes: Tensor) -> int:
+    """How many of contiguous magnitudes are 0: on the CPU by their bits, which NumPy compares many at once."""
+    if magnitudes.device.type == "cpu":
+        bits = magnitudes.view(_INTEGERS[magnitudes.element_size()])
+        return magnitudes.numel() - int(np.count_nonzero(bits.numpy()))
+    return magnitudes.numel() - int(torch.count_nonzero(magnitudes))
 
 
 def _sum(scores: Tensor) -> float:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nmsolve.blocks import chosen_blocks
+from nmsolve.ops.validation import all_finite
 from nmsolve.pattern import NMPattern
 from nmsolve.solution import kept_score
 
@@ -57,7 +58,7 @@ def tighten(
         return
     short = ~(bound - objective <= enough(scores.dtype) * scale)
     for prices in duals:
-        if not torch.isfinite(torch.stack(prices.aminmax())).all():
+        if not all_finite(prices):
             short |= ~torch.isfinite(prices).all(-1)
     for blocks, (kept,), at, u, v, reached, proven in chosen_blocks(
         short, pattern, (scores, mask), (*duals, objective, bound)

@@ -18,6 +18,7 @@ from nmsolve.solution import BlockSolution
 
 __all__ = [
     "WarmStart",
+    "all_finite",
     "check_all_finite",
     "check_dim",
     "check_duals",
@@ -119,6 +120,14 @@ def check_finite(scores: Tensor, name: str = "scores") -> None:
     low, high = _ends(scores)
     if scores.numel() and not (math.isfinite(low) and math.isfinite(high)):
         _raise_wrong(scores, name, lambda piece: ~torch.isfinite(piece), "finite values", "NaN or infinite")
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite. A tensor on a GPU is waited for once, torch's threads are not woken."""
+    if values.numel() == 0:
+        return True
+    ends = _ends(values) if values.device.type == "cpu" else torch.stack(values.aminmax()).tolist()
+    return all(map(math.isfinite, ends))
 
 
 def _pieces(tensor: Tensor, limit: int, at: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Tensor]]:

@@ -61,10 +61,8 @@ def exact(
     if want_solution:
         result = BlockResult(
             mask,
-            torch.zeros((*blocks, pattern.m), dtype=work),
-            torch.zeros((*blocks, pattern.m), dtype=work),
-            torch.zeros(blocks, dtype=torch.float64),
-            torch.zeros(blocks, dtype=torch.float64),
+            *(torch.from_numpy(np.zeros((*blocks, pattern.m), reals.dtype)) for _ in range(2)),
+            *(torch.from_numpy(np.zeros(blocks)) for _ in range(2)),
         )
     given = (None, None) if warm is None else tuple(duals.detach().to(work).contiguous() for duals in warm)
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*given, *result[1:])]

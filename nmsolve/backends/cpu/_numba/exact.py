@@ -20,7 +20,7 @@ from nmsolve.backends.cpu._numba.ascent import ascend, normalise, start
 from nmsolve.backends.cpu._numba.augment import augment, part
 from nmsolve.backends.cpu._numba.compiled import compiled, inner
 from nmsolve.backends.cpu._numba.lanes import WIDTH, bits_of, lane_mask, maximum, minimum, select, splat
-from nmsolve.backends.cpu._numba.memory import load, peek, poke, store
+from nmsolve.backends.cpu._numba.memory import load, load_wide, peek, poke, store
 from nmsolve.backends.cpu._numba.scratch import scratch, still_needed
 from nmsolve.backends.cpu._numba.tiles import (
     WORD,
@@ -152,64 +152,145 @@ def _round(
 
 
 @inner
-def _write_solution(
-    region: Region,
-    request: Request,
-    block: int,
+def _in_own_scale(lines: int, scales: Any, duals: Any) -> None:
+    """Bring the lanes' duals of one side from the tile's scale to that of the scores."""
+    lanes = WIDTH // duals.itemsize
+    inverse = splat(duals.dtype.type(1)) / load(scales, 0)
+    for i in range(lines):
+        store(duals, i * lanes, load(duals, i * lanes) * inverse)
+
+
+@inner
+def _write_duals(address: int, m: int, lines: int, block: int, lane: int, duals: Any) -> None:
+    lanes = WIDTH // duals.itemsize
+    for i in range(lines):
+        poke(address + (block * m + i) * duals.itemsize, duals[i * lanes + lane])
+
+
+@inner
+def _raise_price(
+    row: int,
+    cols: int,
+    row_target: int,
     tile: Any,
     pitch: int,
     lane: int,
+    factor: float,
+    excess: float,
+    paid: float,
+    u: Any,
+    v: Any,
+) -> float:
+    """What a row pays over its price, once that is raised by the excess where the bound gains by it.
+
+    Rounding has left free entries above their price; with N far below M they would cost more than that.
+    """
+    lanes = WIDTH // tile.itemsize
+    price = np.float64(u[row * lanes + lane])
+    raised = tile.dtype.type(price + excess)
+    if np.float64(raised) < price + excess:
+        raised = np.nextafter(raised, tile.dtype.type(np.inf))
+    less = 0.0
+    for j in range(cols):
+        score = np.float64(tile[(row * pitch + j) * lanes + lane]) * factor
+        less += max(0.0, score - np.float64(raised) - np.float64(v[j * lanes + lane]))
+    if row_target * (np.float64(raised) - price) + less < paid:
+        u[row * lanes + lane] = raised
+        return less
+    return paid
+
+
+@inner
+def _certify(
+    rows: int,
+    cols: int,
     row_target: int,
     col_target: int,
-    scale: float,
+    first: int,
+    tile: Any,
+    pitch: int,
+    scales: Any,
     u: Any,
     v: Any,
     words: Any,
+    sums: Any,
 ) -> None:
-    """Duals in the scores' own scale, and the objective and bound that follow from them, in float64."""
-    rows, cols = region.rows, region.cols
+    """Objective and bound of lanes ``first .. first + 8``, to ``sums[0]`` and ``sums[8]``, in float64.
+
+    The duals are in the scores' own scale; where a row's price had better be raised, it is.
+    """
     lanes = WIDTH // tile.itemsize
     per_row = words_for(cols)
-    inverse = tile.dtype.type(1) / scale
-    factor = np.float64(inverse)
-    sum_u, sum_v = 0.0, 0.0
+    zero, none = splat(0.0), splat(np.int64(0))
+    # The inverse is that of the work type: duals and scores are scaled alike.
+    for k in range(8):
+        sums[k] = np.float64(tile.dtype.type(1) / scales[first + k])
+    factor = load_wide(sums, 0)
+    sum_u, sum_v, objective, surplus = zero, zero, zero, zero
     for j in range(cols):
-        dual = v[j * lanes + lane] * inverse
-        poke(request.col_duals + (block * request.m + j) * tile.itemsize, dual)
-        v[j * lanes + lane] = dual
-        sum_v += np.float64(dual)
-    objective, surplus = 0.0, 0.0
+        sum_v = sum_v + load_wide(v, j * lanes + first)
     for i in range(rows):
-        dual = u[i * lanes + lane] * inverse
-        price = np.float64(dual)
-        excess, paid = 0.0, 0.0
-        for j in range(cols):
-            score = np.float64(tile[(i * pitch + j) * lanes + lane]) * factor
-            over = max(0.0, score - price - np.float64(v[j * lanes + lane]))
-            word = np.int64(words[(i * per_row + j // WORD) * lanes + lane])
-            if (word >> (j % WORD)) & 1:
-                objective += score
-            else:
-                excess = max(excess, over)
-            paid += over
-        if excess > 0.0:
-            # Rounding left free entries above their price; with N far below M they would cost more than
-            # raising the row's price does.
-            raised = tile.dtype.type(price + excess)
-            if np.float64(raised) < price + excess:
-                raised = np.nextafter(raised, tile.dtype.type(np.inf))
-            less = 0.0
-            for j in range(cols):
-                score = np.float64(tile[(i * pitch + j) * lanes + lane]) * factor
-                less += max(0.0, score - np.float64(raised) - np.float64(v[j * lanes + lane]))
-            if row_target * (np.float64(raised) - price) + less < paid:
-                dual, price, paid = raised, np.float64(raised), less
-        poke(request.row_duals + (block * request.m + i) * tile.itemsize, dual)
-        u[i * lanes + lane] = dual
-        sum_u += price
-        surplus += paid
-    poke(request.objective + block * 8, objective)
-    poke(request.bound + block * 8, row_target * sum_u + col_target * sum_v + surplus)
+        price = load_wide(u, i * lanes + first)
+        excess, paid = zero, zero
+        for w in range(per_row):
+            word = load_wide(words, (i * per_row + w) * lanes + first)
+            bit = splat(np.int64(1))
+            for j in range(w * WORD, min(cols, (w + 1) * WORD)):
+                score = load_wide(tile, (i * pitch + j) * lanes + first) * factor
+                over = maximum(zero, score - price - load_wide(v, j * lanes + first))
+                kept = (word & bit) != none
+                bit = bit + bit
+                objective = select(kept, objective + score, objective)
+                excess = select(kept, excess, maximum(excess, over))
+                paid = paid + over
+        wrong = bits_of(excess > zero)
+        if wrong != 0:
+            store(sums, 8, excess)
+            store(sums, 16, paid)
+            for k in range(8):
+                if (wrong >> k) & 1:
+                    sums[16 + k] = _raise_price(
+                        i, cols, row_target, tile, pitch, first + k, sums[k], sums[8 + k], sums[16 + k], u, v
+                    )
+            paid = load_wide(sums, 16)
+        sum_u = sum_u + load_wide(u, i * lanes + first)
+        surplus = surplus + paid
+    bound = splat(np.float64(row_target)) * sum_u + splat(np.float64(col_target)) * sum_v + surplus
+    store(sums, 0, objective)
+    store(sums, 8, bound)
+
+
+@inner
+def _write_solutions(
+    region: Region,
+    request: Request,
+    places: Any,
+    used: int,
+    tile: Any,
+    pitch: int,
+    row_target: int,
+    col_target: int,
+    scales: Any,
+    u: Any,
+    v: Any,
+    words: Any,
+    sums: Any,
+) -> None:
+    """Duals of the lanes in the scores' own scale, and the objective and bound that follow from them."""
+    rows, cols = region.rows, region.cols
+    lanes = WIDTH // tile.itemsize
+    _in_own_scale(rows, scales, u)
+    _in_own_scale(cols, scales, v)
+    for first in range(0, lanes, 8):
+        _certify(rows, cols, row_target, col_target, first, tile, pitch, scales, u, v, words, sums)
+        for lane in range(first, min(used, first + 8)):
+            block = places[2 * lanes + lane]
+            poke(request.objective + block * 8, sums[lane - first])
+            poke(request.bound + block * 8, sums[8 + lane - first])
+    for lane in range(used):
+        block = places[2 * lanes + lane]
+        _write_duals(request.row_duals, request.m, rows, block, lane, u)
+        _write_duals(request.col_duals, request.m, cols, block, lane, v)
 
 
 @compiled
@@ -252,6 +333,8 @@ def solve_exact(region: Region, request: Request, reals: Any, ints: Any, first: 
     active = scratch(room_active)
     room_places = np.empty(3 * lanes, np.int64)
     places = scratch(room_places)
+    room_certified = np.empty(24, np.float64)
+    certified = scratch(room_certified)
     trivial = row_target == 0 or row_target == cols
     paths = 0
     for group in range(first, last):
@@ -313,23 +396,25 @@ def solve_exact(region: Region, request: Request, reals: Any, ints: Any, first: 
             for i in range(rows):
                 place, address = i * per_row * lanes + lane, places[lanes + lane] + i * region.mask_row
                 write_flags(words, place, lanes, cols, address, region.mask_col)
-            if request.objective != 0:
-                _write_solution(
-                    region,
-                    request,
-                    places[2 * lanes + lane],
-                    tile,
-                    pitch,
-                    lane,
-                    row_target,
-                    col_target,
-                    scales[lane],
-                    u,
-                    v,
-                    words,
-                )
+        if request.objective != 0:
+            _write_solutions(
+                region,
+                request,
+                places,
+                used,
+                tile,
+                pitch,
+                row_target,
+                col_target,
+                scales,
+                u,
+                v,
+                words,
+                certified,
+            )
     still_needed(room_reals)
     still_needed(room_ints)
     still_needed(room_active)
     still_needed(room_places)
+    still_needed(room_certified)
     return paths

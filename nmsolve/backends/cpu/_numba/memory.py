@@ -67,14 +67,18 @@ def load(typingctx: Any, array: Any, index: Any) -> Any:
 
 @intrinsic
 def load_wide(typingctx: Any, array: Any, index: Any) -> Any:
-    """``array[index : index + 8]`` as float64 lanes; the array is float32 or float64."""
-    wide = lanes_of(types.float64)
+    """``array[index : index + 8]`` as lanes of 64 bits; the array is of floats or signed integers."""
+    narrow = array.dtype.bitwidth == 32
+    wide = lanes_of(types.float64 if isinstance(array.dtype, types.Float) else types.int64)
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         kind = ir.VectorType(context.get_value_type(array.dtype), wide.count)
         place = element_pointer(context, builder, sig.args[0], args[0], args[1])
         value = builder.load(builder.bitcast(place, ir.PointerType(kind)), align=array.dtype.bitwidth // 8)
-        return builder.fpext(value, vector_type(context, wide)) if array.dtype == types.float32 else value
+        if not narrow:
+            return value
+        extend = builder.fpext if isinstance(array.dtype, types.Float) else builder.sext
+        return extend(value, vector_type(context, wide))
 
     return wide(array, types.intp), emit
 
