@@ -135,6 +135,14 @@ class PermutationSolver(Protocol):
     def sum_largest(self, columns: Tensor, members: Tensor, subsets: Tensor, n: int) -> Tensor:
         """What groups of a few columns keep; see :mod:`nmsolve.backends.shared`."""
 
+    def exchange_values(
+        self, lines: Tensor, kept: Tensor, groups: Tensor, slot: int, subsets: Tensor, steps: Tensor
+    ) -> Tensor:
+        """What blocks keep for every choice of a slot's rows; see :mod:`nmsolve.backends.shared`."""
+
+    def sum_best(self, values: Tensor, lines: Tensor, index: Tensor, subsets: Tensor) -> Tensor:
+        """Sums over blocks of the best choice for every column; see :mod:`nmsolve.backends.shared`."""
+
 
 class StripSolver(Protocol):
     """What a backend's module for hierarchical masks offers."""

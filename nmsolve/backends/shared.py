@@ -7,10 +7,22 @@ from torch import Tensor
 
 from nmsolve.solution import BlockResult
 
-__all__ = ["assignment_of", "nth_largest", "permute_columns", "rms_norm_permute", "sum_largest", "sum_maxima"]
+__all__ = [
+    "assignment_of",
+    "exchange_values",
+    "nth_largest",
+    "permute_columns",
+    "rms_norm_permute",
+    "sum_best",
+    "sum_largest",
+    "sum_maxima",
+]
 
 # Elements of the largest temporaries.
 _ELEMENTS = 1 << 22
+
+# More than any path of exchanges gains, and far from the largest float32.
+_FAR = 1e30
 
 
 def assignment_of(scores: Tensor, result: BlockResult, want_solution: bool) -> tuple[Tensor, ...]:
@@ -96,3 +108,85 @@ def sum_largest(columns: Tensor, members: Tensor, subsets: Tensor, n: int) -> Te
         columns[some][:, subsets].double().topk(n, dim=2).values.sum((2, 3)) for some in members.split(step)
     ]
     return torch.cat(kept) if kept else columns.new_empty(0, len(subsets), dtype=torch.float64)
+
+
+def exchange_values(
+    lines: Tensor, kept: Tensor, groups: Tensor, slot: int, subsets: Tensor, steps: Tensor
+) -> Tensor:
+    r"""What the other columns of every block keep, for every choice of rows in one slot.
+
+    Let S0 be the rows that the block's optimal mask keeps in the slot. Along a path from row i to row k of
+    the block, each row passes a kept entry of one of the other columns on to the next one, which had none
+    there; the best path gains ``D[i, k]``, and ``D[i, i] = 0``. When row i joins S0 and row k leaves it the
+    other columns gain D[i, k] exactly. What they keep is a valuated matroid of the slot's rows, so that
+
+        V(S) <= V(S0) + max over bijections p from S to S0 of  sum_{i in S} D[i, p(i)]
+
+    (the upper-bound lemma: Murota, Matrices and Matroids for Systems Analysis, section 5.2), exact where S is
+    one exchange away.
+
+    Parameters
+    ----------
+    lines : Tensor
+        ``(C, m, B)``, float32 or float64, contiguous: row i of block b of each column; B is a multiple of 16.
+    kept : Tensor
+        As ``lines``, 1 where the optimal mask keeps the entry and 0 elsewhere.
+    groups : Tensor
+        int64 ``(G, m)``, contiguous: the columns of each group.
+    slot : int
+    subsets : Tensor
+        int64 ``(K, n)``: the choices, ascending.
+    steps : Tensor
+        int64 ``(T, 4)``, see :func:`nmsolve.permute.exchanges.steps_of`.
+
+    Returns
+    -------
+    Tensor
+        ``(G, K, B)`` in the lines' dtype: the bound on ``V(S) - V(S0)``.
+    """
+    m, blocks = lines.shape[1:]
+    n = subsets.shape[1]
+    step = max(1, _ELEMENTS // max(1, m**3 * blocks))
+    found = []
+    for some in groups.split(step):
+        x, held = lines[some], kept[some] > 0.5  # (g, c, m, B)
+        others = [c for c in range(m) if c != slot]
+        loses = torch.where(held, -x, -_FAR)[:, others]
+        gains = torch.where(held, -_FAR, x)[:, others]
+        paths = (loses[:, :, :, None] + gains[:, :, None]).amax(1)  # (g, i, k, B)
+        paths.diagonal(dim1=1, dim2=2).zero_()
+        for via in range(m):
+            paths = torch.maximum(paths, paths[:, :, via, None] + paths[:, via, None])
+        # The rows in S0 come first; blocks that keep none have no paths worth anything.
+        order = held[:, slot].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :n]
+        ends = paths.gather(2, order[:, None].expand(-1, m, -1, -1))  # (g, i, q, B)
+        ends = ends * held[:, slot].any(1)[:, None, None]
+        sums: list[Tensor] = []
+        for q in range(n):
+            level = steps[steps[:, 0] == q]
+            value = ends[:, level[:, 3], q]
+            if q:
+                value = value + sums[-1][:, level[:, 2]]
+            sums.append(value.unflatten(1, (-1, q + 1)).amax(2))
+        found.append(sums[-1])
+    return torch.cat(found) if found else lines.new_empty(0, len(subsets), blocks)
+
+
+def sum_best(values: Tensor, lines: Tensor, index: Tensor, subsets: Tensor) -> Tensor:
+    """``sum_b max_k (values[g, k, b] + sum_{i in subset k} lines[index[j], i, b])``, float64 ``(G, J)``.
+
+    Parameters
+    ----------
+    values : Tensor
+        ``(G, K, B)``, contiguous, and
+    lines : Tensor
+        ``(C, m, B)``, contiguous, of one dtype: float32 or float64; B is a multiple of 16.
+    index : Tensor
+        int64 ``(J,)``.
+    subsets : Tensor
+        int64 ``(K, n)``.
+    """
+    moved = lines[index][:, subsets].sum(2)  # (J, K, B)
+    step = max(1, _ELEMENTS // max(1, moved.numel()))
+    best = [(some[:, None] + moved[None]).amax(2).sum(2, dtype=torch.float64) for some in values.split(step)]
+    return torch.cat(best) if best else lines.new_empty(0, len(index), dtype=torch.float64)

@@ -12,11 +12,16 @@ columns as they stand, so that staying is nearly always the best assignment. The
     E[b, g, j] = max over N-subsets S of the block's rows of  V[b, g, S] + sum_{i in S} A[b M + i, j],
 
 where ``V[b, g, S]`` is the best that the block's other M - 1 columns keep when the rows in S give one of
-their N entries to slot s: one exact mask with that column forced, whatever j is. ``F_s[g, j] = sum_b E[b, g,
-j]`` is then the exact kept score of block column g with column j, and one linear assignment on F_s finds the
-best of all ``(C / M)!`` ways to give the columns in slot s to the block columns, *with every mask optimal for
-it*. The subsets are enumerated while there are at most 70 (2:4, 4:8, 1:M); beyond that F_s is replaced by its
-dual bound
+their N entries to slot s. ``F_s[g, j] = sum_b E[b, g, j]`` is then the kept score of block column g with
+column j, and one linear assignment on F_s finds the best of all ``(C / M)!`` ways to give the columns in slot
+s to the block columns, *with every mask optimal for it*.
+
+V comes from the present masks. Let S0 be the rows that one of them keeps in the slot, and D[i, k] what the
+other columns gain when row i joins S0 and row k leaves it: the best path of exchanges between the rows, all
+of which Floyd and Warshall's recursion finds at once. V(S0) plus the best bijection from S to S0 is V(S) where
+S is one exchange away, and a bound on it elsewhere (:func:`nmsolve.backends.shared.exchange_values`). That
+takes some hundred times less than a mask for every S. The subsets are enumerated while there are at most 70
+(2:4, 4:8, 1:M); beyond that F_s is replaced by its dual bound
 
     E[b, g, j] <= const + sum of the N largest of A[b M + i, j] - u[b, g, i]
 
@@ -24,14 +29,15 @@ with the row duals u of the present masks, exact for the column that is there.
 
 **Monotone.** The assignment is a permutation of the block columns and falls into cycles. Cycles touch
 disjoint block columns, so that their gains, taken from masks solved anew, add up; a cycle is made only if its
-gain is positive. So f rises with every change, whether F_s was exact or a bound; as there are finitely many
-orders the search ends. Rows are columns of the transposed matrix, whose transposable masks are the transposed
-masks.
+gain is positive. So f rises with every change, although F_s is a bound; as there are finitely many orders
+the search ends. Rows are columns of the transposed matrix, whose transposable masks are the transposed masks.
+
+**Windows.** The values of G block columns take time as G squared. Where there are many, they are dealt into
+windows at random, anew for every slot, each with its own assignment.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -39,20 +45,16 @@ import torch
 from torch import Tensor
 
 from nmsolve.errors import NMSolveError
-from nmsolve.ops.assignment import assignment
-from nmsolve.ops.masks import solve_blocks, transposable_mask
 from nmsolve.ops.validation import check_finite, check_scores, describe
 from nmsolve.pattern import NMPattern, PatternLike
 from nmsolve.permute.heuristics import deal_columns
-from nmsolve.solution import BlockSolution
+from nmsolve.permute.side import MAX_SUBSETS, Side
+from nmsolve.permute.windows import check_window
 
 __all__ = ["TransposablePermutation", "transposable_permutation"]
 
-# Above this many row subsets (those of 4:8) insertions are bounded by duals, not enumerated.
-_MAX_SUBSETS = 70
-
-# Elements of the blocks that are solved together.
-_CHUNK = 1 << 20
+# Groups of a window by default, times the choices of rows in a slot.
+_WINDOW_CHOICES = 1 << 13
 
 
 class TransposablePermutation(NamedTuple):
@@ -80,6 +82,7 @@ def transposable_permutation(
     tolerance: float = 1e-4,
     restarts: int = 0,
     seed: int = 0,
+    window: int | None = None,
     backend: str = "auto",
 ) -> TransposablePermutation:
     """Orders of the rows and columns under which the optimal transposable mask keeps more.
@@ -102,6 +105,9 @@ def transposable_permutation(
         from random orders; the best result counts.
     seed : int
         Of the random orders.
+    window : int, optional
+        Lines that are given to groups together, at least two groups; all where they are no more. If left out,
+        as many as make the values of their moves cost no more than the masks.
     backend : {"auto", "triton", "cpu", "torch"}
         See :func:`nmsolve.transposable_mask`.
 
@@ -130,20 +136,18 @@ def transposable_permutation(
         raise NMSolveError(f"scores: expected rows and columns that m={m} divides, got {describe(scores)}")
     if passes < 0 or restarts < 0:
         raise NMSolveError(f"passes, restarts: expected 0 or more, got {passes!r} and {restarts!r}")
+    size = check_window(window, pattern, _window_groups(pattern))
     flat = scores.detach().reshape(-1, *scores.shape[-2:])
     generator = torch.Generator().manual_seed(seed)
     found = []
     for matrix in flat:
-        search = _Search(matrix, pattern, backend)
+        search = _Search(matrix, pattern, backend, size)
         before = search.objective
         best = search.run(rows, columns, passes, tolerance)
         for restart in range(restarts):
             orders = _start(matrix, m, restart, generator)
-            other = _Search(matrix, pattern, backend)
-            if rows:
-                other.move(orders[0], 0)
-            if columns:
-                other.move(orders[1], 1)
+            other = _Search(matrix, pattern, backend, size)
+            other.move({axis: orders[axis] for axis, wanted in ((0, rows), (1, columns)) if wanted})
             best = max(best, other.run(rows, columns, passes, tolerance), key=lambda s: s.objective)
         found.append((best.orders[0], best.orders[1], before, best.objective))
     lead = scores.shape[:-2]
@@ -162,6 +166,12 @@ def transposable_permutation(
     )
 
 
+def _window_groups(pattern: NMPattern) -> int:
+    """Groups of a window by default: where insertions are bounded, a value costs the block's rows."""
+    choices = math.comb(pattern.m, pattern.n)
+    return max(16, _WINDOW_CHOICES // (choices if choices <= MAX_SUBSETS else 16 * pattern.m))
+
+
 def _start(scores: Tensor, m: int, restart: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     if restart == 0:
         return deal_columns(scores.T, m), deal_columns(scores, m)
@@ -170,142 +180,60 @@ def _start(scores: Tensor, m: int, restart: int, generator: torch.Generator) -> 
 
 
 class _Search:
-    """The matrix in its present order, with the masks' solution; ``orders`` are those of rows and columns."""
+    """The matrix with its present orders of rows and columns, and what the optimal mask keeps."""
 
-    def __init__(self, scores: Tensor, pattern: NMPattern, backend: str) -> None:
+    def __init__(self, scores: Tensor, pattern: NMPattern, backend: str, size: int) -> None:
         self.scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         self.pattern = pattern
         self.backend = backend
+        self.size = size
         self.orders = [torch.arange(size, device=scores.device) for size in scores.shape]
-        self.solution = self._solve(self.scores)
-
-    @property
-    def objective(self) -> float:
-        return self.solution.total_objective
+        self.side = Side(self.scores.T, None, pattern, backend, size)
+        self.axis = 1
+        self.objective = float(self.side.kept.sum())
 
     def run(self, rows: bool, columns: bool, passes: int, tolerance: float) -> _Search:
         """Passes over the slots until one gains too little; returns itself."""
         sides = [axis for axis, wanted in ((1, columns), (0, rows)) if wanted and self._can_move(axis)]
         generator = torch.Generator().manual_seed(0)
         for turn in range(passes):
-            before = self.objective
-            state = self.scores, list(self.orders), self.solution
+            gained = 0.0
             for axis in sides:
+                self._turn_to(axis)
                 if turn:
                     # A block's lines may stand in any order: dealing them to other slots opens other moves.
-                    self.move(self._shuffled(axis, generator), axis)
-                for slot in range(self.pattern.m):
-                    self._step(axis, slot)
-            if self.objective < before:
-                # Shuffled blocks solved anew may differ by rounding where no step gained anything.
-                self.scores, self.orders, self.solution = state
-            if self.objective - before <= tolerance * abs(before):
+                    self.side.shuffle(generator)
+                gained += sum(self.side.step(slot, generator) for slot in range(self.pattern.m))
+            self.objective += gained
+            if gained <= tolerance * abs(self.objective):
                 break
+        self._settle()
         return self
 
-    def move(self, order: Tensor, axis: int) -> None:
-        """Reorders the lines along ``axis`` and solves the masks."""
-        self.scores = self.scores.index_select(axis, order)
-        self.orders[axis] = self.orders[axis][order]
-        self.solution = self._solve(self.scores)
+    def move(self, orders: dict[int, Tensor]) -> None:
+        """Reorders the lines along these axes and solves the masks."""
+        for axis, order in orders.items():
+            self.scores = self.scores.index_select(axis, order)
+            self.orders[axis] = self.orders[axis][order]
+        self.side = Side(self.scores.T, None, self.pattern, self.backend, self.size)
+        self.axis = 1
+        self.objective = float(self.side.kept.sum())
 
-    def _shuffled(self, axis: int, generator: torch.Generator) -> Tensor:
-        """An order of all lines that keeps every group's lines together."""
-        lines = torch.arange(self.scores.shape[axis]).view(-1, self.pattern.m)
-        within = torch.rand(lines.shape, generator=generator).argsort(dim=1)
-        return lines.gather(1, within).flatten().to(self.scores.device)
+    def _settle(self) -> None:
+        """Takes the order over that the lines have found."""
+        order = self.side.order.flatten()
+        self.scores = self.scores.index_select(self.axis, order)
+        self.orders[self.axis] = self.orders[self.axis][order]
+
+    def _turn_to(self, axis: int) -> None:
+        if axis == self.axis:
+            return
+        self._settle()
+        mask = self.side.mask.index_select(0, self.side.order.flatten())
+        lines = self.scores if axis == 0 else self.scores.T
+        self.side = Side(lines, mask.T, self.pattern, self.backend, self.size)
+        self.axis = axis
 
     def _can_move(self, axis: int) -> bool:
         n, m = self.pattern.n, self.pattern.m
         return 0 < n < m and self.scores.shape[axis] > m and self.scores.numel() > 0
-
-    def _solve(self, scores: Tensor) -> BlockSolution:
-        n, m = self.pattern.n, self.pattern.m
-        return transposable_mask(scores, n, m, backend=self.backend, return_solution=True)
-
-    def _step(self, axis: int, slot: int) -> None:
-        """One assignment of the lines in ``slot``; only the cycles that raise the objective are made."""
-        n, m = self.pattern.n, self.pattern.m
-        scores = self.scores if axis == 1 else self.scores.T
-        if math.comb(m, n) <= _MAX_SUBSETS:
-            values = _insertion_values(scores, self.pattern, slot, self.backend)
-        else:
-            duals = self.solution.row_duals if axis == 1 else self.solution.col_duals.transpose(0, 1)
-            values = _bounded_values(scores, self.pattern, slot, duals)
-        chosen = assignment(values).cpu()
-        kept = self.solution.objective.sum(1 - axis).cpu()
-        trial = self._solve(self.scores.index_select(axis, self._order(chosen, axis, slot)))
-        gain = trial.objective.sum(1 - axis).cpu() - kept
-        cycle = _cycles(chosen)
-        total = torch.zeros_like(gain).index_add_(0, cycle, gain)
-        made = total[cycle] > 1e-12 * kept.abs().max()
-        if made.any():
-            still = torch.arange(len(chosen))
-            self.move(self._order(torch.where(made, chosen, still), axis, slot), axis)
-
-    def _order(self, chosen: Tensor, axis: int, slot: int) -> Tensor:
-        """The order of all lines when group g takes the line in ``slot`` of group ``chosen[g]``."""
-        order = torch.arange(self.scores.shape[axis]).view(-1, self.pattern.m).clone()
-        order[:, slot] = order[chosen, slot]
-        return order.flatten().to(self.scores.device)
-
-
-def _cycles(permutation: Tensor) -> Tensor:
-    """For each index, the smallest index of its cycle."""
-    following = permutation.tolist()
-    label = [-1] * len(following)
-    for start in range(len(following)):
-        at = start
-        while label[at] < 0:
-            label[at] = start
-            at = following[at]
-    return torch.tensor(label)
-
-
-def _subsets(n: int, m: int, device: torch.device) -> Tensor:
-    """``(K, m)`` float32: the indicator rows of all n-subsets of m."""
-    chosen = torch.tensor(list(itertools.combinations(range(m), n)), device=device)
-    return torch.zeros(len(chosen), m, device=device).scatter_(1, chosen, 1)
-
-
-def _insertion_values(scores: Tensor, pattern: NMPattern, slot: int, backend: str) -> Tensor:
-    """``F_s[g, j]`` of the module's docstring: float64 ``(G, G)``, exact."""
-    n, m = pattern.n, pattern.m
-    subsets = _subsets(n, m, scores.device).to(scores.dtype)
-    blocks = scores.unflatten(1, (-1, m)).unflatten(0, (-1, m)).transpose(1, 2)  # (b, g, m, m)
-    moved = scores[:, slot::m].unflatten(0, (-1, m))  # (b, m, j)
-    bands, groups = blocks.shape[:2]
-    values = torch.zeros(groups, groups, dtype=torch.float64, device=scores.device)
-    step = max(1, _CHUNK // (groups * len(subsets) * m * m))
-    for first in range(0, bands, step):
-        rest = _forced_scores(blocks[first : first + step], subsets, n, slot, backend)
-        for kept, column in zip(rest, subsets @ moved[first : first + step], strict=True):
-            best = kept[0][:, None] + column[0]
-            for k in range(1, len(subsets)):
-                torch.maximum(best, kept[k][:, None] + column[k], out=best)
-            values += best
-    return values
-
-
-def _forced_scores(blocks: Tensor, subsets: Tensor, n: int, slot: int, backend: str) -> Tensor:
-    """``V[b, S, g]``: what the other columns of each block keep when ``slot`` takes exactly the rows in S."""
-    bands, groups, m, _ = blocks.shape
-    low, high = blocks.amin((2, 3), keepdim=True), blocks.amax((2, 3), keepdim=True)
-    # An entry of the forced column outweighs whatever an exchange of entries elsewhere in the block can gain.
-    weight = 2 * m * (high - low)
-    trial = (blocks - low).unsqueeze(1).repeat(1, len(subsets), 1, 1, 1)
-    trial[..., slot] = (weight * subsets.T).permute(0, 3, 1, 2)
-    kept = solve_blocks(trial.flatten(0, 2), n, backend=backend).objective.view(bands, -1, groups)
-    constant = n * ((m - 1) * low.double() - weight.double())
-    return (kept + constant.view(bands, 1, groups)).to(blocks.dtype)
-
-
-def _bounded_values(scores: Tensor, pattern: NMPattern, slot: int, row_duals: Tensor) -> Tensor:
-    """The dual bound on ``F_s[g, j]`` up to a constant of each g; ``row_duals`` are ``(b, g, m)``."""
-    n, m = pattern.n, pattern.m
-    moved = scores[:, slot::m].unflatten(0, (-1, m))
-    values = torch.zeros(moved.shape[2], moved.shape[2], dtype=torch.float64, device=scores.device)
-    for columns, duals in zip(moved, row_duals, strict=True):
-        reduced = columns.T[None, :, :] - duals[:, None, :]
-        values += reduced.topk(n, dim=-1).values.sum(-1)
-    return values

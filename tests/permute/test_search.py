@@ -20,8 +20,9 @@ from nmsolve.permute import (
     swap_search,
     transposable_permutation,
 )
-from nmsolve.permute import transposable as module
+from nmsolve.permute import side as module
 from nmsolve.permute.insertions import Insertions
+from nmsolve.permute.side import Side, bounded_values
 
 SEARCHES = {"ria": ria_permutation, "swap": swap_search, "stripe": stripe_search}
 
@@ -141,6 +142,55 @@ def insertions(scores, n, m, backend, monkeypatch) -> Insertions:
     return values
 
 
+@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("columns", [48, 50])
+def test_windows_keep_the_order_of_all_columns_and_gain(name, columns):
+    scores = rand(40, columns).float() * rand(columns, seed=1).float()
+    natural = float(retained_score(scores, 2, 4))
+    order = SEARCHES[name](scores, 2, 4, window=16)
+    assert torch.equal(order.sort().values, torch.arange(columns))
+    assert torch.equal(order[48:], torch.arange(48, columns))
+    assert float(retained_score(scores, 2, 4, order)) > natural
+    assert torch.equal(order, SEARCHES[name](scores, 2, 4, window=16))
+    whole = SEARCHES[name](scores, 2, 4)
+    assert torch.equal(SEARCHES[name](scores, 2, 4, window=10**6), whole)
+
+
+def published(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """RIA's search as its paper has it: ascending columns are dealt, and slots refined from the first on."""
+    from scipy.optimize import linear_sum_assignment
+
+    size = scores.shape[1] // m
+    dealt = scores.sum(0).argsort().view(m, size)
+    groups = torch.stack([s.flip(0) if k % 2 else s for k, s in enumerate(dealt)], 1)
+    for slot in range(m):
+        values = torch.empty(size, size, dtype=torch.float64)
+        for g, j in itertools.product(range(size), range(size)):
+            columns = groups[g].clone()
+            columns[slot] = groups[j, slot]
+            values[g, j] = scores[:, columns].topk(n, dim=1).values.sum()
+        groups[:, slot] = groups[torch.as_tensor(linear_sum_assignment(values.numpy(), True)[1]), slot]
+    return groups.flatten()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 3)])
+def test_one_pass_keeps_no_less_than_the_published_search(n, m, seed):
+    scores = rand(30, 8 * m, seed=seed) ** 2 * rand(8 * m, seed=9 + seed)
+    ours = retained_score(scores, n, m, ria_permutation(scores, n, m, passes=1))
+    assert float(ours) >= float(retained_score(scores, n, m, published(scores, n, m))) * (1 - 1e-12)
+
+
+def test_stripes_end_where_no_two_groups_can_be_dealt_better():
+    scores = rand(20, 24) ** 2
+    order = stripe_search(scores, 2, 4)
+    for g, h in itertools.combinations(order.view(6, 4).tolist(), 2):
+        stay = kept(scores, 2, 4, g + h)
+        for split in itertools.combinations(g + h, 4):
+            rest = [column for column in g + h if column not in split]
+            assert kept(scores, 2, 4, [*split, *rest]) <= stay + 1e-9
+
+
 def test_dealing_and_batches():
     scores = rand(3, 5, 14)
     order = deal_columns(scores, 4)
@@ -180,6 +230,14 @@ def test_mistaken_arguments():
         ria_permutation(scores * float("nan"), 2, 4)
     with pytest.raises(NMSolveError, match="passes"):
         ria_permutation(scores, 2, 4, passes=-1)
+    for name, search in SEARCHES.items():
+        for window in (7, True, 8.0):
+            with pytest.raises(NMSolveError, match="window: expected columns of at least two groups, 8"):
+                search(scores, 2, 4, window=window)
+        with pytest.raises(NMSolveError, match=r"(passes|rounds): expected an integer of at least 0, got -1"):
+            search(scores, 2, 4, **{"passes" if name == "ria" else "rounds": -1})
+    with pytest.raises(NMSolveError, match="window"):
+        transposable_permutation(scores, 2, 4, window=4)
     with pytest.raises(NMSolveError, match="divides"):
         transposable_permutation(scores, 2, 3)
 
@@ -206,7 +264,7 @@ def test_small_transposable_orders_against_brute_force(seed):
 @pytest.mark.parametrize("subsets", [70, 0], ids=["enumerated", "bounded"])
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (2, 6)])
 def test_transposable_orders_rise_pass_by_pass(n, m, subsets, monkeypatch):
-    monkeypatch.setattr(module, "_MAX_SUBSETS", subsets)
+    monkeypatch.setattr(module, "MAX_SUBSETS", subsets)
     scores = rand(3 * m, 5 * m).float()
     values = []
     for passes in range(4):
@@ -222,26 +280,73 @@ def test_transposable_orders_rise_pass_by_pass(n, m, subsets, monkeypatch):
     assert values[1] > values[0]
 
 
-@pytest.mark.parametrize("signed", [False, True])
-def test_insertion_values_are_exact(signed):
-    n, m = 2, 4
-    scores = rand(8, 12) - (0.5 if signed else 0)
-    values = module._insertion_values(scores, nmsolve.NMPattern(n, m), 2, "auto")
-    for g, j in itertools.product(range(3), range(3)):
-        columns = [4 * g, 4 * g + 1, 4 * j + 2, 4 * g + 3]
-        best = sum(oracles.min_cost_flow(b, n) for _, _, b in oracles.blocks_of(scores[:, columns], m))
-        assert float(values[g, j]) == pytest.approx(best, abs=1e-9)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (2, 6), (4, 8)])
+def test_values_of_exchanges_are_bounds_and_exact_for_one(n, m, backend, monkeypatch):
+    scores = rand(3 * m, 2 * m) - 0.5
+    side, slot = side_of(scores.T, n, m, backend, monkeypatch), 1
+    groups = side.order[torch.tensor([1, 0])]
+    found = side._solver.exchange_values(side.blocks, side.held, groups, slot, side.subsets, side.steps)
+    exact = 0
+    for (g, k), b in itertools.product(itertools.product(range(2), range(len(side.subsets))), range(3)):
+        block = scores[b * m : (b + 1) * m][:, groups[g]]
+        held = nmsolve.transposable_mask(block, n, m)
+        now = held[:, slot].nonzero()[:, 0].tolist()
+        want = side.subsets[k].tolist()
+        # What the other columns keep when the slot keeps these rows: its entries outweigh all others there.
+        forced = block.clone()
+        forced[:, slot] = -1e3
+        forced[want, slot] = 1e3
+        rest = oracles.min_cost_flow(forced, n) - n * 1e3
+        before = float((block * held).sum() - block[now, slot].sum())
+        value = float(found[g, k, b])
+        assert value >= rest - before - 1e-6
+        if len({*want} - {*now}) <= 1:
+            assert value == pytest.approx(rest - before, abs=1e-6)
+            exact += 1
+    assert exact >= 6
 
 
-def test_bounds_are_bounds_and_exact_for_what_is_there():
-    n, m = 4, 8
-    scores = rand(16, 32)
-    solution = nmsolve.transposable_mask(scores, n, m, return_solution=True)
-    pattern = nmsolve.NMPattern(n, m)
-    bound = module._bounded_values(scores, pattern, 3, solution.row_duals)
-    exact = module._insertion_values(scores, pattern, 3, "auto")
-    rise = bound - bound.diagonal()[:, None]
-    assert (rise >= exact - exact.diagonal()[:, None] - 1e-9).all()
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (4, 8)])
+def test_best_choices_are_summed_over_blocks(n, m, backend, monkeypatch):
+    scores = rand(5 * m, 3 * m) - 0.5
+    side = side_of(scores.T, n, m, backend, monkeypatch)
+    values = torch.randn(3, len(side.subsets), 16, dtype=torch.float64)
+    index = torch.tensor([4, 0, 2, 3, 1])
+    found = side._solver.sum_best(values, side.blocks, index, side.subsets)
+    for g, j in itertools.product(range(3), range(5)):
+        total = 0.0
+        for b in range(16):
+            column = scores[b * m : (b + 1) * m, index[j]] if b < 5 else torch.zeros(m)
+            total += max(
+                float(values[g, k, b] + column[rows].sum()) for k, rows in enumerate(side.subsets.tolist())
+            )
+        assert float(found[g, j]) == pytest.approx(total, abs=1e-9)
+
+
+def side_of(lines, n, m, backend, monkeypatch) -> Side:
+    row = BACKENDS[backend]
+    if not row.is_installed():
+        pytest.skip(f"{row.needs} is not installed")
+    side = Side(lines, None, nmsolve.NMPattern(n, m), "auto", 1 << 20)
+    monkeypatch.setattr(side, "_solver", row.permutations)
+    return side
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
+def test_bounds_are_bounds_and_exact_for_what_is_there(n, m):
+    scores = rand(2 * m, 4 * m)
+    solution = nmsolve.transposable_mask(scores.T, n, m, return_solution=True)
+    slot = torch.arange(3, 4 * m, m)
+    found = bounded_values(scores.T[slot], solution.col_duals, nmsolve.NMPattern(n, m))
+    for g, j in itertools.product(range(4), range(4)):
+        kept = []
+        for column in (slot[g], slot[j]):
+            moved = scores[:, g * m : (g + 1) * m].clone()
+            moved[:, 3] = scores[:, column]
+            kept.append(sum(oracles.min_cost_flow(b, n) for _, _, b in oracles.blocks_of(moved, m)))
+        assert float(found[g, j] - found[g, g]) >= kept[1] - kept[0] - 1e-6
 
 
 def test_one_side_only_and_batches():

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from nmsolve.backends.cpu._numba.assignment import solve_assignments
+from nmsolve.backends.cpu._numba.exchanges import BAND as EXCHANGE_BAND
+from nmsolve.backends.cpu._numba.exchanges import exchange_values as exchange_kernel
+from nmsolve.backends.cpu._numba.exchanges import subset_sums as subset_kernel
+from nmsolve.backends.cpu._numba.exchanges import sum_best as best_kernel
 from nmsolve.backends.cpu._numba.maxima import BAND
 from nmsolve.backends.cpu._numba.maxima import nth_largest as nth_kernel
 from nmsolve.backends.cpu._numba.maxima import sum_largest as largest_kernel
@@ -20,11 +24,13 @@ from nmsolve.backends.shared import permute_columns, rms_norm_permute
 
 __all__ = [
     "assignment",
+    "exchange_values",
     "nth_largest",
     "permute_columns",
     "rms_norm_permute",
     "sinkhorn_backward",
     "sinkhorn_forward",
+    "sum_best",
     "sum_largest",
     "sum_maxima",
 ]
@@ -122,4 +128,33 @@ def sum_largest(columns: Tensor, members: Tensor, subsets: Tensor, n: int) -> Te
     flat = _arrays(columns.view(-1), members, subsets)
     kernel = partial(largest_kernel, *flat, n, columns.shape[1], *_arrays(out))
     _solve(kernel, len(members), subsets.numel() * columns.shape[1])
+    return out
+
+
+def exchange_values(
+    lines: Tensor, kept: Tensor, groups: Tensor, slot: int, subsets: Tensor, steps: Tensor
+) -> Tensor:
+    """As the reference's ``exchange_values``."""
+    (_, m, blocks), count = lines.shape, len(subsets)
+    out = torch.empty(len(groups), count, blocks, dtype=lines.dtype)
+    flat = _arrays(lines.view(-1), kept.view(-1), groups)
+    kernel = partial(exchange_kernel, *flat, slot, *_arrays(steps, out))
+    _solve(kernel, len(groups), m**3 * blocks)
+    return out
+
+
+def sum_best(values: Tensor, lines: Tensor, index: Tensor, subsets: Tensor) -> Tensor:
+    """As the reference's ``sum_best``."""
+    groups, count, blocks = values.shape
+    moved = torch.empty(len(index), count, blocks, dtype=lines.dtype)
+    starts = index * lines[0].numel()
+    _solve(
+        partial(subset_kernel, *_arrays(lines.view(-1), starts, subsets, moved)), len(index), moved[0].numel()
+    )
+    out = torch.empty(groups, len(index), dtype=torch.float64)
+    _solve(
+        partial(best_kernel, *_arrays(values, moved, out)),
+        -(-groups // EXCHANGE_BAND),
+        EXCHANGE_BAND * moved.numel(),
+    )
     return out

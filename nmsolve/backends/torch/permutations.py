@@ -7,9 +7,11 @@ from torch import Tensor
 
 from nmsolve.backends.shared import (
     assignment_of,
+    exchange_values,
     nth_largest,
     permute_columns,
     rms_norm_permute,
+    sum_best,
     sum_largest,
     sum_maxima,
 )
@@ -18,11 +20,13 @@ from nmsolve.pattern import NMPattern
 
 __all__ = [
     "assignment",
+    "exchange_values",
     "nth_largest",
     "permute_columns",
     "rms_norm_permute",
     "sinkhorn_backward",
     "sinkhorn_forward",
+    "sum_best",
     "sum_largest",
     "sum_maxima",
 ]

@@ -8,7 +8,14 @@ import torch
 import triton
 from torch import Tensor
 
-from nmsolve.backends.shared import assignment_of, nth_largest, sum_largest, sum_maxima
+from nmsolve.backends.shared import (
+    assignment_of,
+    exchange_values,
+    nth_largest,
+    sum_best,
+    sum_largest,
+    sum_maxima,
+)
 from nmsolve.backends.triton import masks as gpu
 from nmsolve.kernels import _launch
 from nmsolve.kernels.gather import permute_columns_kernel
@@ -17,12 +24,14 @@ from nmsolve.pattern import NMPattern
 
 __all__ = [
     "assignment",
+    "exchange_values",
     "nth_largest",
     "permute_columns",
     "rms_norm_permute",
     "sinkhorn_backward",
     "sinkhorn_forward",
     "sinkhorn_tile",
+    "sum_best",
     "sum_largest",
     "sum_maxima",
 ]
