@@ -18,10 +18,10 @@ s to the block columns, *with every mask optimal for it*.
 
 V comes from the present masks. Let S0 be the rows that one of them keeps in the slot, and D[i, k] what the
 other columns gain when row i joins S0 and row k leaves it: the best path of exchanges between the rows, all
-of which Floyd and Warshall's recursion finds at once. V(S0) plus the best bijection from S to S0 is V(S) where
-S is one exchange away, and a bound on it elsewhere (:func:`nmsolve.backends.shared.exchange_values`). That
-takes some hundred times less than a mask for every S. The subsets are enumerated while there are at most 70
-(2:4, 4:8, 1:M); beyond that F_s is replaced by its dual bound
+of which Floyd and Warshall's recursion finds at once. V(S0) plus the best bijection from S to S0 is V(S)
+where S is one exchange away, and a bound on it elsewhere (:func:`nmsolve.backends.shared.exchange_values`).
+The subsets are enumerated while there are at most 70 (2:4, 4:8, 1:M); beyond that F_s is replaced by its dual
+bound
 
     E[b, g, j] <= const + sum of the N largest of A[b M + i, j] - u[b, g, i]
 
