@@ -228,27 +228,57 @@ class Ranks:
     ) -> Iterator[None]:
         """A process group of torch.distributed for the block, if there is none yet.
 
-        ``timeout`` is that of its collectives. Ranks that have just met are connected at once, or one is
-        gone: while they wait for it, no signal reaches them.
+        ``timeout`` is that of its collectives. Where a rank dies before all are connected, the others end
+        as they do wherever they wait, and after 15 s at the latest.
         """
         import torch.distributed as dist
 
         if self._store is None or dist.is_initialized():
             yield
             return
-        store = dist.PrefixStore("collectives", self._store)
         self.gather(None)
-        try:
-            dist.init_process_group(
-                backend, store=store, rank=self.rank, world_size=self.count, timeout=_CONNECTING
-            )
-        except RuntimeError as error:
-            raise _lost(f"the other ranks cannot be reached: {one_line(error)}") from error
+        self._connect(backend)
         try:
             dist.distributed_c10d._set_pg_timeout(timeout)
             yield
         finally:
             dist.destroy_process_group()
+
+    def _connect(self, backend: str) -> None:
+        """Makes the group of all ranks, in a thread and with a connection to the store of its own.
+
+        Who waits there, in C++, hears neither of signals nor of ranks that failed; where a rank dies once it
+        has told its address, gloo waits for five times the timeout.
+        """
+        import torch.distributed as dist
+
+        with self._reached() as shared:
+            clone: Store = shared.clone()  # type: ignore[attr-defined]
+        store = dist.PrefixStore("collectives", clone)
+        store.set_timeout(_CONNECTING)  # of what gloo asks for without a limit
+        problems: list[BaseException] = []
+
+        def connect() -> None:
+            try:
+                dist.init_process_group(
+                    backend, store=store, rank=self.rank, world_size=self.count, timeout=_CONNECTING
+                )
+            except BaseException as error:
+                problems.append(error)
+
+        thread = threading.Thread(target=connect, name="nmsolve-connect", daemon=True)
+        thread.start()
+        limit = _CONNECTING.total_seconds()
+        end = time.monotonic() + limit
+        while thread.is_alive():
+            thread.join(_LONGEST_LOOK)
+            self.check()
+            if time.monotonic() > end:
+                raise _lost(f"not all of {self.count} ranks were connected within {limit:g} s")
+        for error in problems:
+            if not isinstance(error, RuntimeError):
+                raise error
+            raise _lost(f"the other ranks cannot be reached: {one_line(error)}") from error
 
     # --- the end --------------------------------------------------------------------------------------------
 

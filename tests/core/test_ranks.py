@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +223,34 @@ def test_joining_a_group_of_torch_distributed(tmp_path):
     for process in processes:
         _, error = process.communicate(timeout=120)
         assert process.returncode == 0, error
+
+
+@pytest.fixture
+def unconnected(monkeypatch):
+    """Ranks that are never connected: gloo waits for a rank that has died."""
+    ended = threading.Event()
+    monkeypatch.setattr(distributed, "init_process_group", lambda *args, **options: ended.wait(60))
+    yield
+    ended.set()
+
+
+def test_what_a_rank_fails_with_ends_those_that_wait_to_be_connected(together, unconnected):
+    def act(ranks: Ranks) -> None:
+        if ranks.rank == 1:
+            ranks.gather(None)
+            raise WorkFailed("no memory")
+        with ranks.collectives():
+            pass
+
+    assert told(together(3, act)) == [(WorkFailed, "no memory")] * 3
+
+
+def test_connecting_has_an_end(together, unconnected, monkeypatch):
+    monkeypatch.setattr("nmsolve.ranks._CONNECTING", timedelta(seconds=0.5))
+
+    def act(ranks: Ranks) -> None:
+        with ranks.collectives():
+            pass
+
+    message = "not all of 2 ranks were connected within 0.5 s"
+    assert told(together(2, act)) == [(WorkFailed, message)] * 2

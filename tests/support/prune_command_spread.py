@@ -312,7 +312,7 @@ def signals_leave_what_is_finished(folder: Path) -> None:
 
 
 def a_rank_dies_before_they_are_connected(folder: Path) -> None:
-    """Others that wait for it hear no signal meanwhile, but not for long."""
+    """The others wait for its address."""
 
     def prepare(rank: int) -> None:
         if rank == 1:
@@ -320,13 +320,47 @@ def a_rank_dies_before_they_are_connected(folder: Path) -> None:
                 os.getpid(), signal.SIGKILL
             )
 
+    _dies(folder, prepare)
+
+
+def a_rank_dies_while_they_are_connected(folder: Path) -> None:
+    """The others have its address, and wait for it to answer."""
+
+    class Dying(torch.distributed.Store):
+        """Ends the process once it has told something."""
+
+        def __init__(self, store: torch.distributed.Store) -> None:
+            super().__init__()
+            self._store = store
+
+        def set(self, key, value):
+            self._store.set(key, value)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def prepare(rank: int) -> None:
+        if rank == 1:
+            begin, kept = torch.distributed.init_process_group, []
+
+            def die_soon(*args, store, **options):
+                kept.append(Dying(store))
+                begin(*args, store=kept[0], **options)
+
+            torch.distributed.init_process_group = die_soon
+
+    _dies(folder, prepare)
+
+
+def _dies(folder: Path, prepare: Callable[[int], None]) -> None:
+    """Rank 1 of 3; the others end, by themselves and soon."""
     place = Place(folder, "--method", "wanda")
     ended = place.prune(3, prepare=prepare)
     assert [code == -signal.SIGKILL for code in ended.codes] == [False, True, False], ended
+    assert ended.seconds < 12, ended
     place.complete(2)
 
 
-SLOW[a_rank_dies_before_they_are_connected.__name__] = a_rank_dies_before_they_are_connected
+for _function in (a_rank_dies_before_they_are_connected, a_rank_dies_while_they_are_connected):
+    SLOW[_function.__name__] = _function
 
 
 def killed(folder: Path, seed: int) -> None:
