@@ -50,7 +50,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pattern", metavar="N:M", required=True, help="the masks to come, for example 2:4")
     options.add_out(parser)
     parser.add_argument("--transposable", action="store_true", help="for transposable masks")
-    parser.add_argument("--passes", type=int, default=3, help="passes of the search over all slots (3)")
+    parser.add_argument("--passes", type=int, help="passes over all slots at most (10; transposable 3)")
+    parser.add_argument("--window", type=int, help="channels given to groups together (by the pattern)")
     options.add_globs(parser, "--include", "only these couplings")
     parser.add_argument("--heads", type=int, help="attention heads, if no config.json says it")
     parser.add_argument("--key-value-heads", type=int, help="key/value heads, if no config.json says it")
@@ -64,13 +65,14 @@ def run(args: argparse.Namespace) -> None:
     options.tell_start(args, "permute", args.input)
     arguments = {
         "passes": args.passes,
+        "window": args.window,
         "include": args.include,
         "heads": args.heads,
         "key_value_heads": args.key_value_heads,
         "overwrite": args.overwrite,
     }
     if args.dry_run:
-        _print_couplings(prepare(args.input, args.out, **arguments))
+        _print_couplings(prepare(args.input, args.out, pattern=pattern, **arguments))
         return
     out = options.need_out(args.out)
     with Interrupts() as interrupts:

@@ -38,7 +38,8 @@ class Insertions:
         self.n, self.m = pattern.n, pattern.m
         rows, cols = scores.shape
         wide = torch.promote_types(scores.dtype, torch.float32)
-        self.columns = scores.new_zeros(cols, -(-rows // _LANES) * _LANES, dtype=wide)
+        # An odd multiple: columns that are read together lie in different cache sets.
+        self.columns = scores.new_zeros(cols, (-(-rows // _LANES) | 1) * _LANES, dtype=wide)
         self.columns[:, :rows] = scores.detach().T
         self.rounding = 1e-12 if wide == torch.float64 else 2e-7
         """The share of a sum below which a gain is none."""

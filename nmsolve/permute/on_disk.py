@@ -32,6 +32,7 @@ from nmsolve.checkpoint.streams import StreamWriter
 from nmsolve.errors import NMSolveError, begun, counted
 from nmsolve.files import Interrupts, Staging, check_space, write_text
 from nmsolve.pattern import NMPattern, PatternLike
+from nmsolve.permute.windows import check_window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
     from nmsolve.permute.couplings import Coupling, Site
 
 __all__ = ["ORDERS_FOLDER", "ORDERS_SUFFIX", "PermuteReport", "permute_checkpoint", "prepare"]
+
+# Passes of a search where nothing else is said: more gain little (docs/permutation.md).
+_PASSES = 10
+_TRANSPOSABLE_PASSES = 3
 
 # One of several files of a checkpoint.
 _SHARD = re.compile(r"-\d+-of-\d+\.")
@@ -57,6 +62,7 @@ class PermuteReport:
     pattern: str
     transposable: bool
     passes: int
+    window: int | None
     couplings: list[dict[str, Any]]
 
     def totals(self) -> dict[str, float]:
@@ -73,6 +79,7 @@ class PermuteReport:
             "pattern": self.pattern,
             "transposable": self.transposable,
             "passes": self.passes,
+            "window": self.window,
             "couplings": self.couplings,
         }
 
@@ -91,7 +98,9 @@ def prepare(
     checkpoint: str | os.PathLike[str],
     out: str | os.PathLike[str] | None,
     *,
-    passes: int = 3,
+    pattern: PatternLike,
+    passes: int | None = None,
+    window: int | None = None,
     include: Sequence[str] = (),
     heads: int | None = None,
     key_value_heads: int | None = None,
@@ -104,8 +113,9 @@ def prepare(
     NMSolveError
         If an argument is not as described there.
     """
-    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+    if passes is not None and (isinstance(passes, bool) or not isinstance(passes, int) or passes < 1):
         raise NMSolveError(f"passes: expected at least 1, got {passes!r}")
+    check_window(window, NMPattern.of(pattern), 0)
     for name, count in (("heads", heads), ("key_value_heads", key_value_heads)):
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise NMSolveError(f"{name}: expected at least 1, got {count!r}")
@@ -124,7 +134,8 @@ def permute_checkpoint(
     pattern: PatternLike,
     *,
     transposable: bool = False,
-    passes: int = 3,
+    passes: int | None = None,
+    window: int | None = None,
     include: Sequence[str] = (),
     heads: int | None = None,
     key_value_heads: int | None = None,
@@ -148,8 +159,11 @@ def permute_checkpoint(
         The masks to come: ``"2:4"`` keeps 2 of 4.
     transposable : bool
         Whether they will be transposable.
-    passes : int
-        Passes of the search over all slots.
+    passes : int, optional
+        At most this many passes of the search over all slots; if left out, 10, or 3 for transposable masks.
+    window : int, optional
+        Channels that are given to groups together; by default as in
+        :func:`~nmsolve.permute.ria_permutation` and :func:`~nmsolve.permute.transposable_permutation`.
     include : sequence of str
         Globs of the couplings to reorder; all where there are none.
     heads, key_value_heads : int, optional
@@ -185,7 +199,9 @@ def permute_checkpoint(
     prepared = prepare(
         checkpoint,
         out,
+        pattern=pattern,
         passes=passes,
+        window=window,
         include=include,
         heads=heads,
         key_value_heads=key_value_heads,
@@ -196,12 +212,13 @@ def permute_checkpoint(
     if not chosen:
         raise NMSolveError(f"{found.root}: no channels whose order can be folded")
     check_space(target.parent, sum(shard.nbytes for shard in found.shards))
+    passes = passes or (_TRANSPOSABLE_PASSES if transposable else _PASSES)
     interrupts = interrupts or Interrupts()
     with begun(), Staging(target) as staging:
-        rows, orders = _search(found, chosen, pattern, transposable, passes, progress, interrupts)
+        rows, orders = _search(found, chosen, pattern, transposable, passes, window, progress, interrupts)
         _write(found, chosen, orders, target, staging.path, interrupts)
         report = PermuteReport(
-            os.fspath(checkpoint), os.fspath(out), str(pattern), transposable, passes, rows
+            os.fspath(checkpoint), os.fspath(out), str(pattern), transposable, passes, window, rows
         )
         if found.is_folder:
             write_text(staging.path / REPORT_NAME, json.dumps(report.to_json(), indent=2) + "\n")
@@ -246,6 +263,7 @@ def _search(
     pattern: NMPattern,
     transposable: bool,
     passes: int,
+    window: int | None,
     progress: bool | None,
     interrupts: Interrupts,
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -270,10 +288,12 @@ def _search(
                 raise NMSolveError(f"{name}: expected finite values, got NaN or infinite ones")
         scores = coupling.scores(weights, sites)
         if transposable:
-            found = transposable_permutation(scores, pattern.n, pattern.m, rows=False, passes=passes)
+            found = transposable_permutation(
+                scores, pattern.n, pattern.m, rows=False, passes=passes, window=window
+            )
             order, before, after = found.columns, found.before.sum(), found.after.sum()
         else:
-            order = ria_permutation(scores, pattern.n, pattern.m, passes=passes)
+            order = ria_permutation(scores, pattern.n, pattern.m, passes=passes, window=window)
             before = retained_score(scores, pattern.n, pattern.m).sum()
             after = retained_score(scores, pattern.n, pattern.m, order).sum()
             if after < before:

@@ -25,6 +25,9 @@ MAX_SUBSETS = 70
 # What a backend may count on: the number of blocks is a multiple of it.
 _LANES = 16
 
+# Elements that are summed while they are in the cache.
+_CACHED = 1 << 16
+
 # Bytes of values that are there at a time.
 _CHUNK = 1 << 27
 
@@ -118,16 +121,19 @@ class Side:
 
     def _kept(self, lines: Tensor, mask: Tensor) -> Tensor:
         """The kept score of every group, float64."""
-        step = max(1, _CHUNK // 8 // max(1, lines.shape[1] * self.pattern.m)) * self.pattern.m
+        step = max(1, _CACHED // max(1, lines.shape[1]))
         parts = zip(lines.split(step), mask.split(step), strict=True)
         sums = [torch.where(held, some, 0).sum(1, dtype=torch.float64) for some, held in parts]
         return torch.cat(sums).view(-1, self.pattern.m).sum(1) if sums else self.order.new_zeros(0).double()
 
     def _side_by_side(self, lines: Tensor) -> Tensor:
-        """``(C, m, B)``: entry i of every block, block by block, B filled up with zeros."""
+        """``(C, m, B)``: entry i of every block, block by block, B filled up with zeros.
+
+        It becomes an odd multiple of the lanes, so that what is read together lies in different cache sets.
+        """
         count, width = lines.shape
         blocks = width // self.pattern.m
-        room = lines.new_zeros(count, self.pattern.m, -(-blocks // _LANES) * _LANES)
+        room = lines.new_zeros(count, self.pattern.m, (-(-blocks // _LANES) | 1) * _LANES)
         room[:, :, :blocks] = lines.view(count, blocks, self.pattern.m).transpose(1, 2)
         return room
 

@@ -1,12 +1,18 @@
-"""Groups of columns, and how they are dealt into windows that a search looks at one at a time."""
+"""Groups of columns, and how they are dealt into windows that a search looks at one at a time.
+
+torch is imported where there is work for it: arguments are checked without.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from nmsolve.errors import NMSolveError
 from nmsolve.pattern import NMPattern
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["check_window", "deal_windows", "groups_of", "nothing_to_gain"]
 
@@ -34,6 +40,8 @@ def deal_windows(count: int, size: int, generator: torch.Generator) -> Tensor:
     Windows are equally large; the fewer than W groups that are left over are in none. Where one window holds
     all groups they stay in their order.
     """
+    import torch
+
     if size >= count:
         return torch.arange(count)[None]
     windows = -(-count // size)

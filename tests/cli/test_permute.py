@@ -75,6 +75,11 @@ def test_dry_run_says_what_and_why(folder, capsys):
         (["--pattern", "2:4", "--out", "{path}/inside"], "outside"),
         (["--pattern", "2-4", "--out", "x"], "pattern"),
         (["--pattern", "2:4", "--out", "{path}/../o", "--passes", "0"], "--passes"),
+        (
+            ["--pattern", "4:8", "--out", "{path}/../o", "--window", "15"],
+            "--window: expected columns of at least",
+        ),
+        (["--pattern", "4:8", "--dry-run", "--window", "15"], "--window"),
         (["--pattern", "2:4", "--out", "{path}/../o", "--include", "nothing"], "--include"),
         (["--pattern", "2:4", "--out", "{path}/../none/o"], "does not exist"),
     ],

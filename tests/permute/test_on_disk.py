@@ -42,6 +42,7 @@ def test_a_folder(folder, tmp_path):
         ({"pattern": "half"}, "pattern: expected 'N:M'"),
         ({"passes": 0}, "passes: expected at least 1, got 0"),
         ({"passes": True}, "passes: expected at least 1, got True"),
+        ({"window": 7}, "window: expected columns of at least two groups, 8 for 2:4, got 7"),
         ({"include": ["nothing"]}, "include: 'nothing' matches none of the"),
         ({"out": "model"}, "out: .* is the input itself"),
         ({"heads": 0}, "heads: expected at least 1, got 0"),
@@ -72,7 +73,7 @@ def test_what_no_rule_knows_is_left_out_and_said_so(tmp_path):
     shapes = ((16, 16), (16, 16), (24, 16), (16, 24))
     tensors = {name: torch.randn(shape) for name, shape in zip(names, shapes, strict=True)}
     save_file(tensors, tmp_path / "own.safetensors")
-    prepared = prepare(tmp_path / "own.safetensors", None)
+    prepared = prepare(tmp_path / "own.safetensors", None, pattern="2:4")
     assert [coupling.name for coupling in prepared.chosen] == ["blocks.0.fc2"]
     reasons = {coupling.name: reason for coupling, reason in prepared.others}
     assert set(reasons) == {"blocks.0.mix", "blocks.0.merge", "blocks.0.fc1"}
@@ -84,11 +85,11 @@ def test_a_configuration_that_no_model_fits_is_read_alone(folder, tmp_path):
     config = json.loads((path / "config.json").read_text())
     config["architectures"] = ["NobodysForCausalLM"]
     (path / "config.json").write_text(json.dumps(config))
-    chosen = {coupling.name for coupling in prepare(path, None).chosen}
+    chosen = {coupling.name for coupling in prepare(path, None, pattern="2:4").chosen}
     assert len(chosen) == 4
     config["num_attention_heads"] = 3
     (path / "config.json").write_text(json.dumps(config))
-    prepared = prepare(path, None)
+    prepared = prepare(path, None, pattern="2:4")
     assert {coupling.name for coupling in prepared.chosen} == {
         f"model.layers.{k}.mlp.down_proj" for k in range(2)
     }
