@@ -33,6 +33,7 @@ def run(example, monkeypatch, capsys):
     """Exit code, standard output and standard error of the example with these arguments."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setenv("COLUMNS", "300")  # by which tqdm of old cuts its line
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *TINY, *map(str, arguments)])
         code = example.main()
         return code, *capsys.readouterr()

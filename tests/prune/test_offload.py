@@ -244,7 +244,8 @@ def test_weights_are_read_as_transformers_loads_them(name, dtype, tmp_path):
 def test_a_checkpoint_that_lacks_a_tensor(tmp_path):
     tiny_models.make("llama").save_pretrained(tmp_path / "in")
     file = tmp_path / "in" / "model.safetensors"
-    state = load_file(file)
+    # Copies: the tensors of a file that is written to must not lie in it.
+    state = {name: tensor.clone() for name, tensor in load_file(file).items()}
     del state["model.layers.1.mlp.up_proj.weight"]
     save_file(state, file, {"format": "pt"})
     arguments, options = (tmp_path / "in", tmp_path / "out", "4:8"), {"method": "magnitude", **DISK}
@@ -254,7 +255,7 @@ def test_a_checkpoint_that_lacks_a_tensor(tmp_path):
     state["model.layers.1.mlp.up_proj.weight"] = torch.ones(32, 32)
     save_file(state, file, {"format": "pt"})
     for offload in (None, "disk"):
-        with pytest.raises(NMSolveError, match=r"up_proj.weight has another shape .*\(32, 32\) against"):
+        with pytest.raises(NMSolveError, match=r"up_proj.weight has another shape than in"):
             prune_checkpoint(*arguments, offload=offload, **options)
 
 

