@@ -139,7 +139,7 @@ def test_empty(backend: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("method", ["exact", "greedy", "tsenor"])
 def test_a_block_does_not_depend_on_its_neighbours(backend: str, method: str) -> None:
-    blocks = oracles.sample("bfloat16_ties", (21, 8, 8))
+    blocks = oracles.sample("bfloat16_ties", (9 if backend == "triton" else 21, 8, 8))
     options = {"method": method, "backend": backend, **QUICK[method]}
     together = nmsolve.solve_blocks(blocks, 4, **options)
     alone = [nmsolve.solve_blocks(block[None], 4, **options) for block in blocks]
@@ -185,7 +185,7 @@ def test_greedy_is_the_sequential_greedy_completed(backend: str, name: str, n: i
 
 @pytest.mark.parametrize(("n", "m"), [(4, 8), (8, 16)])
 def test_tsenor_is_close_and_full(backend: str, n: int, m: int) -> None:
-    blocks = oracles.sample("normal", (32 if backend == "triton" else 200, m, m))
+    blocks = oracles.sample("normal", (64 // m if backend == "triton" else 200, m, m))
     solution = nmsolve.solve_blocks(blocks, n, method="tsenor", backend=backend)
     nmsolve.check_mask(solution.mask, n, m)
     assert float(solution.gap.mean()) <= 2e-3

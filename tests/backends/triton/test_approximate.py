@@ -59,7 +59,7 @@ def test_greedy_is_completed(name: str, n: int, m: int, shape: tuple[int, int]) 
         assert np.array_equal(mask[0, i * m : i * m + r, j * m : j * m + c].numpy(), expected)
 
 
-@pytest.mark.parametrize(("n", "m", "count"), [(4, 8, 24), (8, 16, 12), (16, 32, 3)])
+@pytest.mark.parametrize(("n", "m", "count"), [(4, 8, 24), (8, 16, 4), (16, 32, 1)])
 def test_tsenor_is_near_the_optimum(n: int, m: int, count: int) -> None:
     scores = oracles.sample("normal", (1, m, m * count), seed=3)
     mask = gpu.tsenor(scores, NMPattern(n, m), iterations=300, tau=150.0)
@@ -77,14 +77,14 @@ def test_tsenor_is_near_the_optimum(n: int, m: int, count: int) -> None:
 def test_tsenor_fills_every_line(name: str) -> None:
     for n, m, shape in ((2, 4, (12, 16)), (4, 4, (8, 8)), (3, 8, (13, 20))):
         scores = oracles.sample(name, (1, *shape), seed=4)
-        for tau in (5.0, 150.0, 1000.0):
-            oracles.check_mask_counts(gpu.tsenor(scores, NMPattern(n, m), iterations=20, tau=tau), n, m)
+        for tau in (5.0, 1000.0):
+            oracles.check_mask_counts(gpu.tsenor(scores, NMPattern(n, m), iterations=6, tau=tau), n, m)
 
 
 @pytest.mark.parametrize("method", ["greedy", "tsenor"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_dtypes(method: str, dtype: torch.dtype) -> None:
-    options = {"iterations": 30, "tau": 150.0} if method == "tsenor" else {}
+    options = {"iterations": 10, "tau": 150.0} if method == "tsenor" else {}
     scores = oracles.sample("bfloat16_ties", (2, 10, 14), seed=5).clamp(max=6).to(dtype)
     mask = getattr(gpu, method)(scores, NMPattern(2, 4), **options)
     assert torch.equal(mask, getattr(gpu, method)(scores.float(), NMPattern(2, 4), **options))
