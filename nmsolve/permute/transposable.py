@@ -137,7 +137,7 @@ def transposable_permutation(
     if passes < 0 or restarts < 0:
         raise NMSolveError(f"passes, restarts: expected 0 or more, got {passes!r} and {restarts!r}")
     size = check_window(window, pattern, _window_groups(pattern))
-    flat = scores.detach().reshape(-1, *scores.shape[-2:])
+    flat = scores.detach().reshape(math.prod(scores.shape[:-2]), *scores.shape[-2:])
     generator = torch.Generator().manual_seed(seed)
     found = []
     for matrix in flat:

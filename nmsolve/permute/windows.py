@@ -35,18 +35,19 @@ def check_window(window: object, pattern: NMPattern, default: int) -> int:
 
 
 def deal_windows(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """``(W, G)`` int64: groups dealt at random into the fewest windows of at most ``size`` of ``count``.
+    """``(W, G)`` int64: groups dealt at random into windows of at most ``size``, and at least two.
 
-    Windows are equally large; the fewer than W groups that are left over are in none. Where one window holds
-    all groups they stay in their order.
+    There are as few windows as possible, all equally large; groups that are left over are in none. Where one
+    window holds all groups they stay in their order.
     """
     import torch
 
     if size >= count:
         return torch.arange(count)[None]
-    windows = -(-count // size)
+    # One group alone has nobody to exchange columns with.
+    windows = min(-(-count // size), count // 2)
     dealt = torch.randperm(count, generator=generator)
-    return dealt[: count // windows * windows].view(windows, -1)
+    return dealt[: min(size, count // windows) * windows].view(windows, -1)
 
 
 def groups_of(permutation: Tensor, m: int) -> Tensor:
