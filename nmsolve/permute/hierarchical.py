@@ -15,7 +15,7 @@ without the one in slot s. With column j in that slot the strip keeps at least
 
 with t the N-th largest scores of the rows in T, and Z what it keeps without column j. One assignment on
 ``sum_b L[b, g, j]`` gives every group the column for its slot s. The sums are L1 distances, as in
-:mod:`nmsolve.permute.heuristics`.
+:mod:`nmsolve.permute.insertions`.
 
 The alternation over rows and columns is that of gyro-permutation (arXiv 2407.20496), which samples and
 clusters channels before it assigns them; here every row, and a column of every group, is assigned at once.
