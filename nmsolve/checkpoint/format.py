@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nmsolve.checkpoint.parts import check_whole, is_part
 from nmsolve.checkpoint.streams import COPY_BYTES, StreamWriter
 from nmsolve.errors import NMSolveError
 from nmsolve.files import is_regular, read_json
@@ -152,7 +153,7 @@ def read_shard(path: Path) -> Shard:
     Raises
     ------
     NMSolveError
-        If the file cannot be read or is not safetensors.
+        If the file cannot be read or is not safetensors, or holds parts of tensors.
     """
     suffix = path.suffix.lower()
     if suffix in PICKLES:
@@ -183,6 +184,7 @@ def read_shard(path: Path) -> Shard:
         raise NMSolveError(f"{path}: cannot be read: {error.strerror or error}") from None
     fields: dict[str, Any] = json.loads(text)
     metadata = fields.pop("__metadata__", None) or {}
+    check_whole(path, metadata)
     base = len(prefix) + len(text)
     entries = [
         Entry(name, field["dtype"], tuple(field["shape"]), *(base + x for x in field["data_offsets"]))
@@ -308,6 +310,8 @@ def _shard_names(root: Path) -> tuple[list[str], Path, dict[str, str] | None]:
     if len(present) == 1:
         return present, index_path, None
     if present:
+        if is_part(present[0]):  # its own message says more
+            read_shard(root / present[0])
         raise NMSolveError(
             f"{root}: expected {INDEX_NAME}, model.safetensors or a single {SUFFIX} file, "
             f"got {len(present)} files without an index ({', '.join(present[:3])}, ...); give one of "

@@ -123,7 +123,7 @@ def check_finite(scores: Tensor, name: str = "scores") -> None:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite. A tensor on a GPU is waited for once, torch's threads are not woken."""
+    """Whether no value is NaN or infinite; wakes none of torch's threads, and waits once for a GPU."""
     if values.numel() == 0:
         return True
     ends = _ends(values) if values.device.type == "cpu" else torch.stack(values.aminmax()).tolist()

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nmsolve import NMSolveError
+from nmsolve.checkpoint import mask_checkpoint
 from nmsolve.checkpoint.format import encode_header, open_checkpoint, read_shard
 from nmsolve.checkpoint.streams import StreamWriter, read_into
 from nmsolve.errors import WorkFailed
@@ -261,3 +262,64 @@ def test_an_index_must_agree_with_the_shards(tmp_path):
     )
     with pytest.raises(NMSolveError, match=r"does not hold it|is also in"):
         open_checkpoint(folder)
+
+
+# --- what torch.distributed.checkpoint writes ---------------------------------------------------------------
+
+
+def save_by_dcp(state: dict[str, torch.Tensor], folder: Path, **options: bool) -> None:
+    from torch.distributed import checkpoint
+
+    names = dict(zip(state, [1, *[2] * (len(state) - 1)], strict=True))
+    writer = checkpoint.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=names, **options)
+    checkpoint.save(state, storage_writer=writer, no_dist=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_that_dcp_has_joined_is_read(tmp_path):
+    state = llama()
+    save_by_dcp(state, tmp_path / "joined", save_distributed=True, enable_consolidation=True)
+    save_by_dcp(state, tmp_path / "plain")
+    save_sharded(tmp_path / "usual", state)
+    mask_checkpoint(tmp_path / "usual", tmp_path / "usual-out", "4:8", transposable=True)
+    expected = weights(tmp_path / "usual-out")
+    for name in ("joined", "plain"):
+        mask_checkpoint(tmp_path / name, tmp_path / f"{name}-out", "4:8", transposable=True)
+        found = weights(tmp_path / f"{name}-out")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], weight) for key, weight in expected.items())
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_parts_of_a_rank_are_refused(tmp_path):
+    save_by_dcp(llama(), tmp_path / "parts", save_distributed=True)
+    files = sorted((tmp_path / "parts").glob("*.safetensors"))
+    assert len(files) == 2
+    for path in (tmp_path / "parts", files[0]):
+        with pytest.raises(
+            NMSolveError, match=r"shard-00001-.*expected whole tensors, got the parts of one rank"
+        ):
+            open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("places", "refused"),
+    [
+        ('{"a": {"saved_offsets": [0, 0]}}', False),
+        ('{"a": {"saved_offsets": [0, 0]}, "b": {"saved_offsets": [0, 8]}}', True),
+        ("no JSON", False),
+        ('[{"saved_offsets": [1]}]', False),
+        ('{"a": 3, "b": {"saved_offsets": "1"}, "c": {}}', False),
+    ],
+)
+def test_where_tensors_begin_tells_parts(places, refused, tmp_path):
+    save_file({"a": torch.ones(8, 8)}, tmp_path / "x.safetensors", {"DCP_SHARDING_INFO": places})
+    if refused:
+        with pytest.raises(NMSolveError, match="got the parts of one rank"):
+            read_shard(tmp_path / "x.safetensors")
+    else:
+        assert len(read_shard(tmp_path / "x.safetensors").entries) == 1
