@@ -107,6 +107,7 @@ bench: $(MODEL)
 	$(BENCH) microbenchmarks
 	$(BENCH) demo --results
 	$(BENCH) permutation
+	$(BENCH) order_scale
 	$(BENCH) hierarchical
 	$(BENCH) training
 	$(BENCH) training_refresh

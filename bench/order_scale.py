@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--scopes", nargs="+", choices=("normal", "wanda"), default=("normal", "wanda"))
     parser.add_argument("--layers", nargs="+", default=LAYERS)
     parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument("--passes", nargs="+", type=int, help="only searches of so many")
     parser.add_argument("--shape", nargs=2, type=int, default=SHAPE, metavar=("ROWS", "COLS"))
     parser.add_argument("--out", type=Path, default=RESULTS / "order_scale.csv")
     args = parser.parse_args()
@@ -93,7 +94,8 @@ def measure(
     before = None
     for method, window, passes, search in searches(part, matrix, pattern):
         key = (part, scope, str(pattern), method, str(window), str(passes))
-        if key in done or (args.methods and method not in args.methods):
+        wanted = method in (args.methods or [method]) and passes in (args.passes or [passes])
+        if key in done or not wanted:
             continue
         if before is None:
             before = kept(matrix, pattern)
@@ -155,9 +157,8 @@ def transposable(part: str, matrix: Tensor, pattern: nmsolve.NMPattern) -> Itera
             yield "exchanges", window, passes, ours(window or None, passes)
         yield "forced", 0, 3, lambda: forced_masks(matrix, n, m, 3)
         return
-    yield "exchanges", -1, 2, ours(None, 2)
-    if m <= 4:
-        yield "exchanges", 0, 1, ours(max(matrix.shape), 1)
+    for passes in (1, 2):
+        yield "exchanges", -1, passes, ours(None, passes)
 
 
 def retained(matrix: Tensor, pattern: nmsolve.NMPattern) -> float:

@@ -1,13 +1,38 @@
-"""The tables of docs/permutation.md, from what bench/permutation.py wrote."""
+"""The tables of docs/permutation.md, from what bench/permutation.py and bench/order_scale.py wrote."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from tables.columns import Row, fixed, left, listing, markdown, results, right, share, source, whole
+from tables.columns import (
+    Column,
+    Row,
+    fixed,
+    left,
+    listing,
+    markdown,
+    number,
+    percent,
+    results,
+    right,
+    share,
+    source,
+    whole,
+)
 
 FILE = "permutation.csv"
 LEARNING = "permutation_learning.csv"
+SCALE = "order_scale.csv"
+
+SEARCHES = {
+    "dealt": "dealt only",
+    "ria": "RIA",
+    "published": "RIA as published",
+    "swap": "swaps",
+    "stripe": "stripes",
+    "exchanges": "by exchanges",
+    "forced": "a mask for every choice",
+}
 
 NAMES = {
     "natural": "as it is",
@@ -69,8 +94,73 @@ def learning() -> str:
     )
 
 
+def _searched(parts: tuple[str, ...]) -> list[Row]:
+    """The searches of these parts, by matrix and pattern."""
+    rows = [row for row in results(SCALE) if row["part"] in parts]
+    return sorted(rows, key=lambda row: (row["scope"], row["pattern"]))
+
+
+def _window(row: Row) -> str:
+    if row["method"] in ("dealt", "forced", "published"):
+        return ""
+    return {"0": "none", "-1": "default"}.get(row["window"], row["window"])
+
+
+def _method(row: Row) -> str:
+    passes = int(row["passes"])
+    many = f", {passes} pass{'es' if passes > 1 else ''}" if passes and row["method"] != "published" else ""
+    return SEARCHES[row["method"]] + many
+
+
+def _search_columns(name: str, cell: Callable[[Row], str]) -> list[Column]:
+    return [
+        left(name, cell),
+        left("pattern"),
+        left("search", _method),
+        left("window", _window),
+        right("gain", share("gain", 3)),
+        right("core-seconds", number("seconds")),
+    ]
+
+
+def windows() -> str:
+    """RIA's search of a large matrix in windows, and what share of the whole search's gain they reach."""
+    rows = _searched(("ordinary",))
+    whole = {
+        row["scope"]: float(row["gain"]) for row in rows if row["method"] == "ria" and row["window"] == "0"
+    }
+
+    def of_whole(row: Row) -> str:
+        return percent(float(row["gain"]) / whole[row["scope"]], 1) if row["scope"] in whole else ""
+
+    columns = _search_columns("scores", lambda row: row["scope"])
+    return listing(SCALE, rows, [*columns, right("of the gain without", of_whole)])
+
+
+def published() -> str:
+    """RIA's published search and ours."""
+    rows = _searched(("published",))
+    return listing(SCALE, rows, _search_columns("layer", _layer))
+
+
+def rows_and_columns() -> str:
+    """Rows and columns for transposable masks, of layers and of a large matrix."""
+    rows = _searched(("forced",)) + _searched(("transposable",))
+    return listing(SCALE, rows, _search_columns("scores", _layer))
+
+
+def _layer(row: Row) -> str:
+    size = f"{row['rows']} x {row['cols']}"
+    if row["part"] == "transposable":
+        return f"{row['scope']}, {size}"
+    return f"`{row['scope'].removeprefix('model.')}`, {size}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "permutation-model": model,
     "permutation-layers": layers,
     "permutation-learning": learning,
+    "permutation-windows": windows,
+    "permutation-published": published,
+    "permutation-rows-and-columns": rows_and_columns,
 }
