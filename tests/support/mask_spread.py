@@ -12,6 +12,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -128,6 +129,32 @@ def one_file(folder: Path) -> None:
     assert made[0] == made[1]
     assert len(made[0]) == 2
     assert place.names() == ["by1", "by3", "model.safetensors"]
+
+
+@case
+def odd_files(folder: Path) -> None:
+    """One without tensors, one with a single large tensor, one with an empty tensor."""
+    place = Place(folder)
+    shutil.rmtree(place.source)
+    place.source.mkdir()
+    torch.manual_seed(0)
+    files = [
+        {},
+        {"fc.weight": torch.randn(2048, 512)},
+        {"none.weight": torch.empty(0, 16), "b": torch.ones(3)},
+    ]
+    names = [f"model-{number}-of-3.safetensors" for number in (1, 2, 3)]
+    for name, state in zip(names, files, strict=True):
+        save_file(state, place.source / name, {"format": "pt"})
+    weight_map = {key: name for name, state in zip(names, files, strict=True) for key in state}
+    (place.source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    alone = place.mask(1)
+    assert alone.codes == [0], alone
+    expected = contents(place.out)
+    for count in (2, 5):
+        shutil.rmtree(place.out)
+        assert place.mask(count).codes == [0] * count
+        assert contents(place.out) == expected
 
 
 @case
@@ -265,6 +292,23 @@ def a_full_disk_of_one_rank_ends_all(folder: Path) -> None:
         assert ended.seconds < 15
         assert 0 < len(place.notes()) < 10
         place.complete(3)
+
+
+@case
+def a_limit_of_the_system_ends_all(folder: Path) -> None:
+    """Files may not be as large as they are to be, on one rank."""
+    place = Place(folder)
+
+    def limit(rank: int) -> None:
+        if rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    ended = place.mask(3, prepare=limit)
+    assert "nmsolve: error: rank 1 of 3: model." in ended.error(), ended
+    assert f"weight: File too large: {place.folder}/.out.unfinished-" in ended.err, ended
+    assert ended.codes == [1] * 3, ended
+    assert ended.seconds < 15
+    place.complete(2)
 
 
 @case
