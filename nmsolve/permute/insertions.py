@@ -9,19 +9,33 @@ and ``b[r, g]`` the sum of its N - 1 largest. With column j in slot s the row ke
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from nmsolve.backends.dispatch import AUTO, select
 from nmsolve.pattern import NMPattern
 
-__all__ = ["Insertions"]
+__all__ = ["Insertions", "make_small"]
 
 # What a backend may count on: the number of rows is a multiple of it.
 _LANES = 16
 
+# Scores up to here add up in float32, whatever the rows.
+_LARGE = 2.0**40
+
 # Bytes of thresholds that are there at a time.
 _CHUNK = 1 << 27
+
+
+def make_small(scores: Tensor) -> None:
+    """Divides scores whose sums may not be numbers of their type by a power of two, in place."""
+    largest = float(scores.abs().amax()) if scores.numel() else 0.0
+    if largest > _LARGE:
+        scores.mul_(2.0 ** -min(math.frexp(largest)[1], 126)).mul_(
+            2.0 ** -max(0, math.frexp(largest)[1] - 126)
+        )
 
 
 class Insertions:
@@ -41,6 +55,7 @@ class Insertions:
         # An odd multiple: columns that are read together lie in different cache sets.
         self.columns = scores.new_zeros(cols, (-(-rows // _LANES) | 1) * _LANES, dtype=wide)
         self.columns[:, :rows] = scores.detach().T
+        make_small(self.columns)
         self.rounding = 1e-12 if wide == torch.float64 else 2e-7
         """The share of a sum below which a gain is none."""
         self._solver = select(AUTO, scores.device).permutations

@@ -15,6 +15,7 @@ from nmsolve.ops.assignment import assignment
 from nmsolve.ops.masks import transposable_mask
 from nmsolve.pattern import NMPattern
 from nmsolve.permute.exchanges import steps_of, subsets_of
+from nmsolve.permute.insertions import make_small
 from nmsolve.permute.windows import deal_windows
 
 __all__ = ["MAX_SUBSETS", "Side"]
@@ -64,6 +65,7 @@ class Side:
         if self.bounded:
             return
         self.blocks = self._side_by_side(self.lines)
+        make_small(self.blocks)
         self.held = self._side_by_side(self.mask).to(lines.dtype)
         self.subsets, self.steps = (of(pattern.n, m).to(lines.device) for of in (subsets_of, steps_of))
         self._solver = select(AUTO, lines.device).permutations
@@ -164,7 +166,7 @@ def bounded_values(moved: Tensor, duals: Tensor, pattern: NMPattern) -> Tensor:
 
     ``moved`` are the lines ``(G, R)`` in the slot, and ``duals`` ``(G, B, m)`` those of the blocks' entries.
     """
-    entries = moved.unflatten(1, (-1, pattern.m))
+    entries, duals = moved.double().unflatten(1, (-1, pattern.m)), duals.double()
     values = torch.zeros(len(moved), len(moved), dtype=torch.float64, device=moved.device)
     for block in range(entries.shape[1]):
         reduced = entries[None, :, block] - duals[:, None, block]

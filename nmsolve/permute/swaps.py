@@ -32,9 +32,8 @@ __all__ = ["stripe_search", "swap_search"]
 # The most ways of dealing two groups' columns anew that a stripe search tries: C(8, 4) / 2 = 35 for M = 4.
 _MAX_SPLITS = 35
 
-# Groups of a window by default. Values take time as the square of the groups, and so do those of pairs, which
-# cost some thirty times as much.
-_SWAP_GROUPS = 512
+# Of a window by default: columns for swaps, whose values are there all at once, and groups for stripes.
+_SWAP_COLUMNS = 2048
 _STRIPE_GROUPS = 256
 
 # A sweep over windows that gains less than this share of the kept score is the last.
@@ -74,7 +73,7 @@ def swap_search(
         Of the escapes and windows.
     window : int, optional
         Columns between which swaps are valued, at least two groups; all where they are no more. If left out,
-        512 groups. Windows are dealt anew until little is gained.
+        2,048. Windows are dealt anew until little is gained.
 
     Returns
     -------
@@ -94,7 +93,7 @@ def swap_search(
     """
     scores, pattern, best = _single(scores, n, m, start)
     _check_counts(rounds=rounds, escapes=escapes)
-    size = check_window(window, pattern, _SWAP_GROUPS)
+    size = check_window(window, pattern, max(2, _SWAP_COLUMNS // pattern.m))
     if nothing_to_gain(scores, pattern):
         return best
     generator = torch.Generator().manual_seed(seed)

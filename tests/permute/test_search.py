@@ -156,6 +156,18 @@ def test_windows_keep_the_order_of_all_columns_and_gain(name, columns):
     assert torch.equal(SEARCHES[name](scores, 2, 4, window=10**6), whole)
 
 
+@pytest.mark.parametrize("name", [*SEARCHES, "transposable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_near_the_largest_number(name, dtype):
+    scores = rand(16, 24).to(dtype) - 0.5
+    large = scores * 2.0 ** (127 if dtype == torch.float32 else 1000)
+    if name == "transposable":
+        found, wanted = (transposable_permutation(x, 2, 4, passes=2).columns for x in (large, scores))
+    else:
+        found, wanted = (SEARCHES[name](x, 2, 4) for x in (large, scores))
+    assert torch.equal(found, wanted)
+
+
 def published(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """RIA's search as its paper has it: ascending columns are dealt, and slots refined from the first on."""
     from scipy.optimize import linear_sum_assignment
