@@ -239,7 +239,9 @@ class Ranks:
         self.gather(None)
         self._connect(backend)
         try:
-            dist.distributed_c10d._set_pg_timeout(timeout)
+            # Public since PyTorch 2.15.
+            set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+            set_timeout(timeout)
             yield
         finally:
             dist.destroy_process_group()
