@@ -1,4 +1,4 @@
-"""How long do searches for orders of channels take at real sizes, and what do their windows cost?
+"""How long searches for orders of channels take at real sizes, and what their windows cost.
 
 Part "ordinary": a 4096 x 14336 matrix at 2:4; RIA's search in windows of several sizes, with as many passes
 as about a minute buys, and without windows. Part "published": linears of SmolLM2-135M by magnitude; RIA's

@@ -103,6 +103,7 @@ def ria_permutation(
 
     Examples
     --------
+    >>> from nmsolve.permute import retained_score
     >>> scores = torch.tensor([[4.0, 3.0, 0.0, 1.0]])
     >>> retained_score(scores, 1, 2, ria_permutation(scores, 1, 2))
     tensor(7., dtype=torch.float64)
