@@ -3,7 +3,7 @@
 Part "ordinary": a 4096 x 14336 matrix at 2:4; RIA's search in windows of several sizes, with as many passes
 as about a minute buys, and without windows. Part "published": linears of SmolLM2-135M by magnitude; RIA's
 published search (bench/peers/ria_channels.py) beside ours at as many passes, more passes, swaps and stripes.
-Part "transposable": rows and columns of a 4096 x 14336 matrix. Part "forced": rows and columns of linears of
+Part "transposable": rows and columns of such a matrix. Part "forced": rows and columns of linears of
 SmolLM2-135M, beside a search that solves a mask for every choice of a slot's rows
 (bench/peers/forced_masks.py).
 
@@ -38,7 +38,7 @@ from nmsolve.permute import (
 )
 
 PARTS = ("published", "ordinary", "forced", "transposable")
-KEY = ("part", "scope", "pattern", "method", "window", "passes")
+KEY = ("part", "scope", "pattern", "method", "window", "passes", "rows", "cols")
 SHAPE = (4096, 14336)
 LAYERS = (
     "model.layers.15.mlp.down_proj",
@@ -93,7 +93,7 @@ def measure(
     total = float(matrix.sum(dtype=torch.float64))
     before = None
     for method, window, passes, search in searches(part, matrix, pattern):
-        key = (part, scope, str(pattern), method, str(window), str(passes))
+        key = (part, scope, str(pattern), method, *map(str, (window, passes, *matrix.shape)))
         wanted = method in (args.methods or [method]) and passes in (args.passes or [passes])
         if key in done or not wanted:
             continue
@@ -103,7 +103,7 @@ def measure(
         begun = time.process_time()
         ordered = search()
         seconds = time.process_time() - begun
-        row = dict(zip(KEY, key, strict=True)) | {"rows": matrix.shape[0], "cols": matrix.shape[1]}
+        row: dict[str, object] = dict(zip(KEY, key, strict=True))
         row |= {"before": before / total, "gain": (kept(ordered, pattern) - before) / total}
         append_csv(args.out, {**row, "seconds": seconds}, "scipy")
         print(
