@@ -94,6 +94,8 @@ bench: $(MODEL)
 	$(BENCH) peers_cpu
 	$(BENCH) scaling
 	$(BENCH) scale
+	$(BENCH) mask_scale
+	$(BENCH) offload_memory
 	$(BENCH) warm_start
 	$(BENCH) augmentations
 	$(BENCH) kernel_costs
