@@ -127,13 +127,13 @@ def windows() -> str:
     """RIA's search of a large matrix in windows, and what share of the whole search's gain they reach."""
     rows = _searched(("ordinary",))
     whole = {
-        row["scope"]: float(row["gain"]) for row in rows if row["method"] == "ria" and row["window"] == "0"
+        _random(row): float(row["gain"]) for row in rows if row["method"] == "ria" and row["window"] == "0"
     }
 
     def of_whole(row: Row) -> str:
-        return percent(float(row["gain"]) / whole[row["scope"]], 1) if row["scope"] in whole else ""
+        return percent(float(row["gain"]) / whole[_random(row)], 1) if _random(row) in whole else ""
 
-    columns = _search_columns("scores", lambda row: row["scope"])
+    columns = _search_columns("scores", _random)
     return listing(SCALE, rows, [*columns, right("of the gain without", of_whole)])
 
 
@@ -149,11 +149,14 @@ def rows_and_columns() -> str:
     return listing(SCALE, rows, _search_columns("scores", _layer))
 
 
+def _random(row: Row) -> str:
+    return f"{row['scope']}, {row['rows']} x {row['cols']}"
+
+
 def _layer(row: Row) -> str:
-    size = f"{row['rows']} x {row['cols']}"
     if row["part"] == "transposable":
-        return f"{row['scope']}, {size}"
-    return f"`{row['scope'].removeprefix('model.')}`, {size}"
+        return _random(row)
+    return f"`{row['scope'].removeprefix('model.')}`, {row['rows']} x {row['cols']}"
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -25,8 +25,10 @@ from nmsolve.permute.windows import check_window, deal_windows, groups_of, nothi
 
 __all__ = ["deal_columns", "ria_permutation"]
 
-# Groups of a window by default: the assignment of more takes longer than the values that it is made of.
-_WINDOW_GROUPS = 1024
+# By default so many groups are one window, and more are dealt into windows of so many: assignments of larger
+# ones take longer than their values, and further passes gain more in that time.
+_WHOLE_GROUPS = 1024
+_WINDOW_GROUPS = 512
 
 
 def deal_columns(scores: Tensor, m: int) -> Tensor:
@@ -89,7 +91,7 @@ def ria_permutation(
         At most how often every slot is refined. More never keep less; it stops when a pass gains nothing.
     window : int, optional
         Columns that are given to groups together, at least two groups; all where they are no more. If left
-        out, 1,024 groups.
+        out, 512 groups where there are more than 1,024, and else all.
 
     Returns
     -------
@@ -113,7 +115,8 @@ def ria_permutation(
     check_finite(scores)
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 0:
         raise NMSolveError(f"passes: expected an integer of at least 0, got {passes!r}")
-    size = check_window(window, pattern, _WINDOW_GROUPS)
+    many = scores.shape[-1] // pattern.m > _WHOLE_GROUPS
+    size = check_window(window, pattern, _WINDOW_GROUPS if many else _WHOLE_GROUPS)
     if nothing_to_gain(scores, pattern):
         return torch.arange(scores.shape[-1], device=scores.device).expand(
             *scores.shape[:-2], scores.shape[-1]
