@@ -119,6 +119,7 @@ bench: $(MODEL)
 	$(BENCH) perplexity --picture
 	$(BENCH) layer_errors
 	$(BENCH) perplexity_spread
+	$(BENCH) experts_perplexity
 	$(BENCH) plots
 	$(BENCH) tables
 
