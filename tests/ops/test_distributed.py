@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import spread
 import torch
 import torch.multiprocessing
-from gloo import Outcomes, outcomes
+from gloo import outcomes
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -18,24 +19,14 @@ LIMIT_S = 300
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return outcomes(spread.work, 2, tmp_path_factory.mktemp("two"), spread.CASES[2], LIMIT_S)
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return outcomes(spread.work, 4, tmp_path_factory.mktemp("four"), spread.CASES[4], LIMIT_S)
-
-
-@pytest.mark.parametrize("case", spread.CASES[2])
-def test_two_processes(two: Outcomes, case: str) -> None:
-    assert two[case] == dict.fromkeys(range(2))
-
-
-@pytest.mark.parametrize("case", spread.CASES[4])
-def test_four_processes(four: Outcomes, case: str) -> None:
-    assert four[case] == dict.fromkeys(range(4))
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes(tmp_path: Path, processes: int) -> None:
+    """One test for all cases, which share processes."""
+    cases = spread.CASES[processes]
+    found = outcomes(spread.work, processes, tmp_path, cases, LIMIT_S)
+    assert found.keys() == cases.keys()
+    fine = dict.fromkeys(range(processes))
+    assert {case: said for case, said in found.items() if said != fine} == {}
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
