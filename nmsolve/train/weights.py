@@ -229,7 +229,7 @@ class GatheredWeight(MaskedWeight):
     def release(self) -> None:
         if self._handle is not None:
             self._handle.remove()
-        del self._fsdp.reset_sharded_param
+        self._fsdp.reset_sharded_param = self._reset
         local: Any = self.parameter._local_tensor  # type: ignore[attr-defined]
         for name in ("fsdp_pre_all_gather", "fsdp_post_all_gather"):
             if hasattr(local, name):

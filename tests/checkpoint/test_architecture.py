@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import species
 import torch
 import zoo
 from safetensors.torch import load_file, save_file
@@ -54,8 +55,8 @@ def test_masks_of_stacked_experts_lie_along_their_input(name, axis, glob, saved,
     experts = next((m for m in modules if hasattr(m, "gate_up_proj")), None)
     if experts is None:
         pytest.skip("this transformers keeps the experts in layers of their own")
-    assert experts.gate_up_proj.shape[axis] == zoo.HIDDEN
-    assert experts.down_proj.shape[axis] != zoo.HIDDEN
+    assert experts.gate_up_proj.shape[axis] == species.HIDDEN
+    assert experts.down_proj.shape[axis] != species.HIDDEN
     source = saved(name)
     mask_checkpoint(source, tmp_path / "out", "4:8", include=[glob], **OPTIONS)
     masks = nmsolve.load_masks(tmp_path / "out")

@@ -7,6 +7,7 @@ are refused with the reason.
 from __future__ import annotations
 
 import pytest
+import species
 import torch
 import zoo
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in zoo.ZOO]
+    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in species.ZOO]
 )
 def test_the_model_computes_the_same(name, tmp_path):
     pytest.importorskip("transformers")

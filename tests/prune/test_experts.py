@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import species
 import torch
 import zoo
 from pruning import QUICK, mlp, prune
@@ -59,7 +60,7 @@ class Unrolled(nn.Module):
 
 
 def tokens(count: int = 4, length: int = 40) -> torch.Tensor:
-    return torch.randint(3, zoo.VOCABULARY, (count, length), generator=torch.Generator().manual_seed(3))
+    return torch.randint(3, species.VOCABULARY, (count, length), generator=torch.Generator().manual_seed(3))
 
 
 @STACKED
@@ -234,7 +235,7 @@ def test_most_of_a_mixture_is_pruned_and_its_perplexity_told():
     assert sum(result.masks[name].numel() for name in stacks) > 0.95 * held
     prune(dense_experts, tokens(), dense="experts.*")
     found = [perplexity(each, text, window=64).perplexity for each in (model, dense_experts)]
-    assert all(1 < value < 2 * zoo.VOCABULARY for value in found)
+    assert all(1 < value < 2 * species.VOCABULARY for value in found)
     assert found[0] != found[1]
 
 

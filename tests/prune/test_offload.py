@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import species
 import tiny_models
 import torch
 import zoo
@@ -224,7 +225,7 @@ FEW = ("bart", "mixtral", "dbrx", "marian", "gptj")
 @pytest.mark.parametrize(
     "dtype", [None, pytest.param("bfloat16", marks=slow), pytest.param("float16", marks=slow)]
 )
-@pytest.mark.parametrize("name", [x if x in FEW else pytest.param(x, marks=slow) for x in zoo.ZOO])
+@pytest.mark.parametrize("name", [x if x in FEW else pytest.param(x, marks=slow) for x in species.ZOO])
 def test_weights_are_read_as_transformers_loads_them(name, dtype, tmp_path):
     zoo.build(name).save_pretrained(tmp_path)
     model = load_model(tmp_path, dtype)

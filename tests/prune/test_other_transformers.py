@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import old_transformers
 import pytest
+import species
 import torch
-import zoo
 from old_transformers import TOKENS, VALUE
 from safetensors.torch import load_file
 
@@ -31,7 +31,7 @@ def worker(tmp_path_factory):
     worker.close()
 
 
-@pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.parametrize("name", species.ZOO)
 def test_both_versions_read_the_outputs(name, worker, tmp_path):
     source = tmp_path / "in"
     made = worker.ask({"do": "make", "name": name, "folder": str(source)})

@@ -1,6 +1,6 @@
 """Many architectures: the right tensors are masked, along the right axis, under the names that they have.
 
-A few run by default, all of ``zoo.ZOO`` with ``-m slow``.
+A few run by default, all of ``species.ZOO`` with ``-m slow``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import species
 import torch
 import zoo
 from safetensors.torch import load_file
@@ -29,8 +30,8 @@ FEW = ("bart", "fsmt", "gpt2encdec", "vit", "dinov2", "mixtral", "dbrx", "ctrl",
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def species(few=FEW):
-    return [name if name in few else pytest.param(name, marks=pytest.mark.slow) for name in zoo.ZOO]
+def rows(few=FEW):
+    return [name if name in few else pytest.param(name, marks=pytest.mark.slow) for name in species.ZOO]
 
 
 def saved(name: str, folder: Path) -> Path:
@@ -44,7 +45,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def loaded(name: str, folder: Path) -> nn.Module:
     """The model in a folder, once it is certain that every weight of it was there."""
-    kind = getattr(transformers, zoo.ZOO[name].kind)
+    kind = getattr(transformers, species.ZOO[name].kind)
     model, found = kind.from_pretrained(folder, output_loading_info=True)
     assert not found["missing_keys"]
     assert not found["mismatched_keys"]
@@ -85,9 +86,9 @@ def check_inputs(model: nn.Module, dense: nn.Module, n: int, m: int) -> int:
     return count
 
 
-@pytest.mark.parametrize("name", species())
+@pytest.mark.parametrize("name", rows())
 def test_mask_and_prune_agree(name, tmp_path):
-    row, source = zoo.ZOO[name], saved(name, tmp_path / "in")
+    row, source = species.ZOO[name], saved(name, tmp_path / "in")
     options = {"backend": "torch", "device": "cpu", "progress": False}
     report = mask_checkpoint(source, tmp_path / "masked", "4:8", **options)
     assert report.settings["chosen_by"].startswith(f"modules of {row.kind} of transformers")
@@ -130,9 +131,9 @@ def test_mask_and_prune_agree(name, tmp_path):
     assert all(torch.equal(kept[weight], mask) for weight, mask in by_prune.items())
 
 
-@pytest.mark.parametrize("name", species(("bart", "vit", "ctrl")))
+@pytest.mark.parametrize("name", rows(("bart", "vit", "ctrl")))
 def test_wanda(name, tmp_path):
-    model, row = zoo.build(name), zoo.ZOO[name]
+    model, row = zoo.build(name), species.ZOO[name]
     dense = zoo.build(name)
     result = prune_model(
         model, zoo.batches(name), "4:8", transposable=False, method="wanda", backend="torch", progress=False
@@ -151,7 +152,7 @@ def test_the_page_lists_the_zoo():
     """docs/models.md has a line for each architecture; this is what it is to say."""
     lines = (
         f"| `{row.kind}` | {row.masked} | {row.dense} | {row.experts} |"
-        for row in sorted(zoo.ZOO.values(), key=lambda row: row.kind)
+        for row in sorted(species.ZOO.values(), key=lambda row: row.kind)
     )
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
     listed = [line for line in page.splitlines() if line.startswith("| `")]

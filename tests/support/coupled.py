@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import species
 import torch
 import zoo
 from torch import nn
@@ -20,7 +21,7 @@ from torch import nn
 class Family:
     """A model, and the last names of the consumers that fold.
 
-    ``stored`` has those of its files where they differ; ``config`` and ``parts`` are as in ``zoo.Species``.
+    ``stored`` has those of its files where they differ; ``config`` and ``parts`` are as in ``Species``.
     """
 
     kind: str
@@ -283,7 +284,7 @@ def outputs(name: str, model: nn.Module) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
 
     def tokens(length: int) -> torch.Tensor:
-        return torch.randint(3, zoo.VOCABULARY, (2, length), generator=generator)
+        return torch.randint(3, species.VOCABULARY, (2, length), generator=generator)
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(2, *shape, generator=generator).double()

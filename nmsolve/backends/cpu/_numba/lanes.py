@@ -222,18 +222,24 @@ def count_ones(typingctx: Any, bits: Any) -> Any:
     return types.int64(types.int64), emit
 
 
+def _by_halves(builder: Any, value: Any, width: int, join: Callable[[Any, Any], Any]) -> Any:
+    """One lane of what joining a register's halves, their halves and so on makes."""
+    while width > 1:
+        width //= 2
+        low = shuffle(builder, value, value, list(range(width)))
+        high = shuffle(builder, value, value, list(range(width, 2 * width)))
+        value = join(low, high)
+    return builder.extract_element(value, I32(0))
+
+
 @intrinsic
 def smallest(typingctx: Any, a: Any) -> Any:
     """The smallest lane."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        value, width = args[0], a.count
-        while width > 1:
-            width //= 2
-            low = shuffle(builder, value, value, list(range(width)))
-            high = shuffle(builder, value, value, list(range(width, 2 * width)))
-            value = call(builder, "minnum", [low, high], ORDERED)
-        return builder.extract_element(value, I32(0))
+        return _by_halves(
+            builder, args[0], a.count, lambda low, high: call(builder, "minnum", [low, high], ORDERED)
+        )
 
     return a.dtype(a), emit
 
@@ -243,13 +249,7 @@ def total(typingctx: Any, a: Any) -> Any:
     """The sum of the lanes, by halves."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        value, width = args[0], a.count
-        while width > 1:
-            width //= 2
-            low = shuffle(builder, value, value, list(range(width)))
-            high = shuffle(builder, value, value, list(range(width, 2 * width)))
-            value = builder.fadd(low, high)
-        return builder.extract_element(value, I32(0))
+        return _by_halves(builder, args[0], a.count, builder.fadd)
 
     return a.dtype(a), emit
 
