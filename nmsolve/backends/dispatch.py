@@ -181,6 +181,8 @@ class Backend:
         that is more) of the next powers of two, and how many columns of it may be kept.
     assignment_finds_infinite : bool
         Whether its assignment puts -1 in front where a matrix is not finite, so that nobody else has to look.
+    solves_several : bool
+        Whether several threads may solve at the same time, each with all of torch's threads.
     slab : int
         Elements of a checkpoint to be read and solved together: enough to keep it busy within its memory.
     """
@@ -197,6 +199,7 @@ class Backend:
     max_strip: int | None = None
     max_kept_columns: int | None = None
     assignment_finds_infinite: bool = False
+    solves_several: bool = False
     slab: int = 1 << 22
 
     @property
@@ -260,6 +263,7 @@ _ROWS = (
         needs="numba",
         remedy="pip install numba",
         assignment_finds_infinite=True,
+        solves_several=True,
     ),
     REFERENCE,
 )

@@ -23,9 +23,10 @@ from nmsolve.unfinished import Unfinished
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from nmsolve.checkpoint.masking import MaskSettings, Output
+    from nmsolve.checkpoint.masking import Output
     from nmsolve.checkpoint.on_disk import Prepared
     from nmsolve.checkpoint.report import MaskedTensor, Report
+    from nmsolve.checkpoint.slabs import MaskSettings
 
 __all__ = ["Job", "Work", "mask_together"]
 

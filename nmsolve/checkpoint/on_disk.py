@@ -189,7 +189,7 @@ def mask_checkpoint(
             overwrite=overwrite,
             **arguments,
         )
-        from nmsolve.checkpoint.masking import MaskSettings
+        from nmsolve.checkpoint.slabs import MaskSettings
 
         chosen = chosen_device(device, ranks.local if ranks.count > 1 else None)
         settings = MaskSettings(

@@ -22,20 +22,22 @@ _T = TypeVar("_T")
 _DEPTH = 1
 
 
-def ahead(tasks: Iterable[Callable[[], _T]]) -> Generator[_T, None, None]:
-    """What the tasks return, in their order, while the next ones are done in a thread.
+def ahead(tasks: Iterable[Callable[[], _T]], threads: int = 1) -> Generator[_T, None, None]:
+    """What the tasks return, in their order, while the next ones are done in threads.
+
+    As many as threads are under way or done, and one more.
 
     Examples
     --------
     >>> list(ahead([lambda: 1, lambda: 2]))
     [1, 2]
     """
-    pool = ThreadPoolExecutor(1, "nmsolve-ahead")
+    pool = ThreadPoolExecutor(threads, "nmsolve-ahead")
     waiting: deque[Future[_T]] = deque()
     try:
         for task in tasks:
             waiting.append(pool.submit(task))
-            if len(waiting) > _DEPTH:
+            if len(waiting) > threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -7,13 +7,25 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nmsolve.about import __version__, versions
 from nmsolve.files import write_text
 from nmsolve.solution import relative_gap, retained_share
 
-__all__ = ["MaskedTensor", "Report", "SkippedTensor", "finite"]
+__all__ = ["Figures", "MaskedTensor", "Report", "SkippedTensor", "finite"]
+
+
+class Figures(NamedTuple):
+    """What a part of a tensor adds to its :class:`MaskedTensor`; ``bound`` is None if nothing is proven."""
+
+    kept: int
+    zeros_before: int
+    nonzero: int
+    score: float
+    objective: float
+    bound: float | None
+    max_gap: float
 
 
 @dataclass
@@ -47,10 +59,16 @@ class MaskedTensor:
     retained: float = 1.0
     seconds: float = 0.0
 
-    def prove(self, bound: float, gap: float) -> None:
-        """Adds the bound of some blocks, and the largest gap of one of them."""
-        self.bound = (self.bound or 0.0) + bound
-        self.max_gap = max(self.max_gap or 0.0, gap)
+    def add(self, figures: Figures) -> None:
+        """Adds what some of the weights have."""
+        self.kept += figures.kept
+        self.zeros_before += figures.zeros_before
+        self.nonzero += figures.nonzero
+        self.score += figures.score
+        self.objective += figures.objective
+        if figures.bound is not None:
+            self.bound = (self.bound or 0.0) + figures.bound
+            self.max_gap = max(self.max_gap or 0.0, figures.max_gap)
 
     def finish(self, seconds: float) -> None:
         """Derives the ratios once the sums are complete."""

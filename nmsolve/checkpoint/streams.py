@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
@@ -16,7 +17,7 @@ from nmsolve.errors import WorkFailed
 if TYPE_CHECKING:
     from nmsolve.checkpoint.format import Entry
 
-__all__ = ["COPY_BYTES", "PlacedWriter", "StreamWriter", "pieces", "read_into"]
+__all__ = ["COPY_BYTES", "PlacedWriter", "StreamWriter", "pieces", "read_into", "telling"]
 
 COPY_BYTES = 4 << 20
 """What is read or written at once."""
@@ -126,6 +127,21 @@ def read_into(source: BinaryIO, position: int, buffer: memoryview) -> None:
         if not count:
             raise OSError(f"the input file ended {view.nbytes} bytes early")
         view = view[count:]
+
+
+@contextmanager
+def telling(name: str, path: Path) -> Iterator[None]:
+    """What the operating system refuses, with the tensor that it was about.
+
+    Raises
+    ------
+    WorkFailed
+        For any OSError of the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise WorkFailed(f"{name}: {error.strerror or error}: {path}") from error
 
 
 def _flat(data: bytes | memoryview) -> memoryview:

@@ -41,6 +41,24 @@ def test_only_a_few_pieces_are_under_way() -> None:
     assert started[0] == 0
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_several_threads_keep_the_order(threads: int) -> None:
+    """Each task waits until as many as threads are under way; the earlier one is the later one to end."""
+    together, begun, taken, most = threading.Barrier(threads), [], [], [0]
+
+    def work(k: int) -> int:
+        begun.append(k)
+        most[0] = max(most[0], len(begun) - len(taken))
+        together.wait(60)
+        time.sleep(0.002 * (threads - k % threads))
+        return k
+
+    for k in ahead(((lambda k=k: work(k)) for k in range(12)), threads):
+        taken.append(k)
+    assert taken == list(range(12))
+    assert threads <= most[0] <= threads + 1
+
+
 def test_an_error_comes_out_where_it_is_asked_for() -> None:
     def fail() -> int:
         raise OSError("no space")

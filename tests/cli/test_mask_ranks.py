@@ -51,12 +51,12 @@ def torchrun(count: int, arguments: list[str], code: str = "") -> subprocess.Pop
 
 SLOW = """
 import time
-import nmsolve.checkpoint.masking
-solve = nmsolve.checkpoint.masking.transposable_mask
+import nmsolve.checkpoint.slabs
+solve = nmsolve.checkpoint.slabs.transposable_mask
 def solve_slowly(*args, **options):
     time.sleep(0.3)
     return solve(*args, **options)
-nmsolve.checkpoint.masking.transposable_mask = solve_slowly
+nmsolve.checkpoint.slabs.transposable_mask = solve_slowly
 """
 
 

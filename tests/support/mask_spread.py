@@ -29,6 +29,7 @@ from mask_command import contents
 from safetensors.torch import save_file
 
 import nmsolve.checkpoint.masking
+import nmsolve.checkpoint.slabs
 import nmsolve.checkpoint.units
 from nmsolve.checkpoint import mask_checkpoint
 from nmsolve.checkpoint.streams import PlacedWriter
@@ -86,13 +87,13 @@ def slow(seconds: float) -> Callable[[int], None]:
     """Solving takes longer, so that there is a middle of it."""
 
     def prepare(rank: int) -> None:
-        solve = nmsolve.checkpoint.masking.transposable_mask
+        solve = nmsolve.checkpoint.slabs.transposable_mask
 
         def solve_slowly(*args, **options):
             time.sleep(seconds)
             return solve(*args, **options)
 
-        nmsolve.checkpoint.masking.transposable_mask = solve_slowly
+        nmsolve.checkpoint.slabs.transposable_mask = solve_slowly
 
     return prepare
 
