@@ -127,6 +127,7 @@ def write_units(
     with ExitStack() as stack:
         wanted = (partial(solver, slab) for unit in units for slab in _slabs(unit, output, backend))
         slabs = stack.enter_context(closing(ahead(wanted, solver.threads)))
+        stack.callback(solver.stop)
         open_files = stack.enter_context(ExitStack())
         behind = stack.enter_context(Behind())
         for unit in units:

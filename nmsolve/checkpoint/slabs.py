@@ -21,7 +21,7 @@ from nmsolve.backends.dispatch import Backend
 from nmsolve.checkpoint.report import Figures
 from nmsolve.checkpoint.selection import DTYPES, MatrixLayout, Selected
 from nmsolve.checkpoint.streams import read_into, telling
-from nmsolve.errors import NMSolveError
+from nmsolve.errors import NMSolveError, WorkFailed
 from nmsolve.ops.masks import nm_mask, transposable_mask
 from nmsolve.ops.validation import check_finite
 from nmsolve.pattern import NMPattern
@@ -112,6 +112,11 @@ class SlabSolver:
         together = backend.solves_several and torch.get_num_threads() > 1
         self._turn = nullcontext() if together else threading.Lock()
         self.threads = min(torch.get_num_threads(), 4) if together else 2
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Slabs that nobody has begun to solve will not be: waiting for the threads takes one at most."""
+        self._stopped.set()
 
     def __call__(self, slab: Slab) -> MaskedSlab:
         """The slab, read and masked.
@@ -119,12 +124,14 @@ class SlabSolver:
         Raises
         ------
         WorkFailed
-            If the file cannot be read.
+            If the file cannot be read, or the work was stopped.
         NMSolveError
             If weights are not finite; it names them.
         """
         weights = self._read(slab)
         with self._turn:
+            if self._stopped.is_set():
+                raise WorkFailed(f"{slab.item.entry.name}: the work was stopped")
             started = time.perf_counter()
             try:
                 keep, figures = _solve(weights, slab.item.layout, self.settings)
