@@ -33,7 +33,7 @@ if EMULATED:
 def kinds(shape: tuple[int, ...], seed: int) -> Tensor:
     """float32 tensors that hold anything but ordinary scores, beside each other: (kinds, *shape).
 
-    The interpreter takes seconds for a search in a block that has no optimum: above 8 x 8 it gets two of them,
+    The interpreter takes seconds for a search in a block that has no optimum: above 8 x 8 it gets two kinds,
     other ones for other seeds.
     """
     generator = torch.Generator().manual_seed(seed)
