@@ -182,7 +182,7 @@ class Backend:
     assignment_finds_infinite : bool
         Whether its assignment puts -1 in front where a matrix is not finite, so that nobody else has to look.
     solves_several : bool
-        Whether several threads may solve at the same time, each with all of torch's threads.
+        Whether slabs of a checkpoint are done sooner if several threads of Python solve at the same time.
     slab : int
         Elements of a checkpoint to be read and solved together: enough to keep it busy within its memory.
     """

@@ -107,8 +107,7 @@ class SlabSolver:
     """
 
     def __init__(self, settings: MaskSettings, backend: Backend) -> None:
-        self.settings = settings
-        self.backend = backend
+        self._settings = settings
         together = backend.solves_several and torch.get_num_threads() > 1
         self._turn = nullcontext() if together else threading.Lock()
         self.threads = min(torch.get_num_threads(), 4) if together else 2
@@ -134,7 +133,7 @@ class SlabSolver:
                 raise WorkFailed(f"{slab.item.entry.name}: the work was stopped")
             started = time.perf_counter()
             try:
-                keep, figures = _solve(weights, slab.item.layout, self.settings)
+                keep, figures = _solve(weights, slab.item.layout, self._settings)
             except NMSolveError as error:
                 entry, last = slab.item.entry, slab.first + weights.numel() - 1
                 raise NMSolveError(
@@ -143,11 +142,8 @@ class SlabSolver:
                 ) from None
             seconds = time.perf_counter() - started
         _drop(weights, keep)
-        if figures.zeros_before == 0:
-            figures = figures._replace(nonzero=figures.kept)
-        else:
-            figures = figures._replace(nonzero=int(torch.count_nonzero(weights)))
-        return MaskedSlab(weights, keep, figures, seconds)
+        nonzero = figures.kept if figures.zeros_before == 0 else int(torch.count_nonzero(weights))
+        return MaskedSlab(weights, keep, figures._replace(nonzero=nonzero), seconds)
 
     @staticmethod
     def _read(slab: Slab) -> Tensor:
