@@ -179,5 +179,5 @@ def test_ranks_with_parts_of_the_samples_agree_with_one_process_that_has_all(nam
     """Also where they share the weights in memory or on disk, and where an expert has tokens on one alone."""
     llmcompressor_spread.expect(tmp_path, names)
     work = partial(llmcompressor_spread.work, names)
-    found = gloo.outcomes(work, llmcompressor_spread.PROCESSES, tmp_path, names, 400)
+    found = gloo.outcomes(work, llmcompressor_spread.PROCESSES, tmp_path, names)
     assert found == {name: {0: None, 1: None} for name in names}

@@ -15,7 +15,6 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from nmsolve.ops.distributed import Span, _split
 
-LIMIT_S = 300
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
@@ -23,7 +22,7 @@ VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 def test_processes(tmp_path: Path, processes: int) -> None:
     """One test for all cases, which share processes."""
     cases = spread.CASES[processes]
-    found = outcomes(spread.work, processes, tmp_path, cases, LIMIT_S)
+    found = outcomes(spread.work, processes, tmp_path, cases)
     assert found.keys() == cases.keys()
     fine = dict.fromkeys(range(processes))
     assert {case: said for case, said in found.items() if said != fine} == {}

@@ -9,13 +9,10 @@ import prune_spread
 import pytest
 from gloo import Outcomes, outcomes
 
-LIMIT_S = 1800
-
 
 def spread(folder: Path, processes: int, cases: str) -> Outcomes:
-    return outcomes(
-        partial(prune_spread.work, cases=cases), processes, folder, prune_spread.CASES[cases], LIMIT_S
-    )
+    work = partial(prune_spread.work, cases=cases)
+    return outcomes(work, processes, folder, prune_spread.CASES[cases])
 
 
 def fine(processes: int, cases: str) -> Outcomes:

@@ -22,8 +22,8 @@ from nmsolve.cli import main
 
 __all__ = ["Ended", "launch", "run_cases"]
 
-# Seconds until ranks that do not end are said to hang; torchrun would kill them after 30.
-PATIENCE = 25.0
+# Seconds until ranks that do not end are said to hang.
+PATIENCE = 120.0
 # What gloo says of its connections in PyTorch 2.9; the ranks write at once, and into each other's lines.
 GLOO = re.compile(r"\[Gloo\]|connected|peer ranks")
 

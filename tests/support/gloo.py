@@ -13,24 +13,23 @@ import torch
 import torch.multiprocessing
 from torch import distributed
 
+PATIENCE_S, LIMIT_S = 600, 1800
+"""Of a call that waits for other processes, and of all cases; one of several that share two cores may compile
+for minutes before it comes."""
+
 Outcomes = dict[str, dict[int, str | None]]
 """Case -> process -> traceback or None."""
 
 
-def run_cases(
-    cases: Mapping[str, Callable[[], None]], rank: int, processes: int, folder: str, patience: float
-) -> None:
-    """In one process: every case, and for each what it raised here, or null, in a file.
-
-    A call that waits for others longer than ``patience`` seconds raises.
-    """
+def run_cases(cases: Mapping[str, Callable[[], None]], rank: int, processes: int, folder: str) -> None:
+    """In one process: every case, and for each what it raised here, or null, in a file."""
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=processes,
-        timeout=datetime.timedelta(seconds=patience),
+        timeout=datetime.timedelta(seconds=PATIENCE_S),
     )
     outcome: dict[str, str | None] = {}
     for name, function in cases.items():
@@ -46,11 +45,11 @@ def run_cases(
 
 
 def outcomes(
-    work: Callable[[int, int, str], None], processes: int, folder: Path, names: Iterable[str], limit: float
+    work: Callable[[int, int, str], None], processes: int, folder: Path, names: Iterable[str]
 ) -> Outcomes:
-    """Of one group whose processes call ``work(rank, processes, folder)``; at most ``limit`` seconds."""
+    """Of one group whose processes call ``work(rank, processes, folder)``."""
     context = torch.multiprocessing.spawn(work, (processes, str(folder)), nprocs=processes, join=False)
-    end = time.monotonic() + limit
+    end = time.monotonic() + LIMIT_S
     try:
         while not context.join(timeout=max(1.0, end - time.monotonic())):
             assert time.monotonic() < end, "the processes hang"

@@ -23,7 +23,6 @@ from torch import distributed, nn
 import nmsolve
 from nmsolve.integrations.llmcompressor import TransposableSparseGPTModifier, TransposableWandaModifier
 
-PATIENCE = 60.0
 PROCESSES = 2
 DENSE = ["re:.*lm_head", "re:.*gate$"]
 
@@ -104,7 +103,7 @@ CASES: dict[str, Callable[[str], None]] = {
 
 
 def work(names: tuple[str, ...], rank: int, processes: int, folder: str) -> None:
-    run_cases({name: partial(CASES[name], folder) for name in names}, rank, processes, folder, PATIENCE)
+    run_cases({name: partial(CASES[name], folder) for name in names}, rank, processes, folder)
 
 
 def expect(folder: Path, names: tuple[str, ...]) -> None:

@@ -265,7 +265,7 @@ def weights_that_are_not_finite_end_all(folder: Path) -> None:
     assert "nmsolve: error: rank " in message, ended
     assert f" of 4: {TENSOR}, weights 0 to 2559: expected finite values, got 1 NaN" in message, message
     assert ended.codes == [1] * 4, ended
-    assert ended.seconds < 15
+    assert ended.seconds < 60
 
 
 @case
@@ -290,7 +290,7 @@ def a_full_disk_of_one_rank_ends_all(folder: Path) -> None:
         assert f"weight: {text}: {place.folder}/.out.unfinished-" in ended.err, ended
         assert "what is finished is in" in ended.err
         assert ended.codes == [1, 1], ended
-        assert ended.seconds < 15
+        assert ended.seconds < 60
         assert 0 < len(place.notes()) < 10
         place.complete(3)
 
@@ -308,7 +308,7 @@ def a_limit_of_the_system_ends_all(folder: Path) -> None:
     assert "nmsolve: error: rank 1 of 3: model." in ended.error(), ended
     assert f"weight: File too large: {place.folder}/.out.unfinished-" in ended.err, ended
     assert ended.codes == [1] * 3, ended
-    assert ended.seconds < 15
+    assert ended.seconds < 60
     place.complete(2)
 
 
@@ -328,7 +328,7 @@ def signals_leave_what_is_finished(folder: Path) -> None:
         ended = place.mask(3, prepare=slow(0.1), meanwhile=interrupt)
         assert "nmsolve: error: interrupted; what is finished is in" in ended.error()
         assert ended.codes == [130] * 3, ended
-        assert ended.seconds < 15
+        assert ended.seconds < 60
         place.complete(2)
 
 
@@ -364,7 +364,7 @@ def killed(folder: Path, seed: int) -> None:
             return True
 
         ended = place.mask(count, prepare=slow(chance.choice([0.0, 0.05])), meanwhile=kill)
-        assert ended.seconds < 15, ended
+        assert ended.seconds < 60, ended
         assert -signal.SIGKILL in ended.codes or ended.codes == [0] * count, ended
         if place.out.exists():  # too late
             break

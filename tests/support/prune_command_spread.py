@@ -215,7 +215,7 @@ def ends_all(folder: Path, prepare: Callable[[int], None], message: str) -> None
     assert message in ended.error(), ended
     assert "; finished layers are in " in ended.err
     assert set(ended.codes) - {-signal.SIGTERM} == {1}, ended
-    assert ended.seconds < 15
+    assert ended.seconds < 60
     assert 0 < place.finished() < LAYERS
     place.complete(3)
 
@@ -307,7 +307,7 @@ def signals_leave_what_is_finished(folder: Path) -> None:
         ended = place.prune(3, prepare=slow(0.1), meanwhile=interrupt)
         assert "nmsolve: error: interrupted; finished layers are in" in ended.error()
         assert set(ended.codes) - {-signal.SIGTERM} == {130}, ended
-        assert ended.seconds < 15
+        assert ended.seconds < 60
         place.complete(2)
 
 
@@ -355,7 +355,7 @@ def _dies(folder: Path, prepare: Callable[[int], None]) -> None:
     place = Place(folder, "--method", "wanda")
     ended = place.prune(3, prepare=prepare)
     assert [code == -signal.SIGKILL for code in ended.codes] == [False, True, False], ended
-    assert ended.seconds < 12, ended
+    assert ended.seconds < 60, ended
     place.complete(2)
 
 
@@ -386,7 +386,7 @@ def killed(folder: Path, seed: int) -> None:
             return True
 
         ended = place.prune(count, prepare=slow(chance.choice([0.0, 0.05])), meanwhile=kill)
-        assert ended.seconds < 20, ended
+        assert ended.seconds < 60, ended
         assert -signal.SIGKILL in ended.codes or ended.codes == [0] * count, ended
         assert ended.err.count("nmsolve: error: ") <= 1, ended.err
         if place.out.exists():  # too late

@@ -289,4 +289,4 @@ CASES = {"one": _ONE, "two": _QUICK, "four": _SLOW}
 
 
 def work(rank: int, processes: int, folder: str, cases: str) -> None:
-    run_cases(CASES[cases], rank, processes, folder, patience=60)
+    run_cases(CASES[cases], rank, processes, folder)

@@ -35,7 +35,7 @@ def case(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def work(rank: int, processes: int, folder: str) -> None:
-    run_cases(CASES, rank, processes, folder, patience=120)
+    run_cases(CASES, rank, processes, folder)
 
 
 def own_batches(steps: int = STEPS) -> Iterator[tuple[Tensor, Tensor]]:

@@ -35,7 +35,7 @@ def case(processes: int, name: str = "") -> Callable[[Callable[[], None]], Calla
 
 
 def work(rank: int, processes: int, folder: str) -> None:
-    run_cases(CASES[processes], rank, processes, folder, patience=60)
+    run_cases(CASES[processes], rank, processes, folder)
 
 
 def line() -> DeviceMesh:

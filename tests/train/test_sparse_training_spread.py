@@ -8,12 +8,10 @@ import pytest
 import sparse_training_spread as spread
 from gloo import outcomes
 
-LIMIT_S = 600
-
 
 def faults(processes: int, folder: Path) -> dict[str, dict[int, str | None]]:
     """The cases that failed, with what each process said; one test for all, which share processes."""
-    found = outcomes(spread.work, processes, folder, spread.CASES, LIMIT_S)
+    found = outcomes(spread.work, processes, folder, spread.CASES)
     assert found.keys() == spread.CASES.keys()
     return {case: said for case, said in found.items() if said != dict.fromkeys(range(processes))}
 
