@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import common
@@ -23,14 +24,12 @@ from torch import Tensor
 
 import nmsolve
 
-SHAPES = ((16, 256), (64, 64), (128, 16), (512, 1))
-TEMPERATURE, ITERATIONS = 0.1, 20
+# Rows and columns, batch, iterations: the last ones are as small as one layer of PermLLM gives.
+SHAPES = ((16, 256, 20), (64, 64, 20), (128, 16, 20), (512, 1, 20))
+SMALL = ((16, 1, 5), (16, 9, 5), (64, 1, 5), (64, 9, 5), (128, 9, 5))
+TEMPERATURE = 0.1
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 LOG_DOMAIN = "PyTorch loop, log domain"
-
-
-def loop(logits: Tensor) -> Tensor:
-    return sinkhorn_loop(logits, TEMPERATURE, ITERATIONS)
 
 
 def held_bytes(function: Callable[[Tensor], Tensor], logits: Tensor) -> int:
@@ -51,7 +50,7 @@ def held_bytes(function: Callable[[Tensor], Tensor], logits: Tensor) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="40 times as many of the small batches (5)")
     parser.add_argument("--out", type=Path, default=common.RESULTS / "sinkhorn.csv")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
@@ -64,19 +63,21 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     clock = CLOCKS[arguments.clock]
     rows = []
-    for m, batch in SHAPES:
+    for m, batch, iterations in (*SHAPES, *SMALL):
+        repeats = arguments.repeats * (40 if (m, batch, iterations) in SMALL else 1)
         logits = torch.randn(batch, m, m, generator=torch.Generator().manual_seed(m))
         weight = torch.randn(batch, m, m, generator=torch.Generator().manual_seed(m + 1))
-        contenders: dict[str, Callable[[Tensor], Tensor]] = {
-            f"nmsolve, {name}": lambda x, name=name: nmsolve.sinkhorn(
-                x, TEMPERATURE, ITERATIONS, backend=name
-            )  # type: ignore[misc]
-            for name in ("cpu", "torch")
+        contenders: dict[str, Callable[..., Tensor]] = {
+            f"nmsolve, {name}": partial(nmsolve.sinkhorn, backend=name) for name in ("cpu", "torch")
         }
-        contenders[LOG_DOMAIN] = loop
-        contenders["PyTorch loop, PermLLM's form"] = lambda x: permllm_sinkhorn(x, TEMPERATURE, ITERATIONS)
-        contenders["POT, batch"] = lambda x: pot_batch(x, TEMPERATURE, ITERATIONS)
-        contenders["POT, one by one"] = lambda x: pot_one_by_one(x, TEMPERATURE, ITERATIONS)
+        contenders[LOG_DOMAIN] = sinkhorn_loop
+        contenders["PyTorch loop, PermLLM's form"] = permllm_sinkhorn
+        contenders["POT, batch"] = pot_batch
+        contenders["POT, one by one"] = pot_one_by_one
+        contenders = {
+            name: lambda x, f=function, n=iterations: f(x, TEMPERATURE, n)  # type: ignore[misc]
+            for name, function in contenders.items()
+        }
 
         def both(function: Callable[[Tensor], Tensor], x: Tensor, pull: Tensor = weight) -> Tensor:
             source = x.detach().requires_grad_(True)
@@ -84,7 +85,7 @@ def main() -> None:
             assert source.grad is not None
             return source.grad
 
-        exact = both(loop, logits.double())
+        exact = both(contenders[LOG_DOMAIN], logits.double())
         errors = {
             name: float((both(function, logits) - exact).abs().max() / exact.abs().max())
             for name, function in contenders.items()
@@ -92,12 +93,12 @@ def main() -> None:
         assert max(errors.values()) < 1e-4, errors
         taken = common.interleaved(
             {name: lambda f=function, x=logits: both(f, x) for name, function in contenders.items()},
-            arguments.repeats,
+            repeats,
             clock=clock,
         )
         forward = common.interleaved(
             {name: lambda f=function, x=logits: f(x) for name, function in contenders.items()},
-            arguments.repeats,
+            repeats,
             clock=clock,
         )
         source = logits.clone().requires_grad_(True)
@@ -106,7 +107,7 @@ def main() -> None:
                 {
                     "m": m,
                     "batch": batch,
-                    "iterations": ITERATIONS,
+                    "iterations": iterations,
                     "temperature": TEMPERATURE,
                     "method": name,
                     "threads": arguments.threads,
@@ -118,10 +119,10 @@ def main() -> None:
                     "loop_over_this": taken[LOG_DOMAIN].median / taken[name].median,
                     "held_bytes": held_bytes(function, source),
                     "gradient_error": errors[name],
-                    "repeats": arguments.repeats,
+                    "repeats": repeats,
                 }
             )
-            print(m, name, f"{rows[-1]['both_ms']:.4g} ms, {rows[-1]['held_bytes']} bytes held")
+            print(f"{batch} x {m}², {iterations}: {name} {rows[-1]['both_ms']:.4g} ms")
     common.write_csv(arguments.out, rows, "POT")
 
 

@@ -34,6 +34,7 @@ def sinkhorn() -> str:
         results(file),
         [
             left("logits", _batch),
+            right("iterations"),
             left("method"),
             right("forward, ms", number("forward_ms")),
             right("and backward, ms", number("both_ms")),

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from nmsolve.backends.dispatch import AUTO, REFERENCE, PermutationSolver, select
 from nmsolve.errors import BackendError, NMSolveError
-from nmsolve.ops.registration import batch_first, may_be_differentiated, register, tangents_of_tangents
+from nmsolve.ops.registration import (
+    batch_first,
+    may_be_differentiated,
+    register,
+    shortcut,
+    signature_kept,
+    tangents_of_tangents,
+)
 from nmsolve.ops.validation import describe
 
 __all__ = ["plans"]
@@ -83,6 +90,9 @@ def _marginals(blocks: Tensor, rows: Tensor | None, cols: Tensor | None) -> tupl
     """Both marginals in the work dtype, ``(B, lines)``."""
     batch, r, c = blocks.shape
     work = _work(blocks)
+    if rows is None and cols is None and r == c:
+        rows = cols = blocks.new_ones(batch, r, dtype=work)
+        return rows, cols
     if rows is None and cols is None:
         rows, cols = blocks.new_ones(1, r, dtype=work), blocks.new_full((1, c), r / c, dtype=work)
     elif rows is None:
@@ -164,6 +174,7 @@ class _Sinkhorn(torch.autograd.Function):
     """Plans, with the scalings and numbers of iterations that the gradient needs."""
 
     @staticmethod
+    @signature_kept
     def forward(
         blocks: Tensor,
         row_marginals: Tensor | None,
@@ -173,10 +184,10 @@ class _Sinkhorn(torch.autograd.Function):
         tolerance: float,
         backend: str,
     ) -> Made:
-        plan, f, g, made = _forward(
+        made: Made = _forward(
             blocks, row_marginals, col_marginals, temperature, iterations, tolerance, backend, True
         )
-        return plan, f, g, made
+        return made
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Made) -> None:
@@ -193,7 +204,11 @@ class _Sinkhorn(torch.autograd.Function):
         result = None
         if gradients[0] is not None:
             temperature, _, backend = ctx.settings
-            if torch.compiler.is_compiling():
+            blocks = ctx.saved_tensors[0]
+            once = torch.compiler.is_compiling() or not any(
+                map(may_be_differentiated, (gradients[0], blocks))
+            )
+            if once or torch.compiler.is_compiling():
                 result = _backward(gradients[0], *ctx.saved_tensors, temperature, backend)
             else:
                 result = _SinkhornGradient.apply(gradients[0], *ctx.saved_tensors, *ctx.settings)
@@ -220,6 +235,7 @@ class _SinkhornGradient(torch.autograd.Function):
     """``V(G, x)``, by the backend."""
 
     @staticmethod
+    @signature_kept
     def forward(
         gradient: Tensor,
         blocks: Tensor,
@@ -332,19 +348,25 @@ def _gradient(
     return solver.sinkhorn_backward(gradient, blocks, b, row_scalings, col_scalings, made, temperature)
 
 
-_forward = register(
-    "sinkhorn",
-    "(Tensor blocks, Tensor? row_marginals, Tensor? col_marginals, float temperature, SymInt iterations, "
-    "float tolerance, str backend, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+_forward = shortcut(
+    register(
+        "sinkhorn",
+        "(Tensor blocks, Tensor? row_marginals, Tensor? col_marginals, float temperature, SymInt iterations, "
+        "float tolerance, str backend, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+        _plans,
+        _blank_plans,
+        in_function=True,
+    ),
     _plans,
-    _blank_plans,
-    in_function=True,
 )
-_backward = register(
-    "sinkhorn_backward",
-    "(Tensor gradient, Tensor blocks, Tensor? row_marginals, Tensor? col_marginals, Tensor row_scalings, "
-    "Tensor col_scalings, Tensor made, float temperature, str backend) -> Tensor",
+_backward = shortcut(
+    register(
+        "sinkhorn_backward",
+        "(Tensor gradient, Tensor blocks, Tensor? row_marginals, Tensor? col_marginals, Tensor row_scalings, "
+        "Tensor col_scalings, Tensor made, float temperature, str backend) -> Tensor",
+        _gradient,
+        lambda gradient, blocks, *_: blocks.new_empty(blocks.shape),
+        in_function=True,
+    ),
     _gradient,
-    lambda gradient, blocks, *_: blocks.new_empty(blocks.shape),
-    in_function=True,
 )

@@ -103,13 +103,14 @@ def sinkhorn(
     scaled, degree = _at_temperature(logits, temperature)
     if logits.numel() == 0:
         return scaled.to(torch.promote_types(scaled.dtype, torch.float32)) * 1.0
-    blocks = scaled.reshape(-1, rows, cols)
+    blocks = scaled if logits.ndim == 3 else scaled.reshape(-1, rows, cols)
     a, b = (
         m if m is None else m.detach().expand(*lead, m.shape[-1]).reshape(-1, m.shape[-1])
         for m in (row_marginals, col_marginals)
     )
     least = -1.0 if tolerance is None else float(tolerance)
-    return plans(blocks, a, b, degree, iterations, least, backend).view(logits.shape)
+    plan = plans(blocks, a, b, degree, iterations, least, backend)
+    return plan if logits.ndim == 3 else plan.view(logits.shape)
 
 
 def _at_temperature(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, float]:

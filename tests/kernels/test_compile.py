@@ -67,12 +67,10 @@ def selected(target: str) -> list[dict[str, Any]]:
     """What a default run compiles: much of it for one target, each kernel for the others."""
     jobs: list[dict[str, Any]] = []
     if target == "sm_90":
-        for m in (4, 64):
-            jobs += offline.jobs_of("exact", m, target)
-            jobs += offline.jobs_of("exact", m, target, edge=True, solution=True)
-            jobs += offline.jobs_of("dykstra", m, target)
+        jobs += offline.jobs_of("exact", 64, target, edge=True, solution=True)
+        jobs += offline.jobs_of("dykstra", 64, target)
         jobs += offline.jobs_of("exact", 16, target, "bfloat16", solution=True, warm=True)
-        jobs += offline.jobs_of("exact", 64, target, "float64", solution=True)
+        jobs += offline.jobs_of("exact", 16, target, "float64", solution=True)
         jobs += offline.jobs_of("exact", 12, target, "float16", packed=False)
         jobs += offline.jobs_of("dykstra", 24, target, "float64", edge=True, transport=False)
         jobs += offline.jobs_of("nm", 64, target, "float64")

@@ -25,8 +25,6 @@ def check(jobs: list[dict[str, Any]]) -> None:
 def test_some_configurations() -> None:
     jobs = [*offline.jobs_of("grouped", 16, "sm_90", "bfloat16")]
     jobs += offline.jobs_of("grouped", 32, "sm_90", "float64", edge=True, solution=True)
-    jobs += offline.jobs_of("grouped", 8, "sm_80")
-    jobs += offline.jobs_of("grouped", 16, "sm_100")
     jobs += offline.jobs_of("grouped", 16, "gfx942", edge=True, solution=True)
     for target in offline.TARGETS:
         jobs += offline.jobs_of("grouped_exhaustive", 4, target)

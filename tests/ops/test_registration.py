@@ -7,8 +7,12 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nmsolve.ops  # noqa: F401  registers the operators
+from nmsolve.ops.plan_operators import _Sinkhorn, _SinkhornGradient
+from nmsolve.ops.registration import shortcut
 
 CALLS = """
 import sys
@@ -54,3 +58,47 @@ def test_a_bare_operator_is_not_silently_constant():
     moved = torch.ops.nmsolve.permute_columns(x, torch.arange(4).flip(0), False, "torch")
     with pytest.raises(NotImplementedError, match="are not differentiable"):
         moved.sum().backward()
+
+
+class Named(torch.Tensor):
+    """More than its values."""
+
+
+class Seen(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_kernel_runs_without_its_operator_only_where_nobody_looks_on():
+    called = []
+    both = shortcut(lambda x, _: called.append("operator") or x, lambda x, _: called.append("kernel") or x)
+
+    def how(x: torch.Tensor) -> str:
+        both(x, "a setting")
+        return called.pop()
+
+    x = torch.rand(2, 3)
+    assert how(x) == how(x.t()) == how(x.clone().requires_grad_()) == "kernel"
+    with torch.inference_mode():
+        assert how(torch.rand(3)) == how(x) == "kernel"
+    assert how(torch.complex(x, x).conj()) == "operator"
+    assert how(x.as_subclass(Named)) == "operator"
+    assert how(torch.empty(2, device="meta")) == "operator"
+    with Seen():
+        assert how(x) == "operator"
+    with FakeTensorMode() as mode:
+        assert how(x) == "operator"
+    assert how(mode.from_tensor(x)) == "operator"
+    with torch.autograd.profiler.profile():
+        assert how(x) == "operator"
+    torch.func.vmap(lambda row: both(row, "a setting"))(x)
+    torch.func.grad(lambda x: both(x, "a setting").sum())(x)
+    torch._vmap_internals._vmap(lambda row: both(row, "a setting"))(x)
+    torch.jit.trace(lambda x: both(x, "a setting"), x, check_trace=False)
+    assert called == ["operator"] * 4
+
+
+def test_the_signature_that_a_function_keeps_is_its_own():
+    for function in (_Sinkhorn, _SinkhornGradient):
+        names = list(function.forward.__signature__.parameters)
+        assert names == list(function.forward.__code__.co_varnames[: function.forward.__code__.co_argcount])

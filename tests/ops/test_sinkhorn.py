@@ -479,3 +479,28 @@ def test_triton_refuses_what_it_cannot_hold():
         sinkhorn(torch.zeros(1, 129, 4), backend="triton")
     with pytest.raises(nmsolve.BackendError, match="float32"):
         sinkhorn(torch.zeros(1, 4, 4, dtype=torch.float64), backend="triton")
+
+
+@pytest.mark.parametrize("m", [5, 16])
+def test_blocks_that_need_new_references_are_as_they_are_alone(backend, m):
+    """Neighbours with other ranges, in one launch; bit for bit."""
+    logits = torch.randn(6, m, m, generator=torch.Generator().manual_seed(21))
+    logits *= torch.tensor([0.01, 40.0, 1.0, 400.0, 3.0, 100.0]).view(-1, 1, 1)
+    pull = torch.randn(6, m, m, generator=torch.Generator().manual_seed(22))
+
+    def both(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        source = x.clone().requires_grad_(True)
+        plan = sinkhorn(source, 1.0, 25, backend=backend)
+        (plan * weight).sum().backward()
+        return plan.detach(), source.grad
+
+    plans, gradients = both(logits, pull)
+    wide = logits.double().requires_grad_(True)
+    expected = autograd_loop(wide, 1.0, 25)
+    (expected * pull).sum().backward()
+    assert (plans - expected).abs().max() < 2e-4
+    assert (gradients - wide.grad).abs().max() < 2e-3 * (1 + wide.grad.abs().max())
+    for k in range(6):
+        plan, gradient = both(logits[k : k + 1], pull[k : k + 1])
+        assert torch.equal(plan[0], plans[k])
+        assert torch.equal(gradient[0], gradients[k])

@@ -5,10 +5,11 @@ reference scalings, as a kernel ``E = exp(K + f_ref + g_ref)``; an iteration is 
 
     u = a / (E v),    v = b / (E^T u),        f = f_ref + log u,   g = g_ref + log v.
 
-When a factor leaves ``exp(+-LIMIT)``, the iteration is made in the log domain instead, from ``K + g``, and
-its result is the new reference (Schmitzer, SIAM J. Sci. Comput. 41, 2019). E is then scaled to sum to b
-along every column, and each row has an entry of at least about ``a_i min(b) / (C sum(a))``: nothing over- or
-underflows that matters, and what has underflowed stays negligible within the limit.
+The first kernel has ``f_ref = -max_j K``, ``g_ref = 0``. When a factor leaves ``exp(+-LIMIT)``, the iteration
+is made in the log domain instead, from ``K + g``, and its result is the new reference (Schmitzer, SIAM J.
+Sci. Comput. 41, 2019). E is then scaled to sum to b along every column, and each row has an entry of at least
+about ``a_i min(b) / (C sum(a))``, in the first kernel 1: nothing over- or underflows that matters, and what
+has underflowed stays negligible within the limit.
 
 Logits of -inf are entries that stay 0. A line of nothing else sums to exactly 0, which no other line does;
 its scaling is 1 and nothing divides by its sum.
@@ -84,6 +85,21 @@ def _load(matrix: Any, temperature: float, level: Any) -> bool:
         for j in range(cols):
             sound &= line[j] < np.inf
     return sound
+
+
+@inner(fastmath=_FAST)
+def _first_kernel(level: Any, f: Any, kernel: Any) -> None:
+    """``exp(level + f)`` with 1 as the largest entry of a row."""
+    rows, cols = level.shape
+    for i in range(rows):
+        line, out = level[i], kernel[i]
+        peak = line[0]
+        for j in range(1, cols):
+            peak = line[j] if line[j] > peak else peak
+        f[i] = -peak if peak > -np.inf else level.dtype.type(0)
+        shift = f[i]
+        for j in range(cols):
+            out[j] = exponential(line[j] + shift)
 
 
 @inner(fastmath=_FAST)
@@ -183,14 +199,15 @@ def forward(
         sound = _load(logits[block], temperature, level)
         a, b = row_marginals[block], col_marginals[block]
         g[:] = real(0)
+        u[:] = real(1)
         v[:] = real(1)
         done = 0
+        if sound:
+            _first_kernel(level, f, kernel)
         while done < iterations and sound:
-            safe = False
-            if done > 0:
-                error, safe = _scale_step(kernel, a, b, u, v, new_u, new_v)
-                if error <= tolerance:
-                    break
+            error, safe = _scale_step(kernel, a, b, u, v, new_u, new_v)
+            if done > 0 and error <= tolerance:
+                break
             if safe:
                 u, new_u, v, new_v = new_u, u, new_v, v
             else:
