@@ -7,7 +7,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import nmsolve
@@ -243,7 +243,7 @@ def test_gradient_of_an_expanded_sum(backend):
 def test_memory_between_forward_and_backward_grows_with_lines_not_entries():
     logits = torch.randn(2, 32, 32, requires_grad=True)
     plan = sinkhorn(logits, 0.1, 50, backend="torch")
-    saved = [t for t in plan.grad_fn.next_functions[0][0].saved_tensors if t is not None]
+    saved = [t for t in plan.grad_fn.saved_tensors if t is not None]
     extra = sum(t.numel() for t in saved) - logits.numel()
     assert extra == 2 * 50 * (32 + 32) + 2
 
@@ -270,6 +270,7 @@ def test_compiles_in_one_graph(name):
     st.floats(0, 300),
     st.integers(0, 99),
 )
+@example(1, 2, 1.0, 1, 32.0, 0)  # a column that is 0 in float32 beside the rows' largest
 def test_properties(rows, cols, temperature, iterations, spread, seed):
     logits = spread * torch.randn(2, rows, cols, generator=torch.Generator().manual_seed(seed))
     plan = sinkhorn(logits, temperature, iterations, backend="cpu")

@@ -9,7 +9,7 @@ The first kernel has ``f_ref = -max_j K``, ``g_ref = 0``. When a factor leaves `
 is made in the log domain instead, from ``K + g``, and its result is the new reference (Schmitzer, SIAM J.
 Sci. Comput. 41, 2019). E is then scaled to sum to b along every column, and each row has an entry of at least
 about ``a_i min(b) / (C sum(a))``, in the first kernel 1: nothing over- or underflows that matters, and what
-has underflowed stays negligible within the limit.
+has underflowed stays negligible within the limit. A column of which all has underflowed is beyond it.
 
 Logits of -inf are entries that stay 0. A line of nothing else sums to exactly 0, which no other line does;
 its scaling is 1 and nothing divides by its sum.
@@ -88,9 +88,11 @@ def _load(matrix: Any, temperature: float, level: Any) -> bool:
 
 
 @inner(fastmath=_FAST)
-def _first_kernel(level: Any, f: Any, kernel: Any) -> None:
-    """``exp(level + f)`` with 1 as the largest entry of a row."""
+def _first_kernel(level: Any, f: Any, kernel: Any, sums: Any) -> bool:
+    """``exp(level + f)`` with 1 as the largest entry of a row; whether there is something in every column."""
     rows, cols = level.shape
+    for j in range(cols):
+        sums[j] = 0
     for i in range(rows):
         line, out = level[i], kernel[i]
         peak = line[0]
@@ -100,6 +102,12 @@ def _first_kernel(level: Any, f: Any, kernel: Any) -> None:
         shift = f[i]
         for j in range(cols):
             out[j] = exponential(line[j] + shift)
+        for j in range(cols):
+            sums[j] += out[j]
+    least = sums[0]
+    for j in range(1, cols):
+        least = min(least, sums[j])
+    return least > 0
 
 
 @inner(fastmath=_FAST)
@@ -202,11 +210,12 @@ def forward(
         u[:] = real(1)
         v[:] = real(1)
         done = 0
-        if sound:
-            _first_kernel(level, f, kernel)
+        whole = sound and _first_kernel(level, f, kernel, sums)
         while done < iterations and sound:
             error, safe = _scale_step(kernel, a, b, u, v, new_u, new_v)
-            if done > 0 and error <= tolerance:
+            if done == 0:
+                safe = safe and whole
+            elif error <= tolerance:
                 break
             if safe:
                 u, new_u, v, new_v = new_u, u, new_v, v
