@@ -208,7 +208,7 @@ class _Sinkhorn(torch.autograd.Function):
             once = torch.compiler.is_compiling() or not any(
                 map(may_be_differentiated, (gradients[0], blocks))
             )
-            if once or torch.compiler.is_compiling():
+            if once:
                 result = _backward(gradients[0], *ctx.saved_tensors, temperature, backend)
             else:
                 result = _SinkhornGradient.apply(gradients[0], *ctx.saved_tensors, *ctx.settings)

@@ -151,7 +151,7 @@ def shortcut(operator: torch._ops.OpOverload, real: Callable[..., Any]) -> Calla
 def _is_plain(tensor: Tensor) -> bool:
     """Whether it is its values alone: no subclass, no fake, conjugated, wrapped or batched tensor."""
     keys = torch._C._dispatch_keys(tensor).raw_repr()
-    return type(tensor) is Tensor and keys in _plain_keys(tensor.device.type)
+    return type(tensor) in (Tensor, torch.nn.Parameter) and keys in _plain_keys(tensor.device.type)
 
 
 @cache

@@ -78,7 +78,7 @@ def test_a_kernel_runs_without_its_operator_only_where_nobody_looks_on():
         return called.pop()
 
     x = torch.rand(2, 3)
-    assert how(x) == how(x.t()) == how(x.clone().requires_grad_()) == "kernel"
+    assert how(x) == how(x.t()) == how(x.clone().requires_grad_()) == how(torch.nn.Parameter(x)) == "kernel"
     with torch.inference_mode():
         assert how(torch.rand(3)) == how(x) == "kernel"
     assert how(torch.complex(x, x).conj()) == "operator"
