@@ -90,12 +90,10 @@ def _marginals(blocks: Tensor, rows: Tensor | None, cols: Tensor | None) -> tupl
     """Both marginals in the work dtype, ``(B, lines)``."""
     batch, r, c = blocks.shape
     work = _work(blocks)
-    if rows is None and cols is None and r == c:
-        rows = cols = blocks.new_ones(batch, r, dtype=work)
-        return rows, cols
     if rows is None and cols is None:
-        rows, cols = blocks.new_ones(1, r, dtype=work), blocks.new_full((1, c), r / c, dtype=work)
-    elif rows is None:
+        rows = blocks.new_ones(batch, r, dtype=work)
+        return rows, rows if r == c else blocks.new_full((batch, c), r / c, dtype=work)
+    if rows is None:
         assert cols is not None
         rows = cols.to(work).mean(-1, keepdim=True) * (c / r)
     elif cols is None:
