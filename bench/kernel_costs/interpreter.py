@@ -1,9 +1,10 @@
 """Triton's interpreter, made fast enough to test with and strict enough to trust.
 
 :func:`install` changes the interpreter of the running process (TRITON_INTERPRET=1 has to be set before triton
-is imported) in four ways:
+is imported) in five ways:
 
 - ``triton.language`` is patched once per launch and not again at every call of a jitted helper;
+- what belongs to a type (its name, checked shape and NumPy dtype) is worked out once, not for every value;
 - reductions with a custom combine function run on whole arrays, not element by element;
 - ``tl.device_assert`` is checked;
 - a load or store outside the launch's tensors, or a store to where another program has stored, is an error.
@@ -28,6 +29,7 @@ def install() -> None:
     if not _installed:
         _installed = True
         _patch_once_per_launch()
+        _remember_types()
         _reduce_whole_arrays()
         builder = interpreter.interpreter_builder
         builder.options = dataclasses.replace(builder.options, debug=True)
@@ -56,6 +58,51 @@ def _patch_once_per_launch() -> None:
 
     interpreter._patch_lang = patch_if_new
     interpreter.GridExecutor.__call__ = launch
+
+
+def _remember_types() -> None:
+    core, semantic = interpreter.tl.core, interpreter.TritonSemantic
+    make_type, make_tensor, numpy_dtype = (
+        core.block_type.__init__,
+        core.tensor.__init__,
+        interpreter._get_np_dtype,
+    )
+    broadcast = semantic.broadcast_impl_value
+    types: dict[Any, dict[str, Any]] = {}
+    tensors: dict[str, dict[str, Any]] = {}
+    dtypes: dict[str, Any] = {}
+    alike: dict[tuple[str, str], bool] = {}
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *shape)
+        if key not in types:
+            make_type(self, element_ty, shape)
+            types[key] = dict(self.__dict__)
+        self.__dict__.update(types[key])
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        if type.name not in tensors:
+            make_tensor(self, handle, type)
+            tensors[type.name] = dict(self.__dict__)
+        self.__dict__.update(tensors[type.name], handle=handle, type=type)
+
+    def dtype_of(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in dtypes:
+            dtypes[name] = numpy_dtype(dtype)
+        return dtypes[name]
+
+    def broadcast_unless_alike(self: Any, lhs: Any, rhs: Any) -> Any:
+        """Blocks of the same shape are returned as they are."""
+        names = lhs.type.name, rhs.type.name
+        if names not in alike:
+            blocks = lhs.type.is_block() and rhs.type.is_block()
+            alike[names] = blocks and [*lhs.type.shape] == [*rhs.type.shape]
+        return (lhs, rhs) if alike[names] else broadcast(self, lhs, rhs)
+
+    core.block_type.__init__, core.tensor.__init__ = block_type, tensor
+    interpreter._get_np_dtype = dtype_of
+    semantic.broadcast_impl_value = broadcast_unless_alike
 
 
 def _reduce_whole_arrays() -> None:
