@@ -81,7 +81,7 @@ def selected(target: str) -> list[dict[str, Any]]:
         jobs += offline.jobs_of("strips", 64, target, v=256)
     elif target.startswith("sm_"):
         jobs += offline.jobs_of("exact", 16, target)
-        jobs += offline.jobs_of("dykstra", 32, target)
+        jobs += offline.jobs_of("dykstra", 8, target)
         jobs += offline.jobs_of("nm", 16, target)
         jobs += offline.jobs_of("sinkhorn_backward", 20, target, cols=33)
         jobs += offline.jobs_of("strips", 16, target)
