@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+from triton.language.target_info import is_cuda
 
 # The interpreter has no device library.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -50,6 +51,22 @@ def quotient(x, y):
     Where the reciprocal overflows (y below 2^-126) or vanishes (above 2^126), it is infinite or 0.
     """
     return x / y if INTERPRETED else libdevice.fast_dividef(x, y)
+
+
+@triton.jit
+def exp2(x):
+    """2^x for float32 to 2 units in the last place; below 2^-126 it is 0."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return libdevice.exp2(x) if is_cuda() else tl.exp2(x)
+
+
+@triton.jit
+def log2(x):
+    """The base-2 logarithm of a normal float32 to about 2^-22 or 2 units in the last place."""
+    if INTERPRETED:
+        return tl.log2(x)
+    return libdevice.fast_log2f(x) if is_cuda() else tl.log2(x)
 
 
 # --- reductions ---------------------------------------------------------------------------------------------

@@ -8,8 +8,15 @@ a, then g so that the columns sum to b. Exponentials are taken once, at referenc
 
 A block whose factors leave ``2^+-LIMIT`` makes the iteration in the log domain instead, from ``K + g``,
 which gives it new references (Schmitzer, SIAM J. Sci. Comput. 41, 2019). Other blocks of the program keep
-theirs, so that a block's result does not depend on its neighbours. Scalings are held and stored as base-2
-logarithms.
+theirs, so that a block's result does not depend on its neighbours. Scalings are base-2 logarithms.
+
+Factors are not looked at in every iteration. The map from log v to log u and back is no expansion in the
+largest norm, so that no step is larger than the one before: factors that lie e octaves from 1 and have moved
+by d stay within LIMIT for ``(LIMIT - e) / d`` more iterations, which are *quiet*.
+
+What the gradient needs of iteration t are its factors u and v, or, where it was made in the log domain, f and
+the g that it started from: with those, both of its softmaxes can be made again, and with f the kernel that
+holds from there on, a *span* of iterations.
 
 Logits of -inf are entries that stay 0, and so are the lanes that a block leaves over. A line of nothing else
 sums to exactly 0, which no other line does; its scaling is 1 and nothing divides by its sum. NaN equals
@@ -25,7 +32,10 @@ import triton
 import triton.language as tl
 from nmsolve.kernels._tile import (
     Matrix,
+    TileLayout,
     col_index,
+    exp2,
+    log2,
     max_cols,
     max_rows,
     min_cols,
@@ -41,6 +51,8 @@ LIMIT = tl.constexpr(30.0)
 INF = tl.constexpr(float("inf"))
 # The lowest number: subtracting it, not -inf, from -inf is no NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+# Iterations for which a block that moves no more is quiet.
+FOREVER = tl.constexpr(1 << 30)
 
 
 @triton.jit
@@ -50,32 +62,93 @@ def load_scattered(base_ptr, offsets, mask, default):
 
 
 @triton.jit
-def load_tile(base_ptr, matrix, block, i, j, default):
+def rows_to_load(rows, hidden, LAYOUT: tl.constexpr):
+    """Row numbers for each of the lanes that share a row, which then load for themselves.
+
+    Loaded once, a number would have to be sent to those lanes through shared memory. Lanes that are left over
+    load what the last row has, and multiply it by 0. ``hidden`` is 0, see ``one``.
+    """
+    i = row_index(LAYOUT.ROWS_IN, LAYOUT.ROWS_OUT) + tl.zeros([1, 1, 1, 1, LAYOUT.COLS_OUT], tl.int32)
+    if LAYOUT.PADDED:
+        i = tl.minimum(i + hidden, rows - 1)
+    return i
+
+
+@triton.jit
+def cols_to_load(cols, hidden, LAYOUT: tl.constexpr):
+    """Column numbers in the same way."""
+    j = col_index(LAYOUT.COLS_IN, LAYOUT.COLS_OUT) + tl.zeros([1, 1, 1, LAYOUT.ROWS_OUT, 1], tl.int32)
+    if LAYOUT.PADDED:
+        j = tl.minimum(j + hidden, cols - 1)
+    return j
+
+
+@triton.jit
+def inverse(base_ptr, offsets):
+    """1 / x of what is loaded."""
+    return 1.0 / tl.load(pointers_to(base_ptr, offsets))
+
+
+@triton.jit
+def within(exists, i, rows, j, cols, PADDED: tl.constexpr):
+    """Which entries (i, j) of a tile belong to a block: all of those that exist, unless lanes are PADDED."""
+    inside = exists
+    if PADDED:
+        inside = exists & (i < rows) & (j < cols)
+    return inside
+
+
+@triton.jit
+def load_tile(base_ptr, matrix, block, i, j, default, PADDED: tl.constexpr):
     """Entries (i, j) of the blocks as float32, ``default`` where there are none."""
-    inside = (block < matrix.batch) & (i < matrix.rows) & (j < matrix.cols)
+    inside = within(block < matrix.batch, i, matrix.rows, j, matrix.cols, PADDED)
     rows = base_ptr + block * matrix.stride_batch + i.to(tl.int64) * matrix.stride_row
     return load_scattered(rows, j.to(tl.int64) * matrix.stride_col, inside, default).to(tl.float32)
 
 
 @triton.jit
+def any_block(condition):
+    """Whether it holds for one of the program's blocks."""
+    return tl.max(condition.to(tl.int32)) > 0
+
+
+@triton.jit
 def log_rows(level, g, a):
-    """The row scalings f for which ``exp2(level + f + g)`` has row sums a; 0 for rows of -inf."""
+    """The row scalings f for which ``exp2(level + f + g)`` has row sums a, and a of rows of nothing.
+
+    A row of -inf has f = 0. Of others there is always something to sum, and the second is 0.
+    """
     x = level + g
     peak = tl.maximum(max_rows(x), LOWEST)
-    total = sum_rows(tl.exp2(x - peak))
-    return tl.where(total == 0.0, 0.0, tl.log2(a) - peak - tl.log2(total))
+    total = sum_rows(exp2(x - peak))
+    empty = total == 0.0
+    return tl.where(empty, 0.0, log2(quotient(a, total)) - peak), tl.where(empty, a, 0.0)
 
 
 @triton.jit
 def log_cols(level, f, b):
-    """The column scalings g for which ``exp2(level + f + g)`` has column sums b, and that matrix."""
+    """For columns the same as :func:`log_rows`, and the matrix ``exp2(level + f + g)``."""
     x = level + f
     peak = tl.maximum(max_cols(x), LOWEST)
-    x = tl.exp2(x - peak)
+    x = exp2(x - peak)
     total = sum_cols(x)
     empty = total == 0.0
-    g = tl.where(empty, 0.0, tl.log2(b) - peak - tl.log2(total))
-    return g, x * tl.where(empty, 0.0, b / total)
+    factor = tl.where(empty, 0.0, quotient(b, total))
+    return tl.where(empty, 0.0, log2(factor) - peak), tl.where(empty, b, 0.0), x * factor
+
+
+@triton.jit
+def row_error(u, held, a, live_row):
+    """How far the furthest row sum of a block is from its marginal."""
+    return max_cols(tl.where(live_row, tl.abs(u * held - a), 0.0))
+
+
+@triton.jit
+def furthest(of_row, of_col):
+    """Of the factor of both vectors that is furthest from 1, how many octaves; one number per block."""
+    high = tl.maximum(max_cols(of_row), max_rows(of_col))
+    low = tl.minimum(min_cols(of_row), min_rows(of_col))
+    return log2(tl.maximum(high, quotient(1.0, low)))
 
 
 @triton.jit(do_not_specialize=["one"])
@@ -106,85 +179,126 @@ def sinkhorn_forward_kernel(
     ROWS_OUT: tl.constexpr,
     COLS_OUT: tl.constexpr,
     BLOCKS: tl.constexpr,
-    RELOAD: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     """``plan`` (batch, rows, cols) float32 of logits with any strides; ``scale`` is log2(e) / temperature.
 
-    With KEEP the scalings after each iteration go to (batch, iterations, rows or cols); ``made`` (batch,)
-    int32 counts them. With TOLERANCE a block stops once all its row sums are within ``tolerance``. RELOAD
-    reads the logits twice in an iteration of the log domain, where registers are short.
+    With KEEP what the gradient needs of each iteration goes to (batch, iterations, rows or cols), and
+    ``made`` is (batch, 1 + iterations) int32: how many a block made, and at the last of each span the first
+    of it. Without, ``made`` is (batch, 1). With TOLERANCE a block stops once all its row sums are within
+    ``tolerance``. PADDED says that lanes are left over.
     """
     logits = Matrix(rows, cols, batch, stride_batch, stride_row, stride_col)
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None]
     exists = block < batch
     i = row_index(ROWS_IN, ROWS_OUT)
     j = col_index(COLS_IN, COLS_OUT)
-    live_row = exists & (i < rows)
-    live_col = exists & (j < cols)
+    live_row, live_col = exists, exists
+    if PADDED:
+        live_row, live_col = exists & (i < rows), exists & (j < cols)
     a = load_scattered(row_marginals_ptr, block * row_marginals_stride + i, live_row, 1.0)
     b = load_scattered(col_marginals_ptr, block * col_marginals_stride + j, live_col, 1.0)
 
-    f = tl.zeros_like(a)
     g = tl.zeros_like(b)
-    u = f + 1.0
+    u = tl.zeros_like(a) + 1.0
     v = g + 1.0
+    # Added to the sums, of lines of nothing: their marginals, so that their factors are 1.
+    empty_a, empty_b = a, b
     kernel = tl.zeros([ROWS_IN, COLS_IN, BLOCKS, ROWS_OUT, COLS_OUT], tl.float32)
     going = exists
     made = tl.where(exists, 0, 0)
-    t = 0
+    since = made
+    spans_ptr = made_ptr + block * (1 + (iterations if KEEP else 0))
+    t = one - 1  # not 0, lest the compiler make the first iteration twice, before the loop and in it
     go = True
     while go:
-        total = sum_rows(kernel * v)
-        if TOLERANCE:
-            error = max_cols(tl.where(live_row, tl.abs(u * total - a), 0.0))
-            going = going & tl.where(t > 0, error > tolerance, True)
-        new_u = tl.where(total == 0.0, 1.0, quotient(a, total))
-        total = sum_cols(kernel * new_u)
-        new_v = tl.where(total == 0.0, 1.0, quotient(b, total))
-        low = tl.minimum(min_cols(new_u), min_rows(new_v))
-        high = tl.maximum(max_cols(new_u), max_rows(new_v))
-        safe = (t > 0) & (low > 1.0 / (1 << 30)) & (high < 1 << 30)
-        reset = going & (safe == 0)
-        step = going & safe
-        u = tl.where(step, new_u, u)
-        v = tl.where(step, new_v, v)
-        if tl.max(reset.to(tl.int32)) > 0:
+        reset = going
+        quiet = 0
+        new_u, new_v = u, v
+        if t > 0:
+            held = sum_rows(kernel * v)
+            new_u = quotient(a, held + empty_a)
+            new_v = quotient(b, sum_cols(kernel * new_u) + empty_b)
+            if TOLERANCE:
+                going = going & (row_error(u, held, a, live_row) > tolerance)
+            octaves = furthest(new_u, new_v)
+            moved = furthest(quotient(new_u, u), quotient(new_v, v))
+            safe = octaves < LIMIT
+            # Half an octave for rounding. A block that is gone never needs a look.
+            left = quotient(tl.maximum(0.0 - (octaves + 0.5 - LIMIT), 0.0), tl.maximum(moved, 1e-6))
+            left = tl.where(safe, left, 0.0).to(tl.int32)
+            quiet = tl.min(tl.where(going, left, FOREVER))
+            reset = going & (safe == 0)
+            step = going & safe
+            new_u, new_v = tl.where(step, new_u, u), tl.where(step, new_v, v)
+        to_keep, of_start = new_u, new_v
+        if any_block(reset):
             row = i * one + t * (one - 1)
             col = j * one + t * (one - 1)
-            level = load_tile(logits_ptr, logits, block, row, col, -INF)
+            level = load_tile(logits_ptr, logits, block, row, col, -INF, PADDED)
             level *= scale
-            new_f = log_rows(level, g + tl.log2(v), a)
-            if RELOAD:
-                row += one - 1
-                level = load_tile(logits_ptr, logits, block, row, col, -INF)
-                level *= scale
-            new_g, fresh = log_cols(level, new_f, b)
+            start = g + log2(v)
+            f, new_a = log_rows(level, start, a)
+            new_g, new_b, fresh = log_cols(level, f, b)
             kernel = fresh if BLOCKS == 1 else tl.where(reset, fresh, kernel)
-            f = tl.where(reset, new_f, f)
             g = tl.where(reset, new_g, g)
-            u = tl.where(reset, 1.0, u)
-            v = tl.where(reset, 1.0, v)
+            empty_a, empty_b = tl.where(reset, new_a, empty_a), tl.where(reset, new_b, empty_b)
+            to_keep, of_start = tl.where(reset, f, new_u), tl.where(reset, start, new_v)
+            new_u, new_v = tl.where(reset, 1.0, new_u), tl.where(reset, 1.0, new_v)
+            if KEEP:
+                tl.store(spans_ptr + t, since, mask=reset & (t > 0))
+                since = tl.where(reset, t, since)
+        u, v = new_u, new_v
         if KEEP:
             place = block * iterations + t
-            tl.store(pointers_to(row_scalings_ptr, place * rows + i), f + tl.log2(u), mask=live_row & going)
-            tl.store(pointers_to(col_scalings_ptr, place * cols + j), g + tl.log2(v), mask=live_col & going)
-        made += going.to(tl.int32)
+            tl.store(pointers_to(row_scalings_ptr, place * rows + i), to_keep, mask=live_row & going)
+            tl.store(pointers_to(col_scalings_ptr, place * cols + j), of_start, mask=live_col & going)
+        if TOLERANCE:
+            made += going.to(tl.int32)
         t += 1
+        left = tl.minimum(quiet, iterations - t)
+        go = left > 0
+        if TOLERANCE:
+            go = go & any_block(going)
+        while go:
+            held = sum_rows(kernel * v)
+            new_u = quotient(a, held + empty_a)
+            new_v = quotient(b, sum_cols(kernel * new_u) + empty_b)
+            if TOLERANCE:
+                going = going & (row_error(u, held, a, live_row) > tolerance)
+                new_u, new_v = tl.where(going, new_u, u), tl.where(going, new_v, v)
+                made += going.to(tl.int32)
+            u, v = new_u, new_v
+            if KEEP:
+                place = block * iterations + t
+                tl.store(pointers_to(row_scalings_ptr, place * rows + i), u, mask=live_row & going)
+                tl.store(pointers_to(col_scalings_ptr, place * cols + j), v, mask=live_col & going)
+            t += 1
+            left -= 1
+            go = left > 0
+            if TOLERANCE:
+                go = go & any_block(going)
         go = t < iterations
         if TOLERANCE:
-            go = go & (tl.max(going.to(tl.int32)) > 0)
+            go = go & any_block(going)
+    if not TOLERANCE:
+        made = tl.where(exists, iterations, 0)
     tl.store(pointers_to(plan_ptr, (block * rows + i) * cols + j), kernel * u * v, mask=live_row & live_col)
-    tl.store(made_ptr + block, made, mask=exists)
+    tl.store(spans_ptr, made, mask=exists)
+    if KEEP:
+        tl.store(spans_ptr + made, since, mask=exists)
 
 
 @triton.jit(do_not_specialize=["one"])
 def sinkhorn_backward_kernel(
     gradient_ptr,
     logits_ptr,
+    row_marginals_ptr,
     col_marginals_ptr,
     row_scalings_ptr,
     col_scalings_ptr,
     made_ptr,
+    spans_sum_ptr,
     out_ptr,
     batch,
     rows,
@@ -195,6 +309,7 @@ def sinkhorn_backward_kernel(
     stride_batch,
     stride_row,
     stride_col,
+    row_marginals_stride,
     col_marginals_stride,
     scale,
     inverse_temperature,
@@ -205,7 +320,7 @@ def sinkhorn_backward_kernel(
     ROWS_OUT: tl.constexpr,
     COLS_OUT: tl.constexpr,
     BLOCKS: tl.constexpr,
-    RELOAD: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     """Gradient of the logits (batch, rows, cols), contiguous in ``out``'s dtype.
 
@@ -214,58 +329,138 @@ def sinkhorn_backward_kernel(
 
         dK -= S dg,   df -= S dg (summed over j),   dK -= R df,   dg = - R^T df,   df = 0.
 
-    With ``E = exp(K + f_t + g_t)`` and ``v = exp(g_{t-1} - g_t)``, S is E with its columns scaled to sum to 1
-    and R is E v with its rows scaled so. RELOAD reads K again in every iteration, where
-    registers are short.
+    In a span ``S = E u v / b`` and ``R = E u v_{t-1} / a``, so that with ``y = v dg / b`` and ``z = u df /
+    a`` an iteration takes two products with E and adds ``- u y^T - z v_{t-1}^T`` to ``weight``; dK is E times
+    that. The first iteration of a span takes R from the logits. What a span gives is added to ``spans_sum``
+    (batch, rows, cols) float32, which may be ``out`` itself. Barriers keep the compiler from loading a tile
+    before the registers of another are free.
     """
     logits = Matrix(rows, cols, batch, stride_batch, stride_row, stride_col)
+    gradient = Matrix(rows, cols, batch, gradient_stride_batch, gradient_stride_row, gradient_stride_col)
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None]
     exists = block < batch
     i = row_index(ROWS_IN, ROWS_OUT)
     j = col_index(COLS_IN, COLS_OUT)
-    live_row = exists & (i < rows)
-    live_col = exists & (j < cols)
-    b = load_scattered(col_marginals_ptr, block * col_marginals_stride + j, live_col, 1.0)
-    made = tl.load(made_ptr + block, mask=exists, other=0)
-    level = load_tile(logits_ptr, logits, block, i, j, -INF)
-    level *= scale
-    gradient = Matrix(rows, cols, batch, gradient_stride_batch, gradient_stride_row, gradient_stride_col)
-    total = load_tile(gradient_ptr, gradient, block, i, j, 0.0)
-
-    place = block * iterations + made - 1
-    f = load_scattered(row_scalings_ptr, place * rows + i, live_row, 0.0)
-    g = load_scattered(col_scalings_ptr, place * cols + j, live_col, 0.0)
-    kernel = tl.exp2((level + f) + g)
-    held = sum_cols(kernel)
-    total *= kernel * tl.where(held == 0.0, 0.0, b / held)
-    df_plan = sum_rows(total)
-    dg_plan = sum_cols(total)
-    dg = tl.zeros_like(dg_plan)
-    last = tl.max(made)
-    for back in range(last):
-        t = last - 1 - back
-        row_mask = live_row & (t < made)
-        col_mask = live_col & (t < made)
-        place = block * iterations + t
-        f = load_scattered(row_scalings_ptr, place * rows + i, row_mask, -INF)
-        g = load_scattered(col_scalings_ptr, place * cols + j, col_mask, 0.0)
-        later = tl.where(t > 0, col_mask, False)
-        before = load_scattered(col_scalings_ptr, (place - 1) * cols + j, later, 0.0)
-        if RELOAD:
-            row = i + t * (one - 1)
-            col = j + t * (one - 1)
-            level = load_tile(logits_ptr, logits, block, row, col, -INF)
+    there = tl.minimum(block, batch - 1)
+    LAYOUT: tl.constexpr = TileLayout(ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, False, False)
+    of_row, of_col = rows_to_load(rows, 0, LAYOUT), cols_to_load(cols, 0, LAYOUT)
+    spans_ptr = made_ptr + there * (1 + iterations)
+    made = tl.load(spans_ptr)
+    since = made
+    added = exists
+    df = tl.zeros([ROWS_IN, 1, BLOCKS, ROWS_OUT, COLS_OUT], tl.float32)
+    dg = tl.zeros([1, COLS_IN, BLOCKS, ROWS_OUT, COLS_OUT], tl.float32)
+    v = dg + 1.0
+    kernel = tl.zeros([ROWS_IN, COLS_IN, BLOCKS, ROWS_OUT, COLS_OUT], tl.float32)
+    weight = kernel
+    t = tl.max(made) - 1
+    while t >= 0:
+        top = t
+        joins = made == t + 1
+        enters = joins | ((made > t) & (since == t + 1))
+        # Of a block that made fewer iterations, what it has: dg and df are 0, and so are y and z.
+        place = there * iterations + tl.minimum(t, made - 1)
+        if any_block(enters) | (BLOCKS == 1):
+            hidden = t * (one - 1)
+            row = i * one + hidden
+            of_row, of_col = rows_to_load(rows, hidden, LAYOUT), cols_to_load(cols, hidden, LAYOUT)
+            since = tl.where(enters, tl.load(spans_ptr + 1 + t, mask=enters, other=0), since)
+            added = tl.where(enters, joins == 0, added)
+            f = tl.load(pointers_to(row_scalings_ptr, (there * iterations + since) * rows + of_row))
+            level = load_tile(logits_ptr, logits, block, row, j, -INF, PADDED)
             level *= scale
-        kernel = tl.exp2((level + f) + g)
-        v = tl.exp2(before - g)
-        newest = t == made - 1
-        df = tl.where(newest, df_plan, 0.0)
-        dg = tl.where(newest, dg_plan, dg)
-        of_col = sum_cols(kernel)
-        of_row = sum_rows(kernel * v)
-        y = quotient(dg, tl.where(of_col == 0.0, 1.0, of_col))
-        z = quotient(df - sum_rows(kernel * y), tl.where(of_row == 0.0, 1.0, of_row))
-        dg = 0.0 - v * sum_cols(kernel * z)
-        total -= kernel * (y + z * v)
-    out = (total * inverse_temperature).to(out_ptr.dtype.element_ty)
-    tl.store(pointers_to(out_ptr, (block * rows + i) * cols + j), out, mask=live_row & live_col)
+            place_b = there * col_marginals_stride + of_col + hidden
+            fresh = log_cols(level, f, tl.load(pointers_to(col_marginals_ptr, place_b)))[2]
+            start = tl.load(pointers_to(col_scalings_ptr, place * cols + of_col))
+            start = tl.where(t > since, start, 1.0)
+            if BLOCKS == 1:
+                kernel = fresh
+                weight = tl.zeros_like(fresh)
+                v = start
+            else:
+                kernel = tl.where(enters, fresh, kernel)
+                weight = tl.where(enters, 0.0, weight)
+                v = tl.where(enters, start, v)
+            if any_block(joins):
+                tl.debug_barrier()
+                u = tl.load(pointers_to(row_scalings_ptr, place * rows + of_row))
+                u = tl.where(t > since, u, 1.0)
+                part = load_tile(gradient_ptr, gradient, block, row, j, 0.0, PADDED) * u * start
+                weight = tl.where(joins, part, weight)
+                part *= kernel
+                df = tl.where(joins, sum_rows(part), df)
+                dg = tl.where(joins, sum_cols(part), dg)
+        first = tl.max(tl.where(made > t, since + 1, made))
+        hidden = t * (one - 1)
+        of_row, of_col = rows_to_load(rows, hidden, LAYOUT), cols_to_load(cols, hidden, LAYOUT)
+        per_a = inverse(row_marginals_ptr, there * row_marginals_stride + hidden + of_row)
+        per_b = inverse(col_marginals_ptr, there * col_marginals_stride + hidden + of_col)
+        while t >= first:
+            hidden = t * (one - 1)
+            of_row, of_col = rows_to_load(rows, hidden, LAYOUT), cols_to_load(cols, hidden, LAYOUT)
+            place = there * iterations + tl.minimum(t, made - 1)
+            u = tl.load(pointers_to(row_scalings_ptr, place * rows + of_row))
+            earlier = place - 1
+            if BLOCKS > 1:  # of a block that made one iteration, and waits for others
+                earlier = tl.maximum(earlier, 0)
+            before = tl.load(pointers_to(col_scalings_ptr, earlier * cols + of_col))
+            before = tl.where(t - 1 > since, before, 1.0)
+            y = dg * (v * per_b)
+            z = (df - u * sum_rows(kernel * y)) * (u * per_a)
+            dg = 0.0 - before * sum_cols(kernel * z)
+            weight = weight - u * y - z * before
+            v = before
+            df = tl.zeros_like(df)
+            t -= 1
+        if (t == top) | (any_block(made == t + 1) == 0) | (BLOCKS == 1):
+            hidden = t * (one - 1)
+            row = i * one + hidden
+            of_row, of_col = rows_to_load(rows, hidden, LAYOUT), cols_to_load(cols, hidden, LAYOUT)
+            ends = exists & (made > t) & (since == t)
+            place = there * iterations + tl.minimum(t, made - 1)
+            per_b = inverse(col_marginals_ptr, there * col_marginals_stride + hidden + of_col)
+            y = dg * (v * per_b)
+            held = sum_rows(kernel * y)
+            if BLOCKS == 1:
+                df -= held
+                weight -= y
+            else:
+                goes_on = (made > t) & (since < t)
+                u = tl.load(pointers_to(row_scalings_ptr, place * rows + of_row))
+                u = tl.where(goes_on, u, 1.0)
+                v = tl.load(pointers_to(col_scalings_ptr, tl.maximum(place - 1, 0) * cols + of_col))
+                v = tl.where(goes_on & (t - 1 > since), v, 1.0)
+                df -= u * held
+                per_a = inverse(row_marginals_ptr, there * row_marginals_stride + hidden + of_row)
+                z = tl.where(goes_on, df * (u * per_a), 0.0)
+                dg = 0.0 - v * sum_cols(kernel * z)
+                weight = weight - u * y - z * v
+            part = kernel * weight
+            if any_block(ends & added):
+                inside = within(ends & added, row, rows, j, cols, PADDED)
+                part += load_scattered(spans_sum_ptr, (block * rows + row) * cols + j, inside, 0.0)
+            row += one - 1
+            inside = within(ends, row, rows, j, cols, PADDED)
+            tl.store(pointers_to(spans_sum_ptr, (block * rows + row) * cols + j), part, mask=inside)
+            tl.debug_barrier()
+            row += one - 1
+            start = tl.load(pointers_to(col_scalings_ptr, place * cols + of_col))
+            level = load_tile(logits_ptr, logits, block, row, j, -INF, PADDED)
+            x = level * scale + start
+            x = exp2(x - tl.maximum(max_rows(x), LOWEST))
+            held = sum_rows(x)
+            z = tl.where(ends & (held != 0.0), df / held, 0.0)
+            x *= z
+            dg = tl.where(ends, 0.0 - sum_cols(x), dg)
+            row += one - 1
+            inside = within(ends, row, rows, j, cols, PADDED)
+            part = load_scattered(spans_sum_ptr, (block * rows + row) * cols + j, inside, 0.0) - x
+            row += one - 1
+            if t > 0:
+                tl.store(pointers_to(spans_sum_ptr, (block * rows + row) * cols + j), part, mask=inside)
+            else:
+                row += one - 1
+                out = (part * inverse_temperature).to(out_ptr.dtype.element_ty)
+                tl.store(pointers_to(out_ptr, (block * rows + row) * cols + j), out, mask=inside)
+            df = tl.zeros_like(df)
+            t -= 1

@@ -252,13 +252,15 @@ def sinkhorn_backward(setting: Setting, m: int, dtype: torch.dtype, side: int, s
         _, *theirs = plans.theirs()
         ones = plans.ones[:SAMPLE].cpu().double()
         logits, pull = plans.logits[:SAMPLE].cpu().double(), gradient[:SAMPLE].cpu().double()
-        expected = reference_permutations.sinkhorn_backward(pull, logits, ones, *theirs, TEMPERATURE)
+        expected = reference_permutations.sinkhorn_backward(pull, logits, ones, ones, *theirs, TEMPERATURE)
         off = float((result[:SAMPLE].cpu() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
         allowed = 2e-4 + 2 * torch.finfo(dtype).eps
         return f"gradients differ by {off:.2g} from the reference's" if not off < allowed else ""
 
     def call() -> Tensor:
-        return gpu_permute.sinkhorn_backward(gradient, plans.logits, plans.ones, *kept, TEMPERATURE)
+        return gpu_permute.sinkhorn_backward(
+            gradient, plans.logits, plans.ones, plans.ones, *kept, TEMPERATURE
+        )
 
     return Prepared(call, size_of(gradient, tuple(plans), kept, call()), wrong)
 

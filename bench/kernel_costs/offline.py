@@ -249,8 +249,8 @@ def _permute_arguments(job: dict[str, Any], dtype: Any) -> tuple[Any, list[Any],
             [dtype, *[real] * 5, torch.int32, *sizes],
             {"KEEP": keep, "TOLERANCE": tolerance, **tile.meta(amd=amd)},
         )
-    sizes = [1000, rows, cols, *strides, *strides, cols, 14.4, 10.0, 20, 1]
-    positional = [real, dtype, real, real, real, torch.int32, dtype, *sizes]
+    sizes = [1000, rows, cols, *strides, *strides, rows, cols, 14.4, 10.0, 20, 1]
+    positional = [real, dtype, *[real] * 4, torch.int32, real, dtype, *sizes]
     return sinkhorn.sinkhorn_backward_kernel, positional, tile.meta(amd=amd)
 
 

@@ -22,6 +22,8 @@ LOOPS = (ast.For, ast.While)
 _ENTER = "__enter_region"
 _STAY = ("SHFL", "LDG", "STG", "LDS", "STS", "BAR", "shfl", "ld", "st", "bar")
 """Instructions of SASS and PTX that are seldom moved out of a loop."""
+_COPIES = ("MOV", "UMOV", "mov")
+"""Those that bring a loop its first values, in the lines of the loop."""
 
 
 class SourceRegion(NamedTuple):
@@ -233,7 +235,7 @@ def peeled_loops(
     """The loops whose first turn the compiler has put before the loop, so that it makes one less.
 
     Of these over half of a turn is there twice, also of what lanes exchange, loads and stores; of others no
-    more than what was moved out of them, which may be much, but seldom the latter.
+    more than what was moved out of them, which may be much, but seldom the latter. Copies are no work.
     """
     innermost = sass.innermost(loops)
     inside: Counter[tuple[str, bool]] = Counter()
@@ -242,6 +244,8 @@ def peeled_loops(
     for b in sass.reachable(blocks):
         here = region_of[innermost.get(b)]
         for line in code[blocks[b].first : blocks[b].last]:
+            if line.name.startswith(_COPIES):
+                continue
             region = sources.at(*line.source)
             for name in (sources.chain(region) if region else None) or ():
                 key = name, line.name.startswith(_STAY)

@@ -86,7 +86,7 @@ def _run_sinkhorn(m: int, programs: int, *, backward: bool) -> tuple[int, int]:
     ones = torch.ones(blocks * programs, m)
     out = gpu_permute.sinkhorn_forward(logits, ones, ones, 0.1, SINKHORN_ITERATIONS, -1.0, True)
     if backward:
-        gpu_permute.sinkhorn_backward(torch.randn_like(logits), logits, ones, *out[1:], 0.1)
+        gpu_permute.sinkhorn_backward(torch.randn_like(logits), logits, ones, ones, *out[1:], 0.1)
     return blocks, programs
 
 

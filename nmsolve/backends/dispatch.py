@@ -106,12 +106,17 @@ class PermutationSolver(Protocol):
         tolerance: float,
         keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Plan, row and column log-scalings of every iteration (empty unless ``keep``), iterations made."""
+        """Plan, row and column scalings of every iteration (none unless ``keep``), iterations made.
+
+        The last is ``(B, 1 + T)`` int32 for T kept iterations: how many a block made, and what else the
+        backend's gradient needs to know of each. Scalings are in whatever form that takes them.
+        """
 
     def sinkhorn_backward(
         self,
         gradient: Tensor,
         logits: Tensor,
+        row_marginals: Tensor,
         col_marginals: Tensor,
         row_scalings: Tensor,
         col_scalings: Tensor,

@@ -136,7 +136,7 @@ def _tangent(
     f, df = torch.zeros_like(z[:, :, 0]), torch.zeros_like(z[:, :, 0])
     g, dg = torch.zeros_like(z[:, 0]), torch.zeros_like(z[:, 0])
     for t in range(iterations):
-        going = (made > t).unsqueeze(1)
+        going = made[:, :1] > t
         level = by_row + g.unsqueeze(1)
         moved = level.softmax(2) * (h + dg.unsqueeze(1))
         f = torch.where(going, log_a - level.logsumexp(2), f)
@@ -301,7 +301,7 @@ def _plans(
     backend: str,
     keep: bool,
 ) -> Made:
-    """Plan, row and column log-scalings of every iteration, iterations made; blocks are ``(B, R, C)``."""
+    """See :class:`PermutationSolver`; blocks are ``(B, R, C)``."""
     _check_marginal_values(row_marginals, col_marginals)
     a, b = _marginals(blocks, row_marginals, col_marginals)
     solver = _solver(backend, blocks)
@@ -325,7 +325,7 @@ def _blank_plans(
         blocks.new_empty((batch, rows, cols), dtype=work),
         blocks.new_empty((batch, kept, rows), dtype=work),
         blocks.new_empty((batch, kept, cols), dtype=work),
-        blocks.new_empty((batch,), dtype=torch.int32),
+        blocks.new_empty((batch, 1 + kept), dtype=torch.int32),
     )
 
 
@@ -341,9 +341,9 @@ def _gradient(
     backend: str,
 ) -> Tensor:
     """The gradient of the blocks of :func:`_plans`, in their dtype, contiguous."""
-    _, b = _marginals(blocks, row_marginals, col_marginals)
+    a, b = _marginals(blocks, row_marginals, col_marginals)
     solver = _solver(backend, blocks)
-    return solver.sinkhorn_backward(gradient, blocks, b, row_scalings, col_scalings, made, temperature)
+    return solver.sinkhorn_backward(gradient, blocks, a, b, row_scalings, col_scalings, made, temperature)
 
 
 _forward = shortcut(

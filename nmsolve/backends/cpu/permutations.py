@@ -66,7 +66,7 @@ def sinkhorn_forward(
     # NumPy's arrays become tensors in a third of the time that tensors take to become arrays.
     plan = np.empty((batch, rows, cols), work)
     row_scalings, col_scalings = np.empty((batch, kept, rows), work), np.empty((batch, kept, cols), work)
-    made = np.empty(batch, np.int32)
+    made = np.zeros((batch, 1 + kept), np.int32)
     settings = (float(temperature), iterations, float(tolerance))
     kernel = partial(forward, *inputs, *settings, plan, row_scalings, col_scalings, made)
     _solve(kernel, batch, rows * cols * iterations)
@@ -77,6 +77,7 @@ def sinkhorn_forward(
 def sinkhorn_backward(
     gradient: Tensor,
     logits: Tensor,
+    row_marginals: Tensor,
     col_marginals: Tensor,
     row_scalings: Tensor,
     col_scalings: Tensor,

@@ -72,8 +72,9 @@ def sinkhorn_forward(
     Returns
     -------
     plan, row_scalings, col_scalings, made : Tensor
-        ``(B, R, C)``, ``(B, T, R)`` and ``(B, T, C)`` of the work dtype, ``(B,)`` int32. The scalings f and
-        g of every iteration that was made are there if ``keep``; else their T is 0.
+        ``(B, R, C)``, ``(B, T, R)`` and ``(B, T, C)`` of the work dtype, ``(B, 1 + T)`` int32, of which the
+        first column counts. The scalings f and g of every iteration that was made are there if ``keep``; else
+        T is 0.
     """
     z = logits.to(row_marginals.dtype) / temperature
     z.masked_fill_(~(z < torch.inf).all(2, keepdim=True).all(1, keepdim=True), torch.nan)
@@ -81,7 +82,7 @@ def sinkhorn_forward(
     log_a, log_b = row_marginals.log(), col_marginals.log()
     f, g = torch.zeros_like(z[:, :, 0]), torch.zeros_like(z[:, 0])
     kept_f, kept_g = (z.new_zeros(batch, iterations if keep else 0, lines) for lines in (rows, cols))
-    made = torch.zeros(batch, dtype=torch.int32, device=z.device)
+    made = torch.zeros(batch, 1 + kept_f.shape[1], dtype=torch.int32, device=z.device)
     going = torch.ones(batch, 1, dtype=torch.bool, device=z.device)
     for t in range(iterations):
         total = z.logsumexp(2)
@@ -96,7 +97,7 @@ def sinkhorn_forward(
         step = torch.where(going & ~total.isneginf(), log_b - total, 0)
         z += step.unsqueeze(1)
         g = g + step
-        made += going.squeeze(1)
+        made[:, :1] += going
         if keep:
             kept_f[:, t], kept_g[:, t] = f, g
     return softmax(z, 1) * col_marginals.unsqueeze(1), kept_f, kept_g, made
@@ -105,6 +106,7 @@ def sinkhorn_forward(
 def sinkhorn_backward(
     gradient: Tensor,
     logits: Tensor,
+    row_marginals: Tensor,
     col_marginals: Tensor,
     row_scalings: Tensor,
     col_scalings: Tensor,
@@ -123,11 +125,12 @@ def sinkhorn_backward(
     level = logits.to(work) / temperature
     total = torch.zeros_like(level)
     df, dg = torch.zeros_like(level[:, :, 0]), torch.zeros_like(level[:, 0])
-    ends = set(made.tolist())
+    counts = made[:, 0]
+    ends = set(counts.tolist())
     for t in range(max(ends, default=0) - 1, -1, -1):
         s = softmax(level + row_scalings[:, t].unsqueeze(2), 1)
         if t + 1 in ends:
-            last = (made == t + 1).view(-1, 1, 1)
+            last = (counts == t + 1).view(-1, 1, 1)
             q = torch.where(last, gradient.to(work) * col_marginals.unsqueeze(1) * s, 0)
             total, df, dg = total + q, df + q.sum(2), dg + q.sum(1)
         # Of a block that stopped before iteration t nothing has been added yet: df and dg are 0.

@@ -52,7 +52,7 @@ class SinkhornTile(NamedTuple):
     cols_out: int
     blocks: int
     warps: int
-    reload: bool
+    padded: bool
 
     def meta(self, *, amd: bool = torch.version.hip is not None) -> dict[str, int]:
         """The kernels' constexpr arguments; ``maxnreg`` as in ``masks.tile_arguments``."""
@@ -62,30 +62,31 @@ class SinkhornTile(NamedTuple):
             "ROWS_OUT": self.rows_out,
             "COLS_OUT": self.cols_out,
             "BLOCKS": self.blocks,
-            "RELOAD": self.reload,
+            "PADDED": self.padded,
             **_launch.options(self.warps),
         }
 
 
 def sinkhorn_tile(rows: int, cols: int) -> SinkhornTile:
-    """2 x 8 entries a lane in small blocks, then 4 x 8, 8 x 8 in the largest; as many blocks as fill a warp.
+    """8 x 4 entries a lane, so that the lanes of a row read side by side, 8 x 8 in blocks of several warps.
+
+    Of small blocks there are as many as fill a warp.
 
     Examples
     --------
     >>> tile = sinkhorn_tile(64, 60)
     >>> tile.rows_in, tile.rows_out, tile.cols_in, tile.cols_out, tile.blocks, tile.warps
-    (4, 16, 8, 8, 1, 4)
+    (8, 8, 8, 8, 1, 2)
     """
+    sides = rows, cols
     rows, cols = triton.next_power_of_2(rows), triton.next_power_of_2(cols)
     entries = rows * cols
-    small = entries <= 256 or (entries <= 2048 and rows != cols)
-    rows_in, cols_in = min(rows, 2 if small else 4 if entries <= 8192 else 8), min(cols, 8)
+    rows_in, cols_in = min(rows, 8), min(cols, 4 if entries <= 2048 else 8)
     lanes = entries // (rows_in * cols_in)
     warps = max(1, lanes // 32)
     blocks = max(1, 32 // lanes)
-    # Where the backward pass would spill, it reads the logits again and again.
-    reload = entries > 8192
-    return SinkhornTile(rows_in, cols_in, rows // rows_in, cols // cols_in, blocks, warps, reload)
+    padded = sides != (rows, cols)
+    return SinkhornTile(rows_in, cols_in, rows // rows_in, cols // cols_in, blocks, warps, padded)
 
 
 def assignment(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
@@ -109,7 +110,7 @@ def sinkhorn_forward(
     kept = iterations if keep else 0
     plan = torch.empty(batch, rows, cols, dtype=torch.float32, device=logits.device)
     row_scalings, col_scalings = plan.new_empty(batch, kept, rows), plan.new_empty(batch, kept, cols)
-    made = torch.empty(batch, dtype=torch.int32, device=logits.device)
+    made = torch.empty(batch, 1 + kept, dtype=torch.int32, device=logits.device)
     tile = sinkhorn_tile(rows, cols)
     with gpu.device_of(logits):
         sinkhorn_forward_kernel[(triton.cdiv(batch, tile.blocks),)](
@@ -142,6 +143,7 @@ def sinkhorn_forward(
 def sinkhorn_backward(
     gradient: Tensor,
     logits: Tensor,
+    row_marginals: Tensor,
     col_marginals: Tensor,
     row_scalings: Tensor,
     col_scalings: Tensor,
@@ -150,17 +152,20 @@ def sinkhorn_backward(
 ) -> Tensor:
     """As the reference's ``sinkhorn_backward``, from this module's forward."""
     batch, rows, cols = logits.shape
-    col_marginals = _rows_dense(col_marginals)
+    row_marginals, col_marginals = _rows_dense(row_marginals), _rows_dense(col_marginals)
     out = torch.empty(batch, rows, cols, dtype=logits.dtype, device=logits.device)
+    spans_sum = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     tile = sinkhorn_tile(rows, cols)
     with gpu.device_of(logits):
         sinkhorn_backward_kernel[(triton.cdiv(batch, tile.blocks),)](
             gradient_ptr=gradient,
             logits_ptr=logits,
+            row_marginals_ptr=row_marginals,
             col_marginals_ptr=col_marginals,
             row_scalings_ptr=row_scalings,
             col_scalings_ptr=col_scalings,
             made_ptr=made,
+            spans_sum_ptr=spans_sum,
             out_ptr=out,
             batch=batch,
             rows=rows,
@@ -171,6 +176,7 @@ def sinkhorn_backward(
             stride_batch=logits.stride(0),
             stride_row=logits.stride(1),
             stride_col=logits.stride(2),
+            row_marginals_stride=row_marginals.stride(0),
             col_marginals_stride=col_marginals.stride(0),
             scale=_LOG2_E / temperature,
             inverse_temperature=1.0 / temperature,

@@ -231,7 +231,7 @@ def forward(
                 for j in range(cols):
                     col_scalings[block, done, j] = g[j] + math.log(v[j])
             done += 1
-        made[block] = done
+        made[block, 0] = done
         for i in range(rows):
             out, line, factor = plan[block, i], kernel[i], u[i]
             for j in range(cols):
@@ -319,7 +319,7 @@ def backward(
     start = np.zeros(cols, out.dtype)
     for block in range(first, last):
         sound = _load(logits[block], temperature, level)
-        newest = made[block] - 1
+        newest = made[block, 0] - 1
         f_ref, g_ref = row_scalings[block, newest], col_scalings[block, newest]
         for t in range(newest, -1, -1):
             f, g = row_scalings[block, t], col_scalings[block, t]
