@@ -61,8 +61,8 @@ def sinkhorn(
     Tensor
         ``(..., R, C)``; float64 for float64 logits, else float32, whose marginals a half type would not hold.
         Differentiable with respect to the logits as often as one likes, in reverse and in forward mode. The
-        backward pass sweeps through the stored scalings, ``iterations * (R + C + 1)`` numbers a block; tangents
-        and second derivatives make every iteration again in PyTorch, of ``R * C`` numbers each.
+        backward pass sweeps through the stored scalings, ``iterations * (R + C + 1)`` numbers a block;
+        tangents and second derivatives make every iteration again in PyTorch, of ``R * C`` numbers each.
 
     Raises
     ------

@@ -44,7 +44,7 @@ def as_sass(program: Program) -> list[sass.Instruction]:
         source = re.match(r"([^:\s]+):(\d+)", instruction.source)
         target = address[program.successors[b][0]] if instruction.name == "bra" else None
         opcode = {"bra": "BRA", "ret": "EXIT"}.get(instruction.name, instruction.opcode)
-        # Copies bring a block's values to the next one, wherever that is: they tell of no line what is executed.
+        # Copies bring a block's values to the next one, wherever that is: they do not tell what is executed.
         line = (source[1], int(source[2])) if source and instruction.name != "mov" else ("", 0)
         code.append(sass.Instruction(k, instruction.predicate or "", opcode, "", target, line))
     return code
