@@ -246,7 +246,7 @@ def sinkhorn_forward_kernel(
             to_keep, of_start = tl.where(reset, f, new_u), tl.where(reset, start, new_v)
             new_u, new_v = tl.where(reset, 1.0, new_u), tl.where(reset, 1.0, new_v)
             if KEEP:
-                tl.store(spans_ptr + t, since, mask=reset & (t > 0))
+                tl.store(spans_ptr + t, since, mask=tl.where(t > 0, reset, False))
                 since = tl.where(reset, t, since)
         u, v = new_u, new_v
         if KEEP:
