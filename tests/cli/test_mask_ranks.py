@@ -104,8 +104,8 @@ def test_torchrun_ends(tmp_path, whom):
         numbers = {"torchrun": signal.SIGTERM, "torchrun by Ctrl-C": signal.SIGINT}
         process.send_signal(numbers.get(whom, signal.SIGKILL))
     began = time.monotonic()
-    told, errors = process.communicate(timeout=60)  # until all ranks have closed their ends of the pipe, too
-    assert time.monotonic() - began < 25
+    told, errors = process.communicate(timeout=300)  # until all ranks have closed their ends of the pipe, too
+    assert time.monotonic() - began < 60  # far below the silence after which a rank is given up
     assert process.returncode != 0
     assert told == ""
     if whom != "torchrun by SIGKILL":

@@ -154,13 +154,13 @@ def test_a_rank_without_a_sign_of_life_is_given_up(tmp_path, monkeypatch):
     """One that works for long is not, though others wait for it."""
     monkeypatch.setattr("nmsolve.ranks._FAREWELL", 0.1)
     monkeypatch.setattr("nmsolve.ranks._BEAT", 0.05)
-    monkeypatch.setattr("nmsolve.ranks._SILENCE", 0.5)
+    monkeypatch.setattr("nmsolve.ranks._SILENCE", 2)
     first, second = stores("tcp", 2, tmp_path)
     waiting, working = Ranks(0, 2, 0, first), Ranks(1, 2, 1, second)
 
     def work() -> None:
         with working.alive():
-            time.sleep(1.5)
+            time.sleep(3)
             working.gather("done")
 
     with ThreadPoolExecutor(1) as pool:
