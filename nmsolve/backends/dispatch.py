@@ -134,6 +134,16 @@ class PermutationSolver(Protocol):
     def nth_largest(self, columns: Tensor, groups: Tensor, n: int) -> Tensor:
         """The n-th largest of several columns, row by row; see :mod:`nmsolve.backends.shared`."""
 
+    def nth_largest_of(
+        self, columns: Tensor, values: Tensor, groups: Tensor, n: int
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and the value of that entry; see :mod:`nmsolve.backends.shared`."""
+
+    def sum_gains(
+        self, thresholds: Tensor, held: Tensor, columns: Tensor, values: Tensor, index: Tensor
+    ) -> Tensor:
+        """Sums over rows of what columns gain above thresholds; see :mod:`nmsolve.backends.shared`."""
+
     def sum_maxima(self, thresholds: Tensor, columns: Tensor, index: Tensor) -> Tensor:
         """Sums over rows of maxima of thresholds and columns; see :mod:`nmsolve.backends.shared`."""
 

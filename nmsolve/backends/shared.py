@@ -11,9 +11,11 @@ __all__ = [
     "assignment_of",
     "exchange_values",
     "nth_largest",
+    "nth_largest_of",
     "permute_columns",
     "rms_norm_permute",
     "sum_best",
+    "sum_gains",
     "sum_largest",
     "sum_maxima",
 ]
@@ -67,6 +69,49 @@ def nth_largest(columns: Tensor, groups: Tensor, n: int) -> Tensor:
     step = max(1, _ELEMENTS // max(1, groups.shape[1] * columns.shape[1]))
     least = [columns[some].topk(n, dim=1).values[:, -1] for some in groups.split(step)]
     return torch.cat(least) if least else columns.new_empty(0, columns.shape[1])
+
+
+def nth_largest_of(columns: Tensor, values: Tensor, groups: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """As :func:`nth_largest`, and what ``values`` (shaped as ``columns``) has there.
+
+    Of equal scores the first in the group counts as larger.
+    """
+    step = max(1, _ELEMENTS // max(1, groups.shape[1] * columns.shape[1]))
+    least, held = [columns[:0]], [values[:0]]
+    for some in groups.split(step):
+        score = columns[some]
+        which = score.argsort(dim=1, descending=True, stable=True)[:, n - 1 : n]
+        least.append(score.gather(1, which)[:, 0])
+        held.append(values[some].gather(1, which)[:, 0])
+    return torch.cat(least), torch.cat(held)
+
+
+def sum_gains(thresholds: Tensor, held: Tensor, columns: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    """What columns gain in groups where their score is above a threshold, float64 ``(B, G, J)``.
+
+    With j = index[b, i] the sum over the rows r with ``columns[j, r] > thresholds[b, g, r]`` of
+    ``values[j, r] - held[b, g, r]``.
+
+    Parameters
+    ----------
+    thresholds, held : Tensor
+        ``(B, G, R)``, contiguous, and
+    columns, values : Tensor
+        ``(C, R)``, contiguous, of one dtype: float32 or float64; R is a multiple of 16.
+    index : Tensor
+        int64 ``(B, J)``, contiguous.
+    """
+    batch, groups, rows = thresholds.shape
+    out = torch.empty(batch, groups, index.shape[1], dtype=torch.float64, device=columns.device)
+    step = max(1, _ELEMENTS // max(1, index.shape[1] * rows))
+    for b, some in enumerate(index):
+        scores, worth = columns[some], values[some]
+        for low in range(0, groups, step):
+            part = slice(low, low + step)
+            above = scores > thresholds[b, part, None]
+            gains = torch.where(above, worth - held[b, part, None], 0)
+            out[b, part] = gains.sum(2, dtype=torch.float64)
+    return out
 
 
 def sum_maxima(thresholds: Tensor, columns: Tensor, index: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from nmsolve.pattern import NMPattern, PatternLike
 from nmsolve.permute.insertions import Insertions
 from nmsolve.permute.windows import check_window, deal_windows, groups_of, nothing_to_gain
 
-__all__ = ["deal_columns", "ria_permutation"]
+__all__ = ["deal_columns", "ria_permutation", "search_pass"]
 
 # By default so many groups are one window, and more are dealt into windows of so many: assignments of larger
 # ones take longer than their values, and further passes gain more in that time.
@@ -139,9 +139,9 @@ def _refined(values: Insertions, groups: Tensor, passes: int, size: int) -> Tens
             # The order within a group does not count: dealing columns to other slots opens other moves.
             within = torch.rand(groups.shape, generator=generator).argsort(dim=-1)
             shuffled = groups.gather(-1, within.to(groups.device))
-        refined, gain = _pass(values, shuffled, slots, size, generator)
+        refined, gain = search_pass(values, shuffled, slots, size, generator)
         if turn == 0 and size >= len(groups):
-            published = _pass(values, groups, slots[::-1], size, generator)
+            published = search_pass(values, groups, slots[::-1], size, generator)
             refined, gain = max((refined, gain), published, key=lambda found: found[1])
         if gain <= 0:
             break
@@ -149,7 +149,7 @@ def _refined(values: Insertions, groups: Tensor, passes: int, size: int) -> Tens
     return groups
 
 
-def _pass(
+def search_pass(
     values: Insertions, groups: Tensor, slots: range, size: int, generator: torch.Generator
 ) -> tuple[Tensor, float]:
     """The groups after one assignment for every slot and window, and what they keep more."""

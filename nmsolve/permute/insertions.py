@@ -5,10 +5,16 @@ and ``b[r, g]`` the sum of its N - 1 largest. With column j in slot s the row ke
 ``b[r, g] + max(t[r, g], A[r, j])``, so that the group keeps, up to a constant of g,
 
     F_s[g, j] = sum_r max(t[r, g], A[r, j]).
+
+Masks may go by these scores, and what a group is worth by other values V of its kept entries. Column j then
+takes the place of the entry with the N-th largest score, of value h[r, g], where its own is larger:
+
+    F_s[g, j] = sum_r [A[r, j] > t[r, g]] (V[r, j] - h[r, g]).
 """
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -59,6 +65,14 @@ class Insertions:
         self.rounding = 1e-12 if wide == torch.float64 else 2e-7
         """The share of a sum below which a gain is none."""
         self._solver = select(AUTO, scores.device).permutations
+        self._worth: Tensor | None = None
+
+    def weighed(self, values: Tensor) -> Insertions:
+        """The same columns, whose groups are worth what ``values`` ``(rows, cols)`` has where masks keep."""
+        found = copy.copy(self)
+        found._worth = torch.zeros_like(self.columns)
+        found._worth[:, : len(values)] = values.detach().T
+        return found
 
     def of_slot(self, groups: Tensor, slot: int) -> Tensor:
         """``F_s[w, g, i]`` float64 ``(W, G, G)`` of windows ``(W, G, m)``: group g with group i's column."""
@@ -92,7 +106,15 @@ class Insertions:
             bands = []
             for low in range(0, count, part):
                 band = some[:, low : low + part]
-                least = self._solver.nth_largest(self.columns, band.flatten(0, 1).contiguous(), self.n)
-                bands.append(self._solver.sum_maxima(least.view(*band.shape[:2], rows), self.columns, index))
+                bands.append(self._of_band(band, index))
             values.append(torch.cat(bands, 1))
         return torch.cat(values)
+
+    def _of_band(self, others: Tensor, moved: Tensor) -> Tensor:
+        rows, members = self.columns.shape[1], others.flatten(0, 1).contiguous()
+        shape = (*others.shape[:2], rows)
+        if self._worth is None:
+            least = self._solver.nth_largest(self.columns, members, self.n)
+            return self._solver.sum_maxima(least.view(shape), self.columns, moved)
+        least, held = self._solver.nth_largest_of(self.columns, self._worth, members, self.n)
+        return self._solver.sum_gains(least.view(shape), held.view(shape), self.columns, self._worth, moved)

@@ -34,6 +34,11 @@ class Objective:
         Weight of the distances of hidden states.
     task_loss : callable, optional
         ``(output, batch) -> loss``; the next token's cross-entropy if left out.
+
+    Attributes
+    ----------
+    needs_dense : bool
+        Whether the loss compares with the dense model's hidden states.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class Objective:
         lists = [list(child) for child in model.modules() if isinstance(child, nn.ModuleList)]
         layers = max(lists, key=len, default=[])
         # The cosine needs the last hidden state only, and nothing behind the model's trunk.
+        self.needs_dense = not task or distillation > 0
         self.watched: list[nn.Module] = layers if task else layers[-1:]
         self.runs = model if task or not layers else getattr(model, "base_model", model)
         self.dense: dict[int, list[Tensor]] = {}
@@ -55,9 +61,9 @@ class Objective:
             self.dense[key] = self._hidden(batch)[1]
 
     def loss(self, key: int, batch: Batch, *, train: bool) -> Tensor:
-        """Of the model as it is now; :meth:`remember` has seen the batch under ``key``."""
+        """Of the model as it is now; :meth:`remember` has seen the batch under ``key`` if that is needed."""
         output, hidden = self._hidden(batch)
-        pairs = list(zip(hidden, self.dense[key], strict=True))
+        pairs = list(zip(hidden, self.dense[key], strict=True)) if self.needs_dense else []
         if not self.task:
             ours, dense = pairs[-1]
             return (1 - F.cosine_similarity(ours.float(), dense.float(), dim=-1)).mean()

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from nmsolve.ops.assignment import assignment
 from nmsolve.permute.objective import Batch, Objective
 from nmsolve.permute.pruned_model import PrunedModel
-from nmsolve.permute.training_state import LearnedPermutations, load_state, save_state
+from nmsolve.permute.training_state import LearnedPermutations, State, load_state, save_state
 
 __all__ = ["Trainer", "TrainingPlan"]
 
@@ -65,7 +65,7 @@ class Trainer:
     ) -> LearnedPermutations:
         """One batch of ``train`` a step, and checks on ``test``; ``resume`` gets the state at every check."""
         if resume is not None and resume.exists():
-            found, first = load_state(resume, self.model)
+            found, first = self._load(load_state(resume, self._run()))
         else:
             found, first = LearnedPermutations({}), 0
             self._check(found, 0, None, test)
@@ -87,9 +87,8 @@ class Trainer:
                 self._check(found, step + 1, sum(losses) / len(losses), test)
                 losses.clear()
                 if resume is not None:
-                    save_state(resume, self.model, found, step + 1)
-                checks = [row["step"] for row in found.history]
-                if len(checks) - 1 - checks.index(found.best_step) >= plan.patience:
+                    save_state(resume, self._state(found, step + 1))
+                if found.checks_since_best() >= plan.patience:
                     break
         return found
 
@@ -120,12 +119,7 @@ class Trainer:
         for part in self.parts:
             part.plan = None
         losses = [float(self._loss(-1 - k, batch, train=False)) for k, batch in enumerate(test)]
-        value = sum(losses) / len(losses)
-        best = min((float(row["held_out"] or 0) for row in found.history), default=math.inf)
-        found.history.append({"step": step, "loss": loss, "held_out": value, "kept": kept})
-        if value < best:
-            found.best_step = step
-            found.permutations = self.model.permutations()
+        found.add(step, loss, sum(losses) / len(losses), kept, self.model.permutations())
 
     def _draw_back(self) -> float:
         """Moves the logits towards their start until the floor is kept; the share of the score then kept."""
@@ -150,7 +144,35 @@ class Trainer:
             part.module.logits.copy_(torch.lerp(part.first, logits, share))
 
     def _loss(self, key: int, batch: Batch, train: bool) -> Tensor:
-        self.model.sparse = False
-        self.objective.remember(key, batch)
+        if self.objective.needs_dense:
+            self.model.sparse = False
+            self.objective.remember(key, batch)
         self.model.sparse = True
         return self.objective.loss(key, batch, train=train)
+
+    # --- the state that a run goes on from ------------------------------------------------------------------
+
+    def _run(self) -> dict[str, object]:
+        return {
+            "couplings": [part.coupling.name for part in self.parts],
+            "pattern": str(self.model.pattern),
+            "strategy": self.parts[0].module.strategy,
+            "blocks": [part.module.block for part in self.parts],
+            "mask": "transposable" if self.model.transposable else "ordinary",
+        }
+
+    def _state(self, found: LearnedPermutations, step: int) -> State:
+        tensors: dict[str, Tensor] = {}
+        for k, part in enumerate(self.parts):
+            tensors[f"{k}.logits"], tensors[f"{k}.base"] = part.module.logits, part.base
+            tensors[f"{k}.first"], tensors[f"{k}.average"] = part.first, part.average
+        return State(self._run(), found, step, tensors)
+
+    @torch.no_grad()
+    def _load(self, state: State) -> tuple[LearnedPermutations, int]:
+        for k, part in enumerate(self.parts):
+            part.module.logits.copy_(state.tensors[f"{k}.logits"])
+            part.base.copy_(state.tensors[f"{k}.base"])
+            part.first.copy_(state.tensors[f"{k}.first"])
+            part.average.copy_(state.tensors[f"{k}.average"])
+        return state.found, state.step

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from nmsolve.checkpoint.format import read_shard
 from nmsolve.errors import NMSolveError
 from nmsolve.files import replacing
-from nmsolve.permute.pruned_model import PrunedModel
 
-__all__ = ["LearnedPermutations", "load_state", "save_state"]
+__all__ = ["LearnedPermutations", "State", "load_state", "save_state"]
 
-_FORMAT = "nmsolve learning 2"
+_FORMAT = "nmsolve learning 3"
+
+# Before the tensors of the best permutations found so far.
+_BEST = "best."
 
 
 @dataclass
@@ -39,57 +42,75 @@ class LearnedPermutations:
     history: list[dict[str, float | int | None]] = field(default_factory=list)
     best_step: int = 0
 
+    def add(
+        self, step: int, loss: float | None, held_out: float, kept: float, permutations: dict[str, Tensor]
+    ) -> None:
+        """A further check, and its permutations if they are the best so far."""
+        best = min((float(row["held_out"] or 0) for row in self.history), default=math.inf)
+        self.history.append({"step": step, "loss": loss, "held_out": held_out, "kept": kept})
+        if held_out < best:
+            self.best_step, self.permutations = step, permutations
 
-def save_state(path: Path, model: PrunedModel, found: LearnedPermutations, step: int) -> None:
-    """Writes what :func:`load_state` needs to go on behind ``step`` steps; whole or not at all."""
+    def checks_since_best(self) -> int:
+        """How often the held-out loss has been taken since it was lowest."""
+        steps = [row["step"] for row in self.history]
+        return len(steps) - 1 - steps.index(self.best_step)
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run is.
+
+    Attributes
+    ----------
+    run : mapping
+        What two runs must have in common for one to go on where the other ended; JSON.
+    found : LearnedPermutations
+    step : int
+        Steps made.
+    tensors, numbers : mapping
+        The trainer's own.
+    """
+
+    run: Mapping[str, object]
+    found: LearnedPermutations
+    step: int
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+def save_state(path: Path, state: State) -> None:
+    """Writes what :func:`load_state` needs; whole or not at all."""
     from safetensors.torch import save_file
 
-    tensors: dict[str, Tensor] = {}
-    for k, part in enumerate(model.parts):
-        tensors[f"{k}.logits"] = part.module.logits.detach().clone()
-        tensors[f"{k}.base"] = part.base
-        tensors[f"{k}.best"] = found.permutations[part.coupling.name].contiguous()
-        tensors[f"{k}.first"], tensors[f"{k}.average"] = part.first, part.average
-    text = json.dumps({"history": found.history, "best": found.best_step, "run": _fingerprint(model)})
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.tensors.items()}
+    for name, order in state.found.permutations.items():
+        tensors[f"{_BEST}{name}"] = order.contiguous()
+    history, best = state.found.history, state.found.best_step
+    text = json.dumps({"history": history, "best": best, "run": state.run, "numbers": state.numbers})
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata={"format": _FORMAT, "step": str(step), "state": text})
+        save_file(tensors, partial, metadata={"format": _FORMAT, "step": str(state.step), "state": text})
 
 
-def load_state(path: Path, model: PrunedModel) -> tuple[LearnedPermutations, int]:
-    """Puts the parts in the state of the file: what had been found, and the steps that had been made.
+def load_state(path: Path, run: Mapping[str, object]) -> State:
+    """What a file of :func:`save_state` holds.
 
     Raises
     ------
     NMSolveError
-        If the file holds the state of another run.
+        If it is the state of another run than this one.
     """
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
     metadata = read_shard(path).metadata
     try:
-        state = json.loads(metadata["state"])
-        same = metadata["format"] == _FORMAT and state["run"] == _fingerprint(model)
+        said = json.loads(metadata["state"])
+        same = metadata["format"] == _FORMAT and said["run"] == run
     except (KeyError, TypeError, ValueError, RecursionError):
         same = False
     if not same:
         raise NMSolveError(f"resume: {path} holds the state of another run")
-    with safe_open(path, framework="pt") as file:
-        found = LearnedPermutations({}, state["history"], state["best"])
-        for k, part in enumerate(model.parts):
-            part.base.copy_(file.get_tensor(f"{k}.base"))
-            part.first.copy_(file.get_tensor(f"{k}.first"))
-            part.average.copy_(file.get_tensor(f"{k}.average"))
-            with torch.no_grad():
-                part.module.logits.copy_(file.get_tensor(f"{k}.logits"))
-            found.permutations[part.coupling.name] = file.get_tensor(f"{k}.best").to(part.base.device)
-    return found, int(metadata["step"])
-
-
-def _fingerprint(model: PrunedModel) -> dict[str, object]:
-    """What two runs must have in common for one to go on where the other ended."""
-    return {
-        "couplings": [part.coupling.name for part in model.parts],
-        "pattern": str(model.pattern),
-        "strategy": model.parts[0].module.strategy,
-        "mask": "transposable" if model.transposable else "ordinary",
-    }
+    tensors = load_file(path)
+    orders = {name.removeprefix(_BEST): tensors.pop(name) for name in [*tensors] if name.startswith(_BEST)}
+    found = LearnedPermutations(orders, said["history"], said["best"])
+    return State(run, found, int(metadata["step"]), tensors, said["numbers"])

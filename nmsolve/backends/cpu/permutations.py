@@ -14,6 +14,9 @@ from nmsolve.backends.cpu._numba.exchanges import BAND as EXCHANGE_BAND
 from nmsolve.backends.cpu._numba.exchanges import exchange_values as exchange_kernel
 from nmsolve.backends.cpu._numba.exchanges import subset_sums as subset_kernel
 from nmsolve.backends.cpu._numba.exchanges import sum_best as best_kernel
+from nmsolve.backends.cpu._numba.gains import BAND as GAINS_BAND
+from nmsolve.backends.cpu._numba.gains import nth_largest_of as nth_of_kernel
+from nmsolve.backends.cpu._numba.gains import sum_gains as gains_kernel
 from nmsolve.backends.cpu._numba.maxima import BAND
 from nmsolve.backends.cpu._numba.maxima import nth_largest as nth_kernel
 from nmsolve.backends.cpu._numba.maxima import sum_largest as largest_kernel
@@ -26,11 +29,13 @@ __all__ = [
     "assignment",
     "exchange_values",
     "nth_largest",
+    "nth_largest_of",
     "permute_columns",
     "rms_norm_permute",
     "sinkhorn_backward",
     "sinkhorn_forward",
     "sum_best",
+    "sum_gains",
     "sum_largest",
     "sum_maxima",
 ]
@@ -112,6 +117,26 @@ def nth_largest(columns: Tensor, groups: Tensor, n: int) -> Tensor:
     out = torch.empty(len(groups), columns.shape[1], dtype=columns.dtype)
     flat, index, found = _arrays(columns.view(-1), groups, out.view(-1))
     _solve(partial(nth_kernel, flat, index, n, found), len(groups), groups.shape[1] * columns.shape[1])
+    return out
+
+
+def nth_largest_of(columns: Tensor, values: Tensor, groups: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """As the reference's ``nth_largest_of``."""
+    out, held = (torch.empty(len(groups), columns.shape[1], dtype=columns.dtype) for _ in range(2))
+    flat, worth, index, *found = _arrays(
+        columns.view(-1), values.view(-1), groups, out.view(-1), held.view(-1)
+    )
+    kernel = partial(nth_of_kernel, flat, worth, index, n, *found)
+    _solve(kernel, len(groups), groups.shape[1] * columns.shape[1])
+    return out, held
+
+
+def sum_gains(thresholds: Tensor, held: Tensor, columns: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    """As the reference's ``sum_gains``."""
+    (batch, groups, rows), width = thresholds.shape, index.shape[1]
+    out = torch.empty(batch, groups, width, dtype=torch.float64)
+    flat = _arrays(thresholds.view(-1), held.view(-1), columns.view(-1), values.view(-1), index, out)
+    _solve(partial(gains_kernel, *flat), batch * -(-groups // GAINS_BAND), GAINS_BAND * width * rows)
     return out
 
 
