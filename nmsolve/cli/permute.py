@@ -13,19 +13,22 @@ from nmsolve.files import Interrupts
 from nmsolve.permute.on_disk import (
     ORDERS_FOLDER,
     ORDERS_SUFFIX,
+    SCORES,
     PermuteReport,
     Prepared,
     permute_checkpoint,
     prepare,
 )
+from nmsolve.permute.strategies import LEARNING_STRATEGIES
+from nmsolve.prune.on_disk import DTYPES
 
 __all__ = ["COMMAND"]
 
 DESCRIPTION = """\
-Reorders the channels inside the blocks of a transformer so that an N:M mask keeps more magnitude. The model
-computes what it did before: every order is folded into the layers that write the channels (down_proj's into
-up_proj and gate_proj, o_proj's into v_proj inside each head, and so on). Orders that would need a gather at
-run time are left alone.
+Reorders the channels inside the blocks of a transformer so that an N:M mask keeps more, by magnitude or by
+Wanda's scores, or so that the pruned model loses less (--learn). The model computes what it did before: every
+order is folded into the layers that write the channels (down_proj's into up_proj and gate_proj, o_proj's into
+v_proj inside each head, and so on). Orders that would need a gather at run time are left alone.
 """
 
 EPILOG = f"""\
@@ -35,6 +38,10 @@ examples:
 
   nmsolve permute Llama-3.2-1B --pattern 4:8 --transposable --include '*.mlp.*' --dry-run
       which channels would be reordered, and why others would not
+
+  nmsolve permute SmolLM2 --pattern 2:4 --scores wanda --learn frank-wolfe --calibration text.txt \\
+      --sequence-length 512 --batch-size 4 --out SmolLM2-ordered
+      orders that lower the loss of the model with Wanda's masks; then: nmsolve prune --method wanda
 
 The orders are kept in {ORDERS_FOLDER}/orders{SUFFIX} (of a file: NAME{ORDERS_SUFFIX});
 nmsolve.permute.load_permutations reads them. OUT appears whole or not at all.
@@ -55,6 +62,32 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_globs(parser, "--include", "only these couplings")
     parser.add_argument("--heads", type=int, help="attention heads, if no config.json says it")
     parser.add_argument("--key-value-heads", type=int, help="key/value heads, if no config.json says it")
+    parser.add_argument(
+        "--scores", choices=SCORES, default="magnitude", help="what the masks will go by (default: magnitude)"
+    )
+    parser.add_argument(
+        "--learn",
+        choices=LEARNING_STRATEGIES,
+        help="then learn, for the loss of the pruned model, beginning with the orders found",
+    )
+    parser.add_argument("--steps", type=int, default=50, help="of learning, a batch each (default 50)")
+    parser.add_argument("--block-size", type=int, help="channels that learning moves among each other")
+    parser.add_argument("--groups", type=int, help="the same as a number of blocks")
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        type=Path,
+        help="for wanda and learning: text in UTF-8, or tokens in a .safetensors file with one tensor",
+    )
+    parser.add_argument("--samples", type=int, default=128, help="calibration sequences (default 128)")
+    parser.add_argument(
+        "--sequence-length", type=int, help="tokens in each (default: what the model takes, 2048 at most)"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, help="sequences in a batch (default 1)")
+    options.add_bos(parser, "sequence of a calibration text")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw of sequences (default 0)")
+    options.add_device(parser)
+    options.add_dtype(parser, DTYPES, "that calibration and learning run in (default: the model's)")
     options.add_overwrite(parser, "replace OUT: a file, or a folder that nmsolve wrote")
     parser.add_argument("--dry-run", action="store_true", help="list the couplings and write nothing")
     options.add_quiet(parser)
@@ -69,6 +102,12 @@ def run(args: argparse.Namespace) -> None:
         "include": args.include,
         "heads": args.heads,
         "key_value_heads": args.key_value_heads,
+        "transposable": args.transposable,
+        "scores": args.scores,
+        "learn": args.learn,
+        "calibration": args.calibration,
+        "device": args.device,
+        "dtype": args.dtype,
         "overwrite": args.overwrite,
     }
     if args.dry_run:
@@ -80,7 +119,14 @@ def run(args: argparse.Namespace) -> None:
             args.input,
             out,
             pattern,
-            transposable=args.transposable,
+            steps=args.steps,
+            block_size=args.block_size,
+            groups=args.groups,
+            samples=args.samples,
+            sequence_length=args.sequence_length,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            bos=args.bos,
             progress=options.progress_of(args),
             interrupts=interrupts,
             **arguments,
@@ -104,7 +150,11 @@ def _print_summary(report: PermuteReport) -> None:
     kind = "transposable " if report.transposable else ""
     reordered = counted(len(report.couplings), "coupling")
     print(f"{reordered} reordered; {kind}{report.pattern} masks of these weights keep")
-    print(f"{before:.2%} of the magnitude in the old order and {after:.2%} in the new one")
+    what = "magnitude" if report.scores == "magnitude" else "score"
+    print(f"{before:.2%} of the {what} in the old order and {after:.2%} in the new one")
+    if report.learning:
+        held = [row["held_out"] for row in report.learning]
+        print(f"learning: the loss of held-out text fell from {held[0]:.4f} to {min(held):.4f}")
     print(printable(f"wrote {report.output}"))
 
 

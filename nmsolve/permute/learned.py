@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor, nn
 
@@ -23,16 +22,13 @@ from nmsolve.permute.module import STRATEGIES, LearnableChannelPermutation
 from nmsolve.permute.objective import Batch, Objective, TaskLoss
 from nmsolve.permute.orders import check_permutation
 from nmsolve.permute.pruned_model import Part, PrunedModel
+from nmsolve.permute.strategies import LearningStrategy, check_learning
 from nmsolve.permute.training import Trainer, TrainingPlan
 from nmsolve.permute.training_state import LearnedPermutations
 from nmsolve.permute.windows import check_window
 from nmsolve.prune.arguments import check_in_memory
 
-__all__ = ["LEARNING_STRATEGIES", "LearnedPermutations", "LearningStrategy", "learn_permutation"]
-
-LearningStrategy = Literal["permllm", "cost-matrix", "frank-wolfe"]
-
-LEARNING_STRATEGIES = (*STRATEGIES, "frank-wolfe")
+__all__ = ["LearnedPermutations", "check_block", "is_linear", "learn_permutation", "linear_couplings"]
 
 # Of "frank-wolfe": the share of the loss that it is to fall by in a step, and groups of a window.
 _RATE = 0.03
@@ -127,16 +123,18 @@ def learn_permutation(
         If an argument is not as described.
     """
     pattern = NMPattern.of(n, m)
-    _check_strategy(strategy, transposable, floor)
+    check_learning(strategy, transposable)
+    if strategy == "frank-wolfe" and floor is not None:
+        raise NMSolveError(f"floor: {strategy!r} has none; its orders follow the loss and not the score")
     check_in_memory(model)
     train, test = _split(list(calibration), held_out)
     if steps < 0 or check_every < 1 or patience < 1:
         raise NMSolveError("steps, check_every, patience: expected at least 0, 1 and 1")
-    chosen = _linear_couplings(model) if couplings is None else list(couplings)
+    chosen = linear_couplings(model, find_couplings(model)) if couplings is None else list(couplings)
     if not chosen:
         raise NMSolveError("couplings: expected at least one; none was found in this model")
     moves = strategy == "frank-wolfe"
-    blocks = [_block(coupling, block_size, groups, pattern if moves else None) for coupling in chosen]
+    blocks = [check_block(coupling, block_size, groups, pattern if moves else None) for coupling in chosen]
     tensors = [site.tensor for coupling in chosen for site in coupling.consumers]
     rate = _RATE if strategy == "frank-wolfe" else STRATEGIES[strategy].learning_rate
     plan = TrainingPlan(steps, rate if learning_rate is None else learning_rate, check_every, patience)
@@ -172,19 +170,16 @@ def learn_permutation(
             return Trainer(pruned, objective, least).fit(train, test, plan, state, progress)
 
 
-def _check_strategy(strategy: str, transposable: bool, floor: Mapping[str, Tensor] | None) -> None:
-    if strategy not in LEARNING_STRATEGIES:
-        raise NMSolveError(f"strategy: expected one of {', '.join(LEARNING_STRATEGIES)}, got {strategy!r}")
-    if strategy == "frank-wolfe" and transposable:
-        raise NMSolveError(f"transposable: {strategy!r} learns orders for ordinary masks")
-    if strategy == "frank-wolfe" and floor is not None:
-        raise NMSolveError(f"floor: {strategy!r} has none; its orders follow the loss and not the score")
-
-
-def _block(
+def check_block(
     coupling: Coupling, block_size: int | None, groups: int | None, pattern: NMPattern | None
 ) -> int | None:
-    """The channels of a block; with a pattern, those of a window."""
+    """The channels of a block, or None where the strategy says it; with a pattern, those of a window.
+
+    Raises
+    ------
+    NMSolveError
+        If the coupling's channels cannot be divided so.
+    """
     if block_size is not None and groups is not None:
         raise NMSolveError("block_size, groups: expected one of them, got both")
     if groups is not None:
@@ -229,12 +224,13 @@ def _kept_by(floor: Mapping[str, Tensor], model: PrunedModel) -> float:
     return least
 
 
-def _linear_couplings(model: nn.Module) -> list[Coupling]:
-    """The couplings all of whose consumers are linear layers."""
-    return [c for c in find_couplings(model) if all(_is_linear(model, site) for site in c.consumers)]
+def linear_couplings(model: nn.Module, couplings: Sequence[Coupling]) -> list[Coupling]:
+    """Those all of whose consumers are linear layers, which is what can be learned for."""
+    return [c for c in couplings if all(is_linear(model, site) for site in c.consumers)]
 
 
-def _is_linear(model: nn.Module, site: Site) -> bool:
+def is_linear(model: nn.Module, site: Site) -> bool:
+    """Whether a site is the weight of a linear layer that is called."""
     path, _, own = site.tensor.rpartition(".")
     layer = model.get_submodule(path)
     if own != "weight":  # experts, which are a parameter of their module

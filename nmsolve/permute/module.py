@@ -219,7 +219,7 @@ class _StraightThrough(torch.autograd.Function):
         module, pattern = ctx.settings
         d_plan = d_weight = None
         if ctx.needs_input_grad[0]:
-            d_mask = gradients[0] * weight
+            d_mask = (gradients[0] * weight).to(scores.dtype)
             d_ordered = _through_softmax(scores, d_mask, index, pattern)
             d_plan = module._products(mask.to(d_mask.dtype), d_mask) + module._products(d_ordered, scores)
             d_plan = d_plan.to(plan.dtype)

@@ -6,16 +6,16 @@ torch is imported once it is certain that there is work for it.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nmsolve.about import __version__, versions
+from nmsolve.backends.devices import check_device, chosen_device
 from nmsolve.checkpoint.format import (
     ORDERS_FOLDER,
     ORDERS_NAME,
@@ -23,23 +23,27 @@ from nmsolve.checkpoint.format import (
     REPORT_NAME,
     SUFFIX,
     Checkpoint,
-    Shard,
     open_checkpoint,
 )
 from nmsolve.checkpoint.output import check_output, publish
 from nmsolve.checkpoint.selection import DTYPES
 from nmsolve.checkpoint.streams import StreamWriter
 from nmsolve.errors import NMSolveError, begun, counted
-from nmsolve.files import Interrupts, Staging, check_space, write_text
+from nmsolve.files import Interrupts, Staging, check_space, is_regular, write_text
 from nmsolve.pattern import NMPattern, PatternLike
+from nmsolve.permute.strategies import check_learning
 from nmsolve.permute.windows import check_window
+from nmsolve.prune.on_disk import check_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nmsolve.permute.couplings import Coupling, Site
+    from nmsolve.permute.couplings import Coupling
 
-__all__ = ["ORDERS_FOLDER", "ORDERS_SUFFIX", "PermuteReport", "permute_checkpoint", "prepare"]
+__all__ = ["ORDERS_FOLDER", "ORDERS_SUFFIX", "SCORES", "PermuteReport", "permute_checkpoint", "prepare"]
+
+SCORES = ("magnitude", "wanda")
+"""What the masks to come will go by."""
 
 # Passes of a search where nothing else is said: more gain little (docs/permutation.md).
 _PASSES = 10
@@ -51,10 +55,12 @@ _SHARD = re.compile(r"-\d+-of-\d+\.")
 
 @dataclass(frozen=True)
 class PermuteReport:
-    """What was reordered. Scores are magnitudes, summed in float64.
+    """What was reordered. Scores are summed in float64.
 
-    ``couplings`` has a row for each: name, heads, channels, the magnitude that masks keep ``before`` and
-    ``after``, and the ``score``, what there is to keep.
+    ``couplings`` has a row for each: name, heads, channels, what its ``scores`` are ("magnitude" or "wanda"),
+    whether its order was ``learned``, what masks keep of these scores ``before`` and ``after``, and the
+    ``score``, what there is to keep. ``calibration`` has the data for scores and learning, ``learn`` how was
+    learned, and ``learning`` the checks on the way (:class:`~nmsolve.permute.LearnedPermutations`).
     """
 
     input: str
@@ -64,6 +70,10 @@ class PermuteReport:
     passes: int
     window: int | None
     couplings: list[dict[str, Any]]
+    scores: str = "magnitude"
+    calibration: dict[str, Any] | None = None
+    learn: dict[str, Any] | None = None
+    learning: list[dict[str, Any]] | None = None
 
     def totals(self) -> dict[str, float]:
         """The sums over the couplings."""
@@ -80,8 +90,40 @@ class PermuteReport:
             "transposable": self.transposable,
             "passes": self.passes,
             "window": self.window,
+            "scores": self.scores,
+            "learn": self.learn,
+            "calibration": self.calibration,
+            "learning": self.learning,
             "couplings": self.couplings,
         }
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """A file, what is drawn from it, and the dtype of the model; see :func:`permute_checkpoint`."""
+
+    file: Path
+    samples: int
+    sequence_length: int | None
+    batch_size: int
+    seed: int
+    bos: bool | None
+    dtype: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON data."""
+        return {**asdict(self), "file": os.fspath(self.file)}
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How orders are learned; see :func:`~nmsolve.permute.learn_permutation`."""
+
+    strategy: str
+    steps: int
+    block_size: int | None
+    groups: int | None
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -104,6 +146,12 @@ def prepare(
     include: Sequence[str] = (),
     heads: int | None = None,
     key_value_heads: int | None = None,
+    transposable: bool = False,
+    scores: str = "magnitude",
+    learn: str | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
     overwrite: bool = False,
 ) -> Prepared:
     """Checks the arguments of :func:`permute_checkpoint` and reads the headers; writes nothing.
@@ -121,7 +169,22 @@ def prepare(
             raise NMSolveError(f"{name}: expected at least 1, got {count!r}")
     if key_value_heads is not None and (heads is None or heads % key_value_heads):
         raise NMSolveError(f"key_value_heads: expected a divisor of heads={heads}, got {key_value_heads}")
+    if scores not in SCORES:
+        raise NMSolveError(f"scores: expected one of {', '.join(SCORES)}, got {scores!r}")
+    if learn is not None:
+        check_learning(learn, transposable, "learn")
+    check_device(device)
+    check_dtype(dtype)
+    calibrated = learn is not None or scores != "magnitude"
+    if calibrated and calibration is None:
+        raise NMSolveError(f"calibration: needed for {f'learn={learn!r}' if learn else f'scores={scores!r}'}")
+    if calibration is not None and not calibrated:
+        raise NMSolveError("calibration: nothing uses it; ask for scores='wanda' or learn")
+    if calibration is not None and not is_regular(Path(calibration)):
+        raise NMSolveError(f"calibration: {Path(calibration)} is not a file")
     found = open_checkpoint(Path(checkpoint))
+    if calibrated and not found.is_folder:
+        raise NMSolveError(f"{found.root}: calibration needs the folder of a model, not a file")
     if not found.is_folder and _SHARD.search(found.root.name):
         raise NMSolveError(f"{found.root}: a shard has a part of the layers; give the folder that it is in")
     target = check_output(found, out, overwrite, _names)
@@ -139,6 +202,19 @@ def permute_checkpoint(
     include: Sequence[str] = (),
     heads: int | None = None,
     key_value_heads: int | None = None,
+    scores: str = "magnitude",
+    learn: str | None = None,
+    steps: int = 50,
+    block_size: int | None = None,
+    groups: int | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    samples: int = 128,
+    sequence_length: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    bos: bool | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
     interrupts: Interrupts | None = None,
@@ -168,6 +244,20 @@ def permute_checkpoint(
         Globs of the couplings to reorder; all where there are none.
     heads, key_value_heads : int, optional
         Attention heads, where no config.json says it.
+    scores : {"magnitude", "wanda"}
+        What the masks to come will go by. Experts, which calibration does not see one by one, and layers that
+        are not linear, are ordered by magnitude.
+    learn : str, optional
+        A strategy of :func:`~nmsolve.permute.learn_permutation`, which then starts from the orders found. The
+        model must be a causal language model, but for "permllm".
+    steps, block_size, groups : int
+        Of learning, as there.
+    calibration : path, optional
+        Text in UTF-8, or tokens (or images) in a .safetensors file with one tensor; for "wanda" and learning.
+    samples, sequence_length, batch_size, seed, bos
+        As in :func:`nmsolve.prune.prune_checkpoint`.
+    device, dtype : str, optional
+        Where calibration and learning run, and in what dtype; as there.
     overwrite : bool
         Whether ``out`` may be replaced: a file, or a folder that nmsolve wrote.
     progress : bool, optional
@@ -205,6 +295,12 @@ def permute_checkpoint(
         include=include,
         heads=heads,
         key_value_heads=key_value_heads,
+        transposable=transposable,
+        scores=scores,
+        learn=learn,
+        calibration=calibration,
+        device=device,
+        dtype=dtype,
         overwrite=overwrite,
     )
     found, target, chosen = prepared.checkpoint, prepared.out, prepared.chosen
@@ -214,11 +310,41 @@ def permute_checkpoint(
     check_space(target.parent, sum(shard.nbytes for shard in found.shards))
     passes = passes or (_TRANSPOSABLE_PASSES if transposable else _PASSES)
     interrupts = interrupts or Interrupts()
+    data = None
+    if calibration is not None:
+        data = CalibrationData(Path(calibration), samples, sequence_length, batch_size, seed, bos, dtype)
+    learning = None if learn is None else Learning(learn, steps, block_size, groups, seed)
+
+    from nmsolve.permute.checkpoint_search import CheckpointSearch
+
+    search = CheckpointSearch(found, pattern, transposable, passes, window, progress, interrupts)
+    calibrated = None
+    if data is not None:
+        from nmsolve.permute.calibrated import open_calibrated
+
+        calibrated = open_calibrated(found, chosen, data, chosen_device(device))
+        if learning is not None:
+            calibrated.check(learning, pattern)
     with begun(), Staging(target) as staging:
-        rows, orders = _search(found, chosen, pattern, transposable, passes, window, progress, interrupts)
+        if calibrated is not None and scores == "wanda":
+            search.scored = calibrated.scores()
+        rows, orders = search.run(chosen)
+        history = None
+        if calibrated is not None and learning is not None:
+            rows, orders, history = calibrated.learn(search, learning, chosen, rows, orders)
         _write(found, chosen, orders, target, staging.path, interrupts)
         report = PermuteReport(
-            os.fspath(checkpoint), os.fspath(out), str(pattern), transposable, passes, window, rows
+            input=os.fspath(checkpoint),
+            output=os.fspath(out),
+            pattern=str(pattern),
+            transposable=transposable,
+            passes=passes,
+            window=window,
+            couplings=rows,
+            scores=scores,
+            calibration=None if data is None else data.to_json(),
+            learn=None if learning is None else asdict(learning),
+            learning=history,
         )
         if found.is_folder:
             write_text(staging.path / REPORT_NAME, json.dumps(report.to_json(), indent=2) + "\n")
@@ -257,53 +383,6 @@ def _choose(
     return chosen, others
 
 
-def _search(
-    checkpoint: Checkpoint,
-    chosen: list[Coupling],
-    pattern: NMPattern,
-    transposable: bool,
-    passes: int,
-    window: int | None,
-    progress: bool | None,
-    interrupts: Interrupts,
-) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Magnitude that masks keep before and after, and the order of every coupling."""
-    import torch
-    from tqdm import tqdm
-
-    from nmsolve.permute import retained_score, ria_permutation, transposable_permutation
-
-    shards = {entry.name: shard for shard, entry in checkpoint.entries()}
-    shapes = {entry.name: entry.shape for _, entry in checkpoint.entries()}
-    rows: list[dict[str, Any]] = []
-    orders: dict[str, Tensor] = {}
-    for coupling in tqdm(chosen, unit="coupling", disable=None if progress is None else not progress):
-        interrupts.check()
-        sites = [*coupling.consumers]
-        if transposable:  # the masks of the producers feel the order of their rows as well
-            sites += [site for site in coupling.producers if _is_matrix(shapes[site.tensor], site)]
-        weights = {site.tensor: _read(shards[site.tensor], site.tensor).float().abs() for site in sites}
-        for name, weight in weights.items():
-            if not torch.isfinite(weight).all():
-                raise NMSolveError(f"{name}: expected finite values, got NaN or infinite ones")
-        scores = coupling.scores(weights, sites)
-        if transposable:
-            found = transposable_permutation(
-                scores, pattern.n, pattern.m, rows=False, passes=passes, window=window
-            )
-            order, before, after = found.columns, found.before.sum(), found.after.sum()
-        else:
-            order = ria_permutation(scores, pattern.n, pattern.m, passes=passes, window=window)
-            before = retained_score(scores, pattern.n, pattern.m).sum()
-            after = retained_score(scores, pattern.n, pattern.m, order).sum()
-            if after < before:
-                order, after = torch.arange(coupling.size).expand(coupling.shape).contiguous(), before
-        orders[coupling.name] = order
-        kept = {"before": float(before), "after": float(after), "score": float(scores.double().sum())}
-        rows.append({"name": coupling.name, "heads": coupling.heads, "channels": coupling.size, **kept})
-    return rows, orders
-
-
 def _write(
     checkpoint: Checkpoint,
     chosen: list[Coupling],
@@ -316,6 +395,7 @@ def _write(
     import torch
 
     from nmsolve.permute.apply import fold_site, save_permutations
+    from nmsolve.permute.checkpoint_search import read_tensor
 
     moves: dict[str, list[tuple[Coupling, Any]]] = {}
     for coupling in chosen:
@@ -331,7 +411,7 @@ def _write(
                     for _ in writer.copy(source, entry):
                         interrupts.check()
                     continue
-                tensor = _read(shard, entry.name).clone()
+                tensor = read_tensor(shard, entry.name).clone()
                 for coupling, site in moves[entry.name]:
                     fold_site(tensor, coupling, orders[coupling.name], site)
                 writer.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -341,17 +421,3 @@ def _write(
         save_permutations(folder / ORDERS_FOLDER / ORDERS_NAME, orders)
     else:
         save_permutations(folder / _names(out)[0], orders)
-
-
-def _is_matrix(shape: tuple[int, ...], site: Site) -> bool:
-    """Whether a tensor has several elements for each channel, which biases and norms have not."""
-    heads = 1 if site.head_axis is None else shape[site.head_axis]
-    return math.prod(shape) > heads * shape[site.axis]
-
-
-def _read(shard: Shard, name: str) -> Tensor:
-    from safetensors import safe_open
-
-    with safe_open(shard.path, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-    return tensor

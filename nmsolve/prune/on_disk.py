@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nmsolve.prune.model import PruneResult
     from nmsolve.prune.stored import Place
 
-__all__ = ["evaluate_checkpoint", "prune_checkpoint"]
+__all__ = ["DTYPES", "check_dtype", "evaluate_checkpoint", "prune_checkpoint"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 """What a model can be run and saved in."""
@@ -131,7 +131,7 @@ sequence_length, batch_size, seed, bos, iterations, damping, all_experts, exact_
     210
     """
     ranks = ALONE if ranks is None else ranks
-    _check_dtype(dtype)
+    check_dtype(dtype)
     options = _check(
         method, transposable, mask_method, backend, device, iterations=iterations, damping=damping
     )
@@ -301,7 +301,7 @@ def evaluate_checkpoint(
     22.41
     """
     check_device(device)
-    _check_dtype(dtype)
+    check_dtype(dtype)
     file = Path(text)
     if not is_regular(file):
         raise NMSolveError(f"text: {file} is not a file")
@@ -346,7 +346,8 @@ def _check(
     return given
 
 
-def _check_dtype(dtype: str | None) -> None:
+def check_dtype(dtype: str | None) -> None:
+    """Raise NMSolveError unless a model can be run in it."""
     if dtype is not None and dtype not in DTYPES:
         raise NMSolveError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
 

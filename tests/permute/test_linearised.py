@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from nmsolve.permute import find_couplings, learn_permutation, retained_score
 from nmsolve.permute.heuristics import search_pass
 from nmsolve.permute.insertions import Insertions
 from nmsolve.permute.masked_weights import MaskedModel
+from nmsolve.permute.strategies import LEARNING_STRATEGIES
 from nmsolve.permute.windows import groups_of
 
 WIDTH = 16
@@ -297,7 +299,7 @@ def test_the_distance_to_the_dense_model_can_be_part_of_the_loss(model):
             steps=4,
             check_every=2,
             distillation=distillation,
-        )  # fmt: skip
+        )
         for distillation in (0.0, 100.0)
     ]
     assert found[0].history[0] == found[1].history[0]
@@ -328,6 +330,19 @@ def test_mistaken_arguments(model, options, message):
     options = {"strategy": "frank-wolfe", "steps": 0, **options}
     with pytest.raises(NMSolveError, match=message):
         learn_permutation(model, batches(2), 2, 4, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("strategy", LEARNING_STRATEGIES)
+def test_models_of_any_dtype_learn(strategy, dtype):
+    model = trained().to(dtype)
+    start = natural(model)
+    found = learn_permutation(
+        model, batches(6), 2, 4, strategy=strategy, start=start, steps=4, check_every=2, patience=9
+    )
+    assert len(found.history) == 3
+    assert all(math.isfinite(row["held_out"]) for row in found.history)
+    assert all(parameter.dtype == dtype for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("options", [{"block_size": 16}, {"groups": 2}])
