@@ -109,6 +109,7 @@ bench: $(MODEL)
 	$(BENCH) microbenchmarks
 	$(BENCH) demo --results
 	$(BENCH) permutation
+	$(BENCH) learned_orders --steps 24
 	$(BENCH) order_scale
 	$(BENCH) hierarchical
 	$(BENCH) training
