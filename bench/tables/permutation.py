@@ -1,8 +1,13 @@
-"""The tables of docs/permutation.md, from what bench/permutation.py and bench/order_scale.py wrote."""
+"""The tables of docs/permutation.md, from what bench/permutation.py, bench/order_scale.py and
+bench/learned_orders.py wrote.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+
+import numpy as np
 
 from tables.columns import (
     Column,
@@ -19,10 +24,13 @@ from tables.columns import (
     source,
     whole,
 )
+from tables.pruning import bootstrapped
 
 FILE = "permutation.csv"
 LEARNING = "permutation_learning.csv"
 SCALE = "order_scale.csv"
+LEARNED = "learned_orders.csv"
+GRADIENT = "learned_gradient.csv"
 
 SEARCHES = {
     "dealt": "dealt only",
@@ -40,6 +48,16 @@ NAMES = {
     "ria 3 passes": "RIA, 3 passes",
     "permllm": "learned, `permllm`",
     "cost-matrix": "learned, `cost-matrix`",
+}
+
+LEARNED_NAMES = {
+    "natural": "as it is",
+    "ria": "RIA, 10 passes",
+    "ria of squares": "RIA of the squares, 10 passes",
+    "frank-wolfe": "learned from RIA's, `frank-wolfe`",
+    "frank-wolfe from natural": "learned from the natural one, `frank-wolfe`",
+    "permllm": "learned from RIA's, `permllm`",
+    "cost-matrix": "learned from RIA's, `cost-matrix`",
 }
 
 
@@ -92,6 +110,60 @@ def learning() -> str:
             right("kept score", share("kept", 3)),
         ],
     )
+
+
+def learned() -> str:
+    """Orders of all MLPs: perplexity, and window by window how far it is from that of RIA's search."""
+    rows = results(LEARNED)
+    lines = []
+    for pattern in dict.fromkeys(row["pattern"] for row in rows):
+        here = [row for row in rows if row["pattern"] == pattern]
+        found = {id(row): np.array(row["losses"].split(), float) for row in here}
+        reference = next(found[id(row)] for row in here if row["order"] == "ria")
+        for row in here:
+            change = ""
+            if row["order"] != "ria":
+                difference = found[id(row)] - reference
+                low, high = (100 * math.expm1(bound) for bound in bootstrapped(difference))
+                change = f"{100 * math.expm1(difference.mean()):+.1f} % ({low:+.1f} to {high:+.1f})"
+            steps = f"{row['steps']} x {int(row['batch']):,} tokens" if int(row["steps"]) else ""
+            lines.append(
+                [
+                    pattern,
+                    LEARNED_NAMES[row["order"]],
+                    share("retained")(row),
+                    fixed("perplexity", 1)(row),
+                    change,
+                    steps,
+                    whole("seconds")(row),
+                ]
+            )
+    head = ["pattern", "order", "kept score", "perplexity", "beside RIA", "steps", "seconds"]
+    return markdown(head, lines, "llrrrrr") + source(LEARNED, rows[0])
+
+
+def gradient() -> str:
+    """How well two gradients say what exchanged columns do to the loss: correlations and slopes."""
+    rows = results(GRADIENT)
+    lines = []
+    for pattern, swaps in dict.fromkeys((row["pattern"], row["swaps"]) for row in rows):
+        here = [row for row in rows if (row["pattern"], row["swaps"]) == (pattern, swaps)]
+        change = np.array([float(row["change"]) for row in here])
+        cells = [pattern, swaps, f"{np.abs(change).mean():.1e}"]
+        for name in ("masks", "plan"):
+            said = np.array([float(row[name]) for row in here])
+            cells += [f"{np.corrcoef(said, change)[0, 1]:.2f}", f"{np.mean(said * change > 0):.0%}"]
+        lines.append(cells)
+    head = [
+        "pattern",
+        "pairs",
+        "change of the loss",
+        "by masks: correlation",
+        "sign",
+        "by plan: correlation",
+        "sign",
+    ]
+    return markdown(head, lines, "lrrrrrr") + source(GRADIENT, rows[0])
 
 
 def _searched(parts: tuple[str, ...]) -> list[Row]:
@@ -163,6 +235,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "permutation-model": model,
     "permutation-layers": layers,
     "permutation-learning": learning,
+    "permutation-learned": learned,
+    "permutation-gradient": gradient,
     "permutation-windows": windows,
     "permutation-published": published,
     "permutation-rows-and-columns": rows_and_columns,
