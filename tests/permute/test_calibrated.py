@@ -96,8 +96,10 @@ def test_transposable_masks_learn_and_take_the_producers_scores(folder):
     assert (logits(permuted) - logits(model)).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixtral", "gptneox"])
-def test_files_whose_names_are_not_the_models(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "strategy"), [("gpt2", "permllm"), ("mixtral", "permllm"), ("gptneox", "frank-wolfe")]
+)
+def test_files_whose_names_are_not_the_models(name, strategy, tmp_path):
     """Files without the prefix of the model, Conv1D, experts of a tensor each."""
     model = zoo.build(name)
     if name == "gpt2":
@@ -106,7 +108,7 @@ def test_files_whose_names_are_not_the_models(name, tmp_path):
     tokens = torch.randint(0, model.config.vocab_size, (6, 16), generator=torch.Generator().manual_seed(0))
     save_file({"tokens": tokens}, tmp_path / "tokens.safetensors")
     report = permute_checkpoint(
-        tmp_path / "model", tmp_path / "out", "2:4", scores="wanda", learn="permllm", steps=2,
+        tmp_path / "model", tmp_path / "out", "2:4", scores="wanda", learn=strategy, steps=2,
         calibration=tmp_path / "tokens.safetensors", progress=False,
     )  # fmt: skip
     kinds = {row["name"].rpartition(".")[2]: (row["scores"], row["learned"]) for row in report.couplings}

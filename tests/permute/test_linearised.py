@@ -345,6 +345,17 @@ def test_models_of_any_dtype_learn(strategy, dtype):
     assert all(parameter.dtype == dtype for parameter in model.parameters())
 
 
+def test_layers_that_are_stored_the_other_way_round():
+    """GPT-2's Conv1D, whose weights are (in, out)."""
+    zoo = pytest.importorskip("zoo")
+    model = zoo.build("gpt2")
+    tokens = [torch.randint(0, model.config.vocab_size, (4, 16)) for _ in range(6)]
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    found = learn_permutation(model, tokens, 2, 4, strategy="frank-wolfe", steps=4, check_every=1, patience=9)
+    assert len({row["kept"] for row in found.history}) > 1  # something moved
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
 @pytest.mark.parametrize("options", [{"block_size": 16}, {"groups": 2}])
 @pytest.mark.parametrize("strategy", ["permllm", "cost-matrix"])
 def test_channels_stay_in_their_blocks(model, strategy, options):
