@@ -27,6 +27,8 @@ MATRICES = 64
 """That a group has."""
 SAMPLE = 64
 """Blocks that are compared with the reference."""
+WINDOW = 512
+"""Groups whose columns change places with each other."""
 STRIPS = 4
 """Of hierarchical masks, whose reference is slow."""
 
@@ -289,6 +291,54 @@ def gather(*, norm: bool) -> Callable[[Setting, int, torch.dtype, int, int], Pre
     return prepare
 
 
+def columns_of(setting: Setting, dtype: torch.dtype, side: int, seed: int) -> Tensor:
+    """As a search for orders holds a matrix: a column behind the other, widened."""
+    return normal(setting, (side, side), dtype, seed).float()
+
+
+def nth_largest(setting: Setting, m: int, dtype: torch.dtype, side: int, seed: int) -> Prepared:
+    """Of all columns of every group but one."""
+    columns = columns_of(setting, dtype, side, seed)
+    groups = torch.arange(side // m * m, device=setting.device).view(-1, m)[:, 1:].contiguous()
+
+    def wrong(result: Tensor) -> str:
+        theirs = columns[groups[:SAMPLE]].sort(1, descending=True).values[:, m // 2 - 1]
+        off = int((result[:SAMPLE] != theirs).sum())
+        return f"{off} differ from PyTorch's" if off else ""
+
+    call = lambda: gpu_permute.nth_largest(columns, groups, m // 2)  # noqa: E731
+    return Prepared(call, size_of(columns, groups), wrong)
+
+
+def sum_maxima(setting: Setting, m: int, dtype: torch.dtype, side: int, seed: int) -> Prepared:
+    """One slot of 2:4, in windows of at most 512 groups; the parts of the rows are added up, too."""
+    columns = columns_of(setting, dtype, side, seed)
+    groups = min(WINDOW, side // 4)
+    index = torch.arange(side // 4, device=setting.device).view(-1, groups)
+    thresholds = columns[index + side // 2]
+
+    def wrong(result: Tensor) -> str:
+        theirs = torch.maximum(thresholds[-1, :SAMPLE, None], columns[index[-1, -SAMPLE:]]).double().sum(2)
+        off = float(((result[-1, :SAMPLE, -SAMPLE:] - theirs) / theirs).abs().max())
+        return f"differ by {off:.2g} from PyTorch's" if not off < 1e-6 else ""
+
+    call = lambda: gpu_permute.sum_maxima(thresholds, columns, index)  # noqa: E731
+    return Prepared(call, size_of(thresholds, index, call()) + size_of(thresholds), wrong)
+
+
+def add_parts(setting: Setting, m: int, dtype: torch.dtype, side: int, seed: int) -> Prepared:
+    """What as many sums of maxima are made of."""
+    parts = max(2, side // 1024)
+    sums = normal(setting, (parts, side * side // 64), dtype, seed).float()
+
+    def wrong(result: Tensor) -> str:
+        off = float((result - sums.double().sum(0)).abs().max())
+        return f"differ by {off:.2g} from PyTorch's" if not off < 1e-12 else ""
+
+    call = lambda: gpu_permute.add_parts(sums)  # noqa: E731
+    return Prepared(call, size_of(sums, call()), wrong)
+
+
 # --- the table ----------------------------------------------------------------------------------------------
 
 
@@ -344,6 +394,9 @@ CASES = (
     Case("sinkhorn, forward", plan_sizes, sinkhorn(keep=False)),
     Case("sinkhorn, training", plan_sizes, sinkhorn(keep=True)),
     Case("sinkhorn, backward", plan_sizes, sinkhorn_backward),
+    Case("nth_largest", up_to_32, nth_largest),
+    Case("sum_maxima", no_blocks, sum_maxima),
+    Case("add_parts", no_blocks, add_parts),
     Case("permute_columns", no_blocks, gather(norm=False)),
     Case("rms_norm_permute", no_blocks, gather(norm=True)),
     Case("assignment", larger, assignment),

@@ -96,7 +96,7 @@ def test_searches_never_end_below_their_start(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 3), (3, 4), (4, 8)])
 def test_one_slot_is_an_optimal_assignment(n, m, backend, dtype, monkeypatch):
     from scipy.optimize import linear_sum_assignment
