@@ -183,6 +183,6 @@ MOST_SORTED = 32
 """The most columns of a group that a lane sorts."""
 
 
-def nth_largest_tile(bits: int) -> tuple[int, int]:
-    """(rows, warps) of the kernel that sorts columns: a lane reads 16 bytes of each."""
-    return 128 * 128 // bits, 4
+def sorting_tile(bits: int, warps: int) -> int:
+    """Rows of the kernels that sort columns: a lane reads 16 bytes of each."""
+    return 32 * warps * 128 // bits

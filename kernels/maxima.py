@@ -134,3 +134,40 @@ def nth_largest_kernel(
         else:
             x = x + (tl.full((ROWS,), float("-inf"), columns_ptr.dtype.element_ty),)
     tl.store(out_ptr + g * rows + row, bitonic_sort(x, LOG)[N - 1], mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["members", "subsets", "rows"])
+def sum_largest_kernel(
+    columns_ptr,  # (C, R)
+    members_ptr,  # (P, members) int64, contiguous
+    subsets_ptr,  # (subsets, K) int64, contiguous
+    out_ptr,  # (P, subsets) float64, contiguous
+    members,
+    subsets,
+    rows,
+    stride_col,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    LOG: tl.constexpr,  # 2^LOG >= K
+    ROWS: tl.constexpr,
+):
+    """One program: the sums of the N largest of all subsets of some columns. ``grid = (P,)``."""
+    p = tl.program_id(0).to(tl.int64)
+    for subset in range(subsets):
+        columns = ()
+        for i in tl.static_range(K):
+            member = tl.load(subsets_ptr + subset * K + i)
+            columns = columns + (columns_ptr + tl.load(members_ptr + p * members + member) * stride_col,)
+        total = tl.zeros((ROWS,), columns_ptr.dtype.element_ty)
+        for start in range(0, rows, ROWS):
+            row = start + tl.arange(0, ROWS)
+            x = ()
+            for i in tl.static_range(1 << LOG):
+                if i < K:
+                    x = x + (tl.load(columns[i] + row, mask=row < rows, other=0.0),)
+                else:
+                    x = x + (tl.full((ROWS,), float("-inf"), columns_ptr.dtype.element_ty),)
+            x = bitonic_sort(x, LOG)
+            for i in tl.static_range(N):
+                total += x[i]
+        tl.store(out_ptr + p * subsets + subset, tl.sum(total.to(tl.float64)))

@@ -29,6 +29,8 @@ SAMPLE = 64
 """Blocks that are compared with the reference."""
 WINDOW = 512
 """Groups whose columns change places with each other."""
+STRIPES = 256
+"""Groups of which every pair is dealt anew."""
 STRIPS = 4
 """Of hierarchical masks, whose reference is slow."""
 
@@ -310,6 +312,24 @@ def nth_largest(setting: Setting, m: int, dtype: torch.dtype, side: int, seed: i
     return Prepared(call, size_of(columns, groups), wrong)
 
 
+def sum_largest(setting: Setting, m: int, dtype: torch.dtype, side: int, seed: int) -> Prepared:
+    """All ways of dealing the columns of every pair of groups, in windows of at most 256 groups."""
+    columns = columns_of(setting, dtype, side, seed)
+    groups = torch.arange(side // m * m, device=setting.device).view(-1, m).split(STRIPES)
+    pairs = [torch.combinations(torch.arange(len(some), device=setting.device)) for some in groups]
+    members = torch.cat([some[pair].flatten(1) for some, pair in zip(groups, pairs, strict=True)])
+    subsets = torch.combinations(torch.arange(2 * m, device=setting.device), m)
+
+    def wrong(result: Tensor) -> str:
+        largest = columns[members[:STRIPS]][:, subsets].topk(m // 2, dim=2).values
+        theirs = largest.sum((2, 3), dtype=torch.float64)
+        off = float(((result[:STRIPS] - theirs) / theirs).abs().max())
+        return f"differ by {off:.2g} from PyTorch's" if not off < 1e-6 else ""
+
+    call = lambda: gpu_permute.sum_largest(columns, members, subsets, m // 2)  # noqa: E731
+    return Prepared(call, size_of(columns, members, call()), wrong)
+
+
 def sum_maxima(setting: Setting, m: int, dtype: torch.dtype, side: int, seed: int) -> Prepared:
     """One slot of 2:4, in windows of at most 512 groups; the parts of the rows are added up, too."""
     columns = columns_of(setting, dtype, side, seed)
@@ -395,6 +415,7 @@ CASES = (
     Case("sinkhorn, training", plan_sizes, sinkhorn(keep=True)),
     Case("sinkhorn, backward", plan_sizes, sinkhorn_backward),
     Case("nth_largest", up_to_32, nth_largest),
+    Case("sum_largest", four, sum_largest),
     Case("sum_maxima", no_blocks, sum_maxima),
     Case("add_parts", no_blocks, add_parts),
     Case("permute_columns", no_blocks, gather(norm=False)),

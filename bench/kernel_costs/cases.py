@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ KERNELS = {
     "sinkhorn, training": Kernel("sinkhorn_forward", SINKHORN_SIZES, {"keep": True}, "sinkhorn"),
     "sinkhorn, backward": Kernel("sinkhorn_backward", SINKHORN_SIZES, {}, "sinkhorn, backward"),
     "nth_largest": Kernel("nth_largest", SIZES[:-1], {}, ""),
+    "sum_largest": Kernel("sum_largest", (4,), {}, "sum_largest"),
     "sum_maxima": Kernel("maxima", (0,), {}, "sum_maxima"),
     "add_parts": Kernel("add_parts", (0,), {}, ""),
     "permute_columns": Kernel("gather", (0,), {}, "permute_columns"),
@@ -50,6 +52,8 @@ KERNELS = {
 
 SLOT_M, WINDOW = 4, 512
 """The sums of maxima are those of one slot of 2:4, in windows of so many groups."""
+STRIPES = 256
+"""Groups of which every pair is dealt anew."""
 
 COMPARED = ("exact", "tsenor")
 ENTRIES_OF_A_LANE = ((4, 4), (4, 8), (8, 4), (8, 8))
@@ -149,6 +153,8 @@ def weights_per_program(case: Case, meta: Mapping[str, Any]) -> float:
         return offline.STRIP * case.m
     if case.kernel == "nth_largest":
         return meta["ROWS"] * case.m
+    if case.kernel == "sum_largest":
+        return SIDE * case.m * 2 / (STRIPES - 1)
     if case.kernel == "sum_maxima":
         sums = meta["GROUPS_IN"] * meta["GROUPS_OUT"] * meta["COLS_IN"] * meta["COLS_OUT"]
         return SIDE * SLOT_M * sums / WINDOW / parts_of_the_rows()
@@ -173,6 +179,8 @@ def bytes_per_weight(case: Case) -> float:
     sums = WINDOW / SLOT_M / SIDE  # of the maxima, for each weight
     if case.kernel == "nth_largest":
         return 4
+    if case.kernel == "sum_largest":
+        return 4 + 8 * math.comb(2 * case.m, case.m) * (STRIPES - 1) / 2 / case.m / SIDE
     if case.kernel == "sum_maxima":
         return 2 * 4 / SLOT_M + 4 * parts_of_the_rows() * sums
     if case.kernel == "add_parts":

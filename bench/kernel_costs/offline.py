@@ -89,8 +89,8 @@ def jobs_of(
 
     Options: ``edge`` (partial blocks), ``padded``, ``packed``, ``warm``, ``solution``, ``transport``;
     ``tile`` (rows_in, cols_in, blocks, warps) in place of the launch table's; for Sinkhorn ``cols`` (default
-    m), ``keep``, ``tolerance``; for the gather ``norm``; for the exhaustive one, whole groups and the N-th
-    largest ``n``; for strips ``v`` and ``k``; for maxima ``parts``.
+    m), ``keep``, ``tolerance``; for the gather ``norm``; for the exhaustive one, whole groups and the
+    largest columns ``n``; for strips ``v`` and ``k``; for maxima ``parts``.
     """
     yield {"kernel": kernel, "m": m, "target": target, "dtype": dtype, "options": options}
 
@@ -111,6 +111,7 @@ KERNELS = {
     "maxima": (("maxima.py",), "sum_maxima_kernel"),
     "add_parts": (("maxima.py",), "add_parts_kernel"),
     "nth_largest": (("maxima.py", "nm_groups.py"), "nth_largest_kernel"),
+    "sum_largest": (("maxima.py", "nm_groups.py"), "sum_largest_kernel"),
 }
 """Files and function of each kernel."""
 
@@ -158,7 +159,7 @@ def _arguments(job: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
         return _block_arguments(job, scores)
     if job["kernel"] == "strips":
         return _strip_arguments(job)
-    if job["kernel"] in ("maxima", "add_parts", "nth_largest"):
+    if job["kernel"] in ("maxima", "add_parts", "nth_largest", "sum_largest"):
         return _maxima_arguments(job, scores)
     return _permute_arguments(job, scores)
 
@@ -177,7 +178,11 @@ def _maxima_arguments(job: dict[str, Any], dtype: Any) -> tuple[Any, list[Any], 
     if job["kernel"] == "add_parts":
         meta = {"PARTS": 8, "ENTRIES": _launch.PARTS_ENTRIES, **_launch.options(warps=4)}
         return maxima.add_parts_kernel, [dtype, torch.float64, 1 << 20], meta
-    meta = gpu_permute.nth_largest_arguments(options.get("n", m // 2), m - 1, bits)
+    n = options.get("n", m // 2)
+    if job["kernel"] == "sum_largest":
+        positional = [dtype, torch.int64, torch.int64, torch.float64, 2 * m, 70, 8192, 8192]
+        return maxima.sum_largest_kernel, positional, gpu_permute.sorting_arguments(n, m, bits, warps=1)
+    meta = gpu_permute.sorting_arguments(n, m - 1, bits, warps=4)
     return maxima.nth_largest_kernel, [dtype, torch.int64, dtype, 8192, 8192], meta
 
 

@@ -46,6 +46,8 @@ def run_programs(name: str, m: int, blocks: int | None, distribution: str, progr
         return _run_gather(norm=name == "rms_norm_permute")
     if name == "sum_maxima":
         return _run_maxima()
+    if name == "sum_largest":
+        return _run_largest(m)
     if name == "hierarchical":
         return _run_strips(m, distribution, programs)
     if name.startswith("sinkhorn"):
@@ -80,6 +82,17 @@ def _run_maxima() -> tuple[int, int]:
     columns = torch.randn(groups + cols, rows)
     index = torch.arange(groups, groups + cols)[None]
     gpu_permute.sum_maxima(columns[None, :groups], columns, index)
+    return 1, 1
+
+
+def _run_largest(m: int) -> tuple[int, int]:
+    """All ways of dealing the columns of one pair of groups."""
+    import torch
+
+    from nmsolve.backends.triton import permutations as gpu_permute
+
+    groups = torch.combinations(torch.arange(2 * m), m)
+    gpu_permute.sum_largest(torch.randn(2 * m, SIDE), torch.arange(2 * m)[None], groups, m // 2)
     return 1, 1
 
 

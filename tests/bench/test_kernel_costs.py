@@ -33,6 +33,7 @@ QUICK = [
     ("sinkhorn, training", 16),
     ("sinkhorn, backward", 32),
     ("nth_largest", 4),
+    ("sum_largest", 4),
     ("sum_maxima", 0),
     ("add_parts", 0),
     ("permute_columns", 0),

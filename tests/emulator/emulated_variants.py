@@ -254,6 +254,18 @@ def nth_largest(m: int, dtype: torch.dtype) -> tuple[int, float]:
     return 3, float(differ.sum())
 
 
+def sum_largest(m: int, dtype: torch.dtype) -> tuple[int, float]:
+    """All ways of dealing two groups' columns; relative to the sum of their sizes."""
+    columns = columns_of(2 * m + 3, 272, dtype)
+    members = torch.stack(
+        [torch.randperm(2 * m + 3, generator=torch.Generator().manual_seed(m))[: 2 * m]] * 2
+    )
+    subsets, n = torch.combinations(torch.arange(2 * m), m), max(1, m // 2)
+    found = gpu_permute.sum_largest(columns, members, subsets, n)
+    expected = reference_permutations.sum_largest(columns, members, subsets, n)
+    return 2, relative(found - expected, columns[members].abs().double().sum((1, 2))[:, None])
+
+
 def permute_columns(m: int, dtype: torch.dtype) -> tuple[int, float]:
     x = torch.randn(3, 9 * m, generator=torch.Generator().manual_seed(m)).to(dtype)
     order = torch.randperm(9 * m, generator=torch.Generator().manual_seed(m))
@@ -329,6 +341,7 @@ VARIANTS = {
         "add_parts_kernel", lambda m, dtype: sum_maxima(m, dtype, batch=1, rows=2064), 2e-7, (7,), dtypes=WIDE
     ),
     "nth_largest": Variant("nth_largest_kernel", nth_largest, SAME, (4, 2, 8, 13, 32), dtypes=WIDE),
+    "sum_largest": Variant("sum_largest_kernel", sum_largest, 2e-7, (4, 2, 3), dtypes=WIDE),
     "permute_columns": Variant("permute_columns_kernel", permute_columns, SAME, (64, 7)),
     "rms_norm_permute": Variant(
         "permute_columns_kernel", norm_permute, 2e-6, (64, 7), noisy=2e-5, ulps=8, dtypes=NOT_WIDE

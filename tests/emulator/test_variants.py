@@ -24,6 +24,7 @@ GROUPS = {
     "permutations": [
         "sinkhorn, forward-4", "sinkhorn, tolerance-4", "sinkhorn, training-4", "sinkhorn, backward-4",
         "permute_columns-64", "rms_norm_permute-64", "sum_maxima-7", "add_parts-7", "nth_largest-4",
+        "sum_largest-4",
     ],
 }  # fmt: skip
 

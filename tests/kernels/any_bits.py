@@ -115,6 +115,7 @@ def test_sums_of_maxima(m: int) -> None:
     groups = torch.arange(len(columns)).view(-1, m)
     least = gpu_permute.nth_largest(columns, groups, max(1, m // 2))
     assert least.shape == (len(groups), 16)
+    assert gpu_permute.sum_largest(columns, groups, groups[:1], max(1, m // 2)).shape == (len(groups), 1)
     sums = gpu_permute.sum_maxima(columns[None], columns, groups[-1:])
     normal = columns[groups[-1]]
     expected = torch.maximum(normal[:, None], normal).sum(2, dtype=torch.float64)

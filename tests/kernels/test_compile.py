@@ -67,6 +67,7 @@ def shipped(target: str) -> list[dict[str, Any]]:
         for m in (2, 3, 4, 8, 16, 32, 33):
             for n in {1, m // 2, m - 1}:
                 jobs += offline.jobs_of("nth_largest", m, target, dtype, n=n)
+                jobs += offline.jobs_of("sum_largest", min(m, 32), target, dtype, n=min(n, 31))
     return jobs
 
 
@@ -88,6 +89,7 @@ def selected(target: str) -> list[dict[str, Any]]:
         jobs += offline.jobs_of("strips", 64, target, v=256)
         jobs += offline.jobs_of("maxima", 0, target, "float64", parts=False)
         jobs += offline.jobs_of("nth_largest", 33, target, "float64")
+        jobs += offline.jobs_of("sum_largest", 3, target, "float64")
     elif target.startswith("sm_"):
         jobs += offline.jobs_of("exact", 16, target)
         jobs += offline.jobs_of("dykstra", 8, target)

@@ -336,6 +336,19 @@ def test_nth_largest(k: int, dtype: torch.dtype) -> None:
         assert torch.equal(found.cpu(), columns[groups].sort(1, descending=True).values[:, n - 1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("m", cases([2, 3, 4], (4,)))
+def test_sums_of_the_largest(m: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(19)
+    columns = torch.randint(-9, 10, (50, sized(2064, 272)), generator=generator).to(dtype)
+    members = torch.stack([torch.randperm(50, generator=generator)[: 2 * m] for _ in range(sized(40, 2))])
+    subsets = torch.combinations(torch.arange(2 * m), m)
+    for n in range(1, m):
+        found = gpu_permute.sum_largest(*(x.to(DEVICE) for x in (columns, members, subsets)), n)
+        largest = columns[members][:, subsets].sort(2, descending=True).values[:, :, :n]
+        assert torch.equal(found.cpu(), largest.sum((2, 3), dtype=torch.float64))
+
+
 @cuda_only
 @pytest.mark.parametrize("name", ["ria", "swap", "stripe"])
 def test_searches_for_orders(name: str) -> None:
@@ -442,6 +455,10 @@ def test_every_kernel_once(m: int) -> None:
     order = permutation[:1].contiguous()
     thresholds = gpu_permute.nth_largest(columns, order, n)
     assert torch.equal(thresholds[0], columns.sort(0, descending=True).values[n - 1])
+    every = torch.arange(m, device=DEVICE)[None]
+    largest = gpu_permute.sum_largest(columns, order, every, n)[0, 0]
+    kept = columns.sort(0, descending=True).values[:n].sum(dtype=torch.float64)
+    assert torch.allclose(largest, kept, rtol=1e-5, atol=1e-4)
     for dtype in (torch.float32, torch.float64):
         for repeats in (1, 97):
             long = columns.repeat(1, repeats).to(dtype)

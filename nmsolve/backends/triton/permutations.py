@@ -9,11 +9,16 @@ import triton
 from torch import Tensor
 
 from nmsolve.backends import shared
-from nmsolve.backends.shared import assignment_of, exchange_values, sum_best, sum_largest
+from nmsolve.backends.shared import assignment_of, exchange_values, sum_best
 from nmsolve.backends.triton import masks as gpu
 from nmsolve.kernels import _launch
 from nmsolve.kernels.gather import permute_columns_kernel
-from nmsolve.kernels.maxima import add_parts_kernel, nth_largest_kernel, sum_maxima_kernel
+from nmsolve.kernels.maxima import (
+    add_parts_kernel,
+    nth_largest_kernel,
+    sum_largest_kernel,
+    sum_maxima_kernel,
+)
 from nmsolve.kernels.sinkhorn import sinkhorn_backward_kernel, sinkhorn_forward_kernel
 from nmsolve.pattern import NMPattern
 
@@ -285,9 +290,9 @@ def add_parts(sums: Tensor) -> Tensor:
     return out
 
 
-def nth_largest_arguments(n: int, k: int, bits: int) -> dict[str, int]:
-    """The constexpr arguments of the n-th largest of k columns of so wide scores."""
-    rows, warps = _launch.nth_largest_tile(bits)
+def sorting_arguments(n: int, k: int, bits: int, *, warps: int) -> dict[str, int]:
+    """The constexpr arguments of kernels that sort k columns of so wide scores, for the n-th or n largest."""
+    rows = _launch.sorting_tile(bits, warps)
     return {"N": n, "K": k, "LOG": (k - 1).bit_length(), "ROWS": rows, **_launch.options(warps)}
 
 
@@ -300,7 +305,7 @@ def nth_largest(columns: Tensor, groups: Tensor, n: int) -> Tensor:
     out = torch.empty(count, rows, dtype=columns.dtype, device=columns.device)
     if not out.numel():
         return out
-    meta = nth_largest_arguments(n, k, columns.element_size() * 8)
+    meta = sorting_arguments(n, k, columns.element_size() * 8, warps=4)
     with gpu.device_of(columns):
         nth_largest_kernel[(count, triton.cdiv(rows, meta["ROWS"]))](
             columns_ptr=columns,
@@ -309,6 +314,29 @@ def nth_largest(columns: Tensor, groups: Tensor, n: int) -> Tensor:
             rows=rows,
             stride_col=columns.stride(0),
             **meta,
+        )
+    return out
+
+
+def sum_largest(columns: Tensor, members: Tensor, subsets: Tensor, n: int) -> Tensor:
+    """As the reference's ``sum_largest``; a lane adds up some rows in the scores' dtype."""
+    (pairs, width), (count, k) = members.shape, subsets.shape
+    if k > _launch.MOST_SORTED:
+        return shared.sum_largest(columns, members, subsets, n)
+    out = torch.empty(pairs, count, dtype=torch.float64, device=columns.device)
+    if not out.numel():
+        return out
+    with gpu.device_of(columns):
+        sum_largest_kernel[(pairs,)](
+            columns_ptr=columns,
+            members_ptr=members,
+            subsets_ptr=subsets,
+            out_ptr=out,
+            members=width,
+            subsets=count,
+            rows=columns.shape[1],
+            stride_col=columns.stride(0),
+            **sorting_arguments(n, k, columns.element_size() * 8, warps=1),
         )
     return out
 

@@ -139,3 +139,19 @@ def test_nth_largest(k: int, dtype: torch.dtype) -> None:
         assert torch.equal(gpu.nth_largest(columns, groups, n), reference.nth_largest(columns, groups, n))
         strided = columns.repeat_interleave(2, 0)[::2]
         assert torch.equal(gpu.nth_largest(strided, groups, n), reference.nth_largest(columns, groups, n))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("members", "k"), [(4, 2), (6, 3), (8, 4), (5, 5), (1, 1), (34, 33)])
+def test_sums_of_the_largest(members: int, k: int, dtype: torch.dtype) -> None:
+    """Of integers, whose sums are exact; of rows that fill the last of a lane's words, and that do not."""
+    generator = torch.Generator().manual_seed(k)
+    subsets = torch.stack([torch.arange(members).roll(i)[:k] for i in range(members)])
+    for rows in (48, 528):
+        columns = torch.randint(-9, 10, (40, rows), generator=generator).to(dtype)
+        picked = torch.stack([torch.randperm(40, generator=generator)[:members] for _ in range(3)])
+        for n in {1, k // 2 + 1, k}:
+            found = gpu.sum_largest(columns.repeat_interleave(2, 0)[::2], picked, subsets, n)
+            assert found.dtype == torch.float64
+            assert torch.equal(found, reference.sum_largest(columns, picked, subsets, n))
+    assert gpu.sum_largest(columns, picked[:0], subsets, 1).shape == (0, len(subsets))
