@@ -67,7 +67,7 @@ def sum_maxima_kernel(
         sums = tl.zeros(shape, thresholds_ptr.dtype.element_ty)
         for row in range(start, tl.minimum(start + SPAN, last), WORD * SHARES):
             at = row + share * WORD
-            t, a = tl.load(words_at(t_at + at, WORD)), tl.load(words_at(a_at + at, WORD))
+            t, a = tl.load(words_at(t_at, at, WORD)), tl.load(words_at(a_at, at, WORD))
             sums += tl.sum(larger(t, a), axis=0)
         total += sums
     total = tl.sum(total.to(sums_ptr.dtype.element_ty), axis=2)
@@ -83,8 +83,9 @@ def sum_maxima_kernel(
 
 
 @triton.jit
-def words_at(pointers, WORD: tl.constexpr):
-    """Pointers that are dealt as the sums are: the rows of a word in a lane, the last axes to lanes."""
+def words_at(pointers, rows, WORD: tl.constexpr):
+    """Pointers so many rows on, dealt as the sums are: a word's rows in a lane, the last axes to lanes."""
+    pointers += rows
     return tl.max_contiguous(pointers, [WORD * MORE**5, 1, MORE, MORE**2, MORE**3, MORE**4])
 
 
