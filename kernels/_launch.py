@@ -183,6 +183,9 @@ MOST_SORTED = 32
 """The most columns of a group that a lane sorts."""
 
 
-def sorting_tile(bits: int, warps: int) -> int:
-    """Rows of the kernels that sort columns: a lane reads 16 bytes of each."""
-    return 32 * warps * 128 // bits
+def sorting_tile(bits: int, columns: int, warps: int) -> int:
+    """Rows of the kernels that sort columns: a lane reads 16 bytes of each; of more than 16 columns, 8 bytes.
+
+    Of 31 columns 16 bytes spilled for gfx1100 and gfx1201.
+    """
+    return 32 * warps * (128 if columns <= 16 else 64) // bits

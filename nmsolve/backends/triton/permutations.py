@@ -292,7 +292,7 @@ def add_parts(sums: Tensor) -> Tensor:
 
 def sorting_arguments(n: int, k: int, bits: int, *, warps: int) -> dict[str, int]:
     """The constexpr arguments of kernels that sort k columns of so wide scores, for the n-th or n largest."""
-    rows = _launch.sorting_tile(bits, warps)
+    rows = _launch.sorting_tile(bits, k, warps)
     return {"N": n, "K": k, "LOG": (k - 1).bit_length(), "ROWS": rows, **_launch.options(warps)}
 
 
