@@ -137,3 +137,55 @@ def whole_groups_tile(m: int, bits: int) -> tuple[int, int, int, int]:
     """
     warps = 1 if bits == 64 else 4
     return min(m, 128 // bits), 32 * warps, max(1, 16 // m), warps
+
+
+class MaximaTile(NamedTuple):
+    """Layout of one program of :mod:`nmsolve.kernels.maxima`, by its constexpr arguments."""
+
+    word: int
+    groups_in: int
+    cols_in: int
+    shares: int
+    groups_out: int
+    cols_out: int
+    warps: int
+
+
+def maxima_tile(bits: int) -> MaximaTile:
+    """4 x 8 sums of a lane (4 x 4 of float64), from words of 16 bytes; two pairs of warps share the rows.
+
+    8 x 8 sums take 4 % fewer instructions, and spill for sm_100, sm_120 and gfx11.
+    """
+    return MaximaTile(128 // bits, 4, 256 // bits, 2, 16, 4, 4)
+
+
+SPAN_ROWS, PART_ROWS = 128, 1024
+"""Rows that are added up one by one, and, about, rows of a program. Both add in the type of the scores."""
+
+
+def parts_of(rows: int) -> tuple[int, int]:
+    """(parts, rows of each but perhaps the last): equal parts, multiples of 16, of about ``PART_ROWS``.
+
+    Examples
+    --------
+    >>> parts_of(576), parts_of(4112)
+    ((1, 576), (4, 1040))
+    """
+    parts = max(1, (rows + PART_ROWS // 2) // PART_ROWS)
+    part = max(16, -(-rows // (16 * parts)) * 16)
+    return max(1, -(-rows // part)), part
+
+
+PARTS_ENTRIES = 1024
+"""Sums that a program of four warps adds up."""
+
+MOST_SORTED = 32
+"""The most columns of a group that a lane sorts."""
+
+
+def sorting_tile(bits: int, columns: int, warps: int) -> int:
+    """Rows of the kernels that sort columns: a lane reads 16 bytes of each; of more than 16 columns, 8 bytes.
+
+    Of 31 columns 16 bytes spilled for gfx1100 and gfx1201.
+    """
+    return 32 * warps * (128 if columns <= 16 else 64) // bits

@@ -27,6 +27,10 @@ MATRICES = 64
 """That a group has."""
 SAMPLE = 64
 """Blocks that are compared with the reference."""
+WINDOW = 512
+"""Groups whose columns change places with each other."""
+STRIPES = 256
+"""Groups of which every pair is dealt anew."""
 STRIPS = 4
 """Of hierarchical masks, whose reference is slow."""
 
@@ -289,6 +293,72 @@ def gather(*, norm: bool) -> Callable[[Setting, int, torch.dtype, int, int], Pre
     return prepare
 
 
+def columns_of(setting: Setting, dtype: torch.dtype, side: int, seed: int) -> Tensor:
+    """As a search for orders holds a matrix: a column behind the other, widened."""
+    return normal(setting, (side, side), dtype, seed).float()
+
+
+def nth_largest(setting: Setting, m: int, dtype: torch.dtype, side: int, seed: int) -> Prepared:
+    """Of all columns of every group but one."""
+    columns = columns_of(setting, dtype, side, seed)
+    groups = torch.arange(side // m * m, device=setting.device).view(-1, m)[:, 1:].contiguous()
+
+    def wrong(result: Tensor) -> str:
+        theirs = columns[groups[:SAMPLE]].sort(1, descending=True).values[:, m // 2 - 1]
+        off = int((result[:SAMPLE] != theirs).sum())
+        return f"{off} differ from PyTorch's" if off else ""
+
+    call = lambda: gpu_permute.nth_largest(columns, groups, m // 2)  # noqa: E731
+    return Prepared(call, size_of(columns, groups), wrong)
+
+
+def sum_largest(setting: Setting, m: int, dtype: torch.dtype, side: int, seed: int) -> Prepared:
+    """All ways of dealing the columns of every pair of groups, in windows of at most 256 groups."""
+    columns = columns_of(setting, dtype, side, seed)
+    groups = torch.arange(side // m * m, device=setting.device).view(-1, m).split(STRIPES)
+    pairs = [torch.combinations(torch.arange(len(some), device=setting.device)) for some in groups]
+    members = torch.cat([some[pair].flatten(1) for some, pair in zip(groups, pairs, strict=True)])
+    subsets = torch.combinations(torch.arange(2 * m, device=setting.device), m)
+
+    def wrong(result: Tensor) -> str:
+        largest = columns[members[:STRIPS]][:, subsets].topk(m // 2, dim=2).values
+        theirs = largest.sum((2, 3), dtype=torch.float64)
+        off = float(((result[:STRIPS] - theirs) / theirs).abs().max())
+        return f"differ by {off:.2g} from PyTorch's" if not off < 1e-6 else ""
+
+    call = lambda: gpu_permute.sum_largest(columns, members, subsets, m // 2)  # noqa: E731
+    return Prepared(call, size_of(columns, members, call()), wrong)
+
+
+def sum_maxima(setting: Setting, m: int, dtype: torch.dtype, side: int, seed: int) -> Prepared:
+    """One slot of 2:4, in windows of at most 512 groups; the parts of the rows are added up, too."""
+    columns = columns_of(setting, dtype, side, seed)
+    groups = min(WINDOW, side // 4)
+    index = torch.arange(side // 4, device=setting.device).view(-1, groups)
+    thresholds = columns[index + side // 2]
+
+    def wrong(result: Tensor) -> str:
+        theirs = torch.maximum(thresholds[-1, :SAMPLE, None], columns[index[-1, -SAMPLE:]]).double().sum(2)
+        off = float(((result[-1, :SAMPLE, -SAMPLE:] - theirs) / theirs).abs().max())
+        return f"differ by {off:.2g} from PyTorch's" if not off < 1e-6 else ""
+
+    call = lambda: gpu_permute.sum_maxima(thresholds, columns, index)  # noqa: E731
+    return Prepared(call, size_of(thresholds, index, call()) + size_of(thresholds), wrong)
+
+
+def add_parts(setting: Setting, m: int, dtype: torch.dtype, side: int, seed: int) -> Prepared:
+    """What as many sums of maxima are made of."""
+    parts = max(2, side // 1024)
+    sums = normal(setting, (parts, side * side // 64), dtype, seed).float()
+
+    def wrong(result: Tensor) -> str:
+        off = float((result - sums.double().sum(0)).abs().max())
+        return f"differ by {off:.2g} from PyTorch's" if not off < 1e-12 else ""
+
+    call = lambda: gpu_permute.add_parts(sums)  # noqa: E731
+    return Prepared(call, size_of(sums, call()), wrong)
+
+
 # --- the table ----------------------------------------------------------------------------------------------
 
 
@@ -344,6 +414,10 @@ CASES = (
     Case("sinkhorn, forward", plan_sizes, sinkhorn(keep=False)),
     Case("sinkhorn, training", plan_sizes, sinkhorn(keep=True)),
     Case("sinkhorn, backward", plan_sizes, sinkhorn_backward),
+    Case("nth_largest", up_to_32, nth_largest),
+    Case("sum_largest", four, sum_largest),
+    Case("sum_maxima", no_blocks, sum_maxima),
+    Case("add_parts", no_blocks, add_parts),
     Case("permute_columns", no_blocks, gather(norm=False)),
     Case("rms_norm_permute", no_blocks, gather(norm=True)),
     Case("assignment", larger, assignment),

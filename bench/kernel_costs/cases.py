@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -41,9 +42,18 @@ KERNELS = {
     "sinkhorn, forward": Kernel("sinkhorn_forward", SINKHORN_SIZES, {}, "sinkhorn"),
     "sinkhorn, training": Kernel("sinkhorn_forward", SINKHORN_SIZES, {"keep": True}, "sinkhorn"),
     "sinkhorn, backward": Kernel("sinkhorn_backward", SINKHORN_SIZES, {}, "sinkhorn, backward"),
+    "nth_largest": Kernel("nth_largest", SIZES[:-1], {}, ""),
+    "sum_largest": Kernel("sum_largest", (4,), {}, "sum_largest"),
+    "sum_maxima": Kernel("maxima", (0,), {}, "sum_maxima"),
+    "add_parts": Kernel("add_parts", (0,), {}, ""),
     "permute_columns": Kernel("gather", (0,), {}, "permute_columns"),
     "rms_norm_permute": Kernel("gather", (0,), {"norm": True}, "rms_norm_permute"),
 }
+
+SLOT_M, WINDOW = 4, 512
+"""The sums of maxima are those of one slot of 2:4, in windows of so many groups."""
+STRIPES = 256
+"""Groups of which every pair is dealt anew."""
 
 COMPARED = ("exact", "tsenor")
 ENTRIES_OF_A_LANE = ((4, 4), (4, 8), (8, 4), (8, 8))
@@ -141,6 +151,15 @@ def weights_per_program(case: Case, meta: Mapping[str, Any]) -> float:
     """Entries of the scores that a program reads."""
     if case.kernel == "hierarchical":
         return offline.STRIP * case.m
+    if case.kernel == "nth_largest":
+        return meta["ROWS"] * case.m
+    if case.kernel == "sum_largest":
+        return SIDE * case.m * 2 / (STRIPES - 1)
+    if case.kernel == "sum_maxima":
+        sums = meta["GROUPS_IN"] * meta["GROUPS_OUT"] * meta["COLS_IN"] * meta["COLS_OUT"]
+        return SIDE * SLOT_M * sums / WINDOW / parts_of_the_rows()
+    if case.kernel == "add_parts":
+        return SIDE * SLOT_M * meta["ENTRIES"] / WINDOW
     if "ROWS" in meta:
         return meta["ROWS"] * (SIDE if meta["NORM"] else meta["COLS"])
     if "GROUPS" in meta or "LANES" in meta:
@@ -148,8 +167,24 @@ def weights_per_program(case: Case, meta: Mapping[str, Any]) -> float:
     return blocks_of(meta) * case.m**2
 
 
+def parts_of_the_rows() -> int:
+    """How many the sums of maxima are made of."""
+    from nmsolve.kernels import _launch
+
+    return _launch.parts_of(SIDE)[0]
+
+
 def bytes_per_weight(case: Case) -> float:
     """Bytes that have to move for each weight: input read once, output written once."""
+    sums = WINDOW / SLOT_M / SIDE  # of the maxima, for each weight
+    if case.kernel == "nth_largest":
+        return 4
+    if case.kernel == "sum_largest":
+        return 4 + 8 * math.comb(2 * case.m, case.m) * (STRIPES - 1) / 2 / case.m / SIDE
+    if case.kernel == "sum_maxima":
+        return 2 * 4 / SLOT_M + 4 * parts_of_the_rows() * sums
+    if case.kernel == "add_parts":
+        return (4 * parts_of_the_rows() + 8) * sums
     if case.kernel == "hierarchical":
         return 8  # its launcher makes them float64
     item = 2 if case.dtype == "bfloat16" else 4

@@ -89,8 +89,8 @@ def jobs_of(
 
     Options: ``edge`` (partial blocks), ``padded``, ``packed``, ``warm``, ``solution``, ``transport``;
     ``tile`` (rows_in, cols_in, blocks, warps) in place of the launch table's; for Sinkhorn ``cols`` (default
-    m), ``keep``, ``tolerance``; for the gather ``norm``; for the exhaustive one and whole groups ``n``; for
-    strips ``v`` and ``k``.
+    m), ``keep``, ``tolerance``; for the gather ``norm``; for the exhaustive one, whole groups and the
+    largest columns ``n``; for strips ``v`` and ``k``; for maxima ``parts``.
     """
     yield {"kernel": kernel, "m": m, "target": target, "dtype": dtype, "options": options}
 
@@ -108,6 +108,10 @@ KERNELS = {
     "sinkhorn_forward": (("sinkhorn.py",), "sinkhorn_forward_kernel"),
     "sinkhorn_backward": (("sinkhorn.py",), "sinkhorn_backward_kernel"),
     "gather": (("gather.py",), "permute_columns_kernel"),
+    "maxima": (("maxima.py",), "sum_maxima_kernel"),
+    "add_parts": (("maxima.py",), "add_parts_kernel"),
+    "nth_largest": (("maxima.py", "nm_groups.py"), "nth_largest_kernel"),
+    "sum_largest": (("maxima.py", "nm_groups.py"), "sum_largest_kernel"),
 }
 """Files and function of each kernel."""
 
@@ -155,7 +159,31 @@ def _arguments(job: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
         return _block_arguments(job, scores)
     if job["kernel"] == "strips":
         return _strip_arguments(job)
+    if job["kernel"] in ("maxima", "add_parts", "nth_largest", "sum_largest"):
+        return _maxima_arguments(job, scores)
     return _permute_arguments(job, scores)
+
+
+def _maxima_arguments(job: dict[str, Any], dtype: Any) -> tuple[Any, list[Any], dict[str, Any]]:
+    import torch
+    from nmsolve.kernels import _launch, maxima
+
+    from nmsolve.backends.triton import permutations as gpu_permute
+
+    m, options, bits = job["m"], job["options"], dtype.itemsize * 8
+    if job["kernel"] == "maxima":
+        sums = dtype if options.get("parts", True) else torch.float64
+        positional = [dtype, dtype, torch.int64, sums, 4, 512, 512, 8192, 1024, 512 * 8192, 8192, 8192]
+        return maxima.sum_maxima_kernel, positional, gpu_permute.maxima_arguments(bits)
+    if job["kernel"] == "add_parts":
+        meta = {"PARTS": 8, "ENTRIES": _launch.PARTS_ENTRIES, **_launch.options(warps=4)}
+        return maxima.add_parts_kernel, [dtype, torch.float64, 1 << 20], meta
+    n = options.get("n", m // 2)
+    if job["kernel"] == "sum_largest":
+        positional = [dtype, torch.int64, torch.int64, torch.float64, 2 * m, 70, 8192, 8192]
+        return maxima.sum_largest_kernel, positional, gpu_permute.sorting_arguments(n, m, bits, warps=1)
+    meta = gpu_permute.sorting_arguments(n, m - 1, bits, warps=4)
+    return maxima.nth_largest_kernel, [dtype, torch.int64, dtype, 8192, 8192], meta
 
 
 def _strip_arguments(job: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:

@@ -22,8 +22,8 @@ LOOPS = (ast.For, ast.While)
 _ENTER = "__enter_region"
 _STAY = ("SHFL", "LDG", "STG", "LDS", "STS", "BAR", "shfl", "ld", "st", "bar")
 """Instructions of SASS and PTX that are seldom moved out of a loop."""
-_COPIES = ("MOV", "UMOV", "mov")
-"""Those that bring a loop its first values, in the lines of the loop."""
+_COPIES = ("MOV", "UMOV", "CS2R", "mov")
+"""Those that bring a loop its first values, zeros among them, in the lines of the loop."""
 
 
 class SourceRegion(NamedTuple):
@@ -275,7 +275,7 @@ def regions_of_loops(
         tally: Counter[str] = Counter()
         for b in loop.body:
             if innermost[b] == k:
-                for chain, n in _chains(code, blocks[b], sources).items():
+                for chain, n in _chains(code, blocks[b], sources, copies=False).items():
                     tally[next((name for name in chain if sources.regions[name].loop), sources.entry)] += n
         around = region_of[loop.parent]
         candidates = [
@@ -317,10 +317,14 @@ def tally_of_run(
     return tally
 
 
-def _chains(code: list[sass.Instruction], block: sass.Block, sources: Sources) -> Counter[tuple[str, ...]]:
-    """How many instructions of a block come from where."""
+def _chains(
+    code: list[sass.Instruction], block: sass.Block, sources: Sources, *, copies: bool = True
+) -> Counter[tuple[str, ...]]:
+    """How many instructions of a block come from where; all, or those that are no copies."""
     found: Counter[tuple[str, ...]] = Counter()
     for line in code[block.first : block.last]:
+        if not copies and line.name.startswith(_COPIES):
+            continue
         region = sources.at(*line.source)
         if chain := sources.chain(region) if region else None:
             found[chain] += 1

@@ -44,6 +44,10 @@ def run_programs(name: str, m: int, blocks: int | None, distribution: str, progr
     """(blocks per program, programs that ran) of one launch."""
     if name in ("permute_columns", "rms_norm_permute"):
         return _run_gather(norm=name == "rms_norm_permute")
+    if name == "sum_maxima":
+        return _run_maxima()
+    if name == "sum_largest":
+        return _run_largest(m)
     if name == "hierarchical":
         return _run_strips(m, distribution, programs)
     if name.startswith("sinkhorn"):
@@ -62,6 +66,33 @@ def _run_gather(*, norm: bool) -> tuple[int, int]:
         gpu_permute.rms_norm_permute(x, torch.ones(SIDE), permutation, 1e-6)
     else:
         gpu_permute.permute_columns(torch.randn(rows, cols), torch.randperm(cols))
+    return 1, 1
+
+
+def _run_maxima() -> tuple[int, int]:
+    """One tile over one of the parts that SIDE rows have."""
+    import torch
+    from nmsolve.kernels import _launch
+
+    from nmsolve.backends.triton import permutations as gpu_permute
+
+    _, rows = _launch.parts_of(SIDE)
+    tile = _launch.maxima_tile(32)
+    groups, cols = tile.groups_in * tile.groups_out, tile.cols_in * tile.cols_out
+    columns = torch.randn(groups + cols, rows)
+    index = torch.arange(groups, groups + cols)[None]
+    gpu_permute.sum_maxima(columns[None, :groups], columns, index)
+    return 1, 1
+
+
+def _run_largest(m: int) -> tuple[int, int]:
+    """All ways of dealing the columns of one pair of groups."""
+    import torch
+
+    from nmsolve.backends.triton import permutations as gpu_permute
+
+    groups = torch.combinations(torch.arange(2 * m), m)
+    gpu_permute.sum_largest(torch.randn(2 * m, SIDE), torch.arange(2 * m)[None], groups, m // 2)
     return 1, 1
 
 

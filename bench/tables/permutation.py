@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from kernel_costs.cases import SIDE, SLOT_M
+from kernel_costs.model import GPUS
 
 from tables.columns import (
     Column,
@@ -31,6 +33,11 @@ LEARNING = "permutation_learning.csv"
 SCALE = "order_scale.csv"
 LEARNED = "learned_orders.csv"
 GRADIENT = "learned_gradient.csv"
+
+COSTS = "kernel_costs.csv"
+VALUES = {"nth_largest": "thresholds", "sum_maxima": "sums of maxima", "add_parts": "their parts added up"}
+LAYER = (4096, 14336)
+"""Of the table of GPUs, at 2:4."""
 
 SEARCHES = {
     "dealt": "dealt only",
@@ -209,6 +216,21 @@ def windows() -> str:
     return listing(SCALE, rows, [*columns, right("of the gain without", of_whole)])
 
 
+def gpus() -> str:
+    """What the values of one pass of RIA's search take at least: the cost table's slot, for each of them."""
+    rows = [
+        row
+        for row in results(COSTS)
+        if row["kernel"] in VALUES and row["m"] in ("", str(SLOT_M)) and row["target"] in GPUS
+    ]
+    slots = SLOT_M * LAYER[0] * LAYER[1] / SIDE**2
+    taken = {(row["kernel"], row["target"]): slots * float(row["predicted_ms_8192"]) for row in rows}
+    lines = [[name, *(f"{taken[kernel, gpu]:.2f}" for gpu in GPUS)] for kernel, name in VALUES.items()]
+    lines.append(["all", *(f"{sum(taken[kernel, gpu] for kernel in VALUES):.2f}" for gpu in GPUS)])
+    head = [f"a pass over {LAYER[0]} x {LAYER[1]} at 2:4, ms", *(gpu.name for gpu in GPUS.values())]
+    return markdown(head, lines, "lrrr") + source(COSTS, rows[0])
+
+
 def published() -> str:
     """RIA's published search and ours."""
     rows = _searched(("published",))
@@ -238,6 +260,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "permutation-learned": learned,
     "permutation-gradient": gradient,
     "permutation-windows": windows,
+    "permutation-gpus": gpus,
     "permutation-published": published,
     "permutation-rows-and-columns": rows_and_columns,
 }

@@ -153,7 +153,7 @@ def search_pass(
     values: Insertions, groups: Tensor, slots: range, size: int, generator: torch.Generator
 ) -> tuple[Tensor, float]:
     """The groups after one assignment for every slot and window, and what they keep more."""
-    groups, gained = groups.clone(), 0.0
+    groups, gained = groups.clone(), groups.new_zeros((), dtype=torch.float64)
     for slot in slots:
         windows = deal_windows(len(groups), size, generator).to(groups.device)
         kept = values.of_slot(groups[windows], slot)
@@ -164,5 +164,5 @@ def search_pass(
         made = gain > values.rounding * stay.abs()
         columns = groups[windows, slot]
         groups[windows, slot] = torch.where(made[:, None], columns.gather(1, chosen), columns)
-        gained += float(gain[made].sum())
-    return groups, gained
+        gained += torch.where(made, gain, 0).sum()
+    return groups, float(gained)

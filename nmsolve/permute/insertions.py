@@ -76,7 +76,7 @@ class Insertions:
 
     def of_slot(self, groups: Tensor, slot: int) -> Tensor:
         """``F_s[w, g, i]`` float64 ``(W, G, G)`` of windows ``(W, G, m)``: group g with group i's column."""
-        others = groups[..., [k for k in range(self.m) if k != slot]]
+        others = torch.cat([groups[..., :slot], groups[..., slot + 1 :]], -1)
         return self._values(others, groups[..., slot].contiguous())
 
     def of_all(self, groups: Tensor) -> Tensor:

@@ -268,19 +268,19 @@ class _Swaps:
     def _swap(self) -> bool:
         """Makes the best swaps between disjoint groups; whether there are any."""
         m = self.groups.shape[1]
-        pairs = _disjoint(self.best)
-        for g, h in pairs:
-            i, j = divmod(int(self.which[g, h]), m)
-            held = self.groups[g, i].clone()
-            self.groups[g, i] = self.groups[h, j]
-            self.groups[h, j] = held
-        changed = sorted(itertools.chain(*pairs))
-        self.stale = torch.tensor(changed, dtype=torch.int64, device=self.groups.device)
-        return bool(pairs)
+        g, h = _disjoint(self.best)
+        slots = self.which[g, h]
+        first, second = self.groups[g, slots // m], self.groups[h, slots % m]
+        self.groups[g, slots // m], self.groups[h, slots % m] = second, first
+        self.stale = torch.cat([g, h]).sort().values
+        return len(g) > 0
 
 
-def _disjoint(best: Tensor) -> list[tuple[int, int]]:
-    """Pairs ``g < h`` of positive gains ``(G, G)``, the best first, none with a group of one before."""
+def _disjoint(best: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs ``g < h`` of positive gains ``(G, G)``, the best first, none with a group of one before.
+
+    One group after the other looks who is free, which the host does for all devices.
+    """
     gains = best.triu(1).cpu()
     count = len(gains)
     candidates = gains.flatten().argsort(descending=True, stable=True)[: int((gains > 0).sum())]
@@ -290,7 +290,8 @@ def _disjoint(best: Tensor) -> list[tuple[int, int]]:
         if g not in changed and h not in changed:
             changed.update((g, h))
             pairs.append((g, h))
-    return pairs
+    first, second = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).to(best.device).unbind(1)
+    return first, second
 
 
 def _deal_pairs(values: Insertions, groups: Tensor, ways: Tensor, rounds: int) -> Tensor:
@@ -306,15 +307,14 @@ def _deal_pairs(values: Insertions, groups: Tensor, ways: Tensor, rounds: int) -
         gain = most - kept[:, 0]
         gain = torch.where(gain > values.rounding * kept.abs().max(), gain, 0)
         best[first, second], which[first, second] = gain, chosen
-        pairs = _disjoint(best)
-        if not pairs:
+        g, h = _disjoint(best)
+        if not len(g):
             break
-        changed = torch.zeros(count, dtype=torch.bool)
-        for g, h in pairs:
-            members = torch.cat([groups[g], groups[h]])[ways[which[g, h]]]
-            groups[g], groups[h] = members[:m], members[m:]
-            changed[g] = changed[h] = True
-        touched = (changed[:, None] | changed[None, :]).triu(1).to(groups.device)
+        members = torch.cat([groups[g], groups[h]], 1).gather(1, ways[which[g, h]])
+        groups[g], groups[h] = members[:, :m], members[:, m:]
+        changed = torch.zeros(count, dtype=torch.bool, device=groups.device)
+        changed[g] = changed[h] = True
+        touched = (changed[:, None] | changed[None, :]).triu(1)
         first, second = touched.nonzero(as_tuple=True)
     return groups
 

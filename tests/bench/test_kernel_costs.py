@@ -32,6 +32,10 @@ QUICK = [
     ("sinkhorn, forward", 32),
     ("sinkhorn, training", 16),
     ("sinkhorn, backward", 32),
+    ("nth_largest", 4),
+    ("sum_largest", 4),
+    ("sum_maxima", 0),
+    ("add_parts", 0),
     ("permute_columns", 0),
     ("rms_norm_permute", 0),
 ]

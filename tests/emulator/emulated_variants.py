@@ -19,7 +19,9 @@ from torch.nn.functional import rms_norm
 
 import nmsolve
 from nmsolve.backends.torch import masks as reference
+from nmsolve.backends.torch import permutations as reference_permutations
 from nmsolve.backends.triton import masks as gpu
+from nmsolve.backends.triton import permutations as gpu_permute
 from nmsolve.pattern import NMPattern
 
 if not os.environ.get("NMSOLVE_PTX_SM"):
@@ -226,6 +228,44 @@ def sinkhorn_backward(m: int, dtype: torch.dtype) -> tuple[int, float]:
     return 3, float((ours.grad - wide.grad).abs().max() / wide.grad.abs().max())
 
 
+def columns_of(m: int, rows: int, dtype: torch.dtype) -> Tensor:
+    return oracles.sample("signed", (m, rows), seed=m, dtype=dtype)
+
+
+def sum_maxima(m: int, dtype: torch.dtype, *, batch: int = 2, rows: int | None = None) -> tuple[int, float]:
+    """16 m rows, more groups than columns, relative to the sum of the larger sizes."""
+    columns = columns_of(3 * m, rows or 16 * m, dtype)
+    index = torch.arange(batch * (m + 1)).view(batch, -1) % (3 * m)
+    thresholds = columns[torch.arange(batch * (m + 6)).view(batch, -1) % (2 * m)]
+    found = gpu_permute.sum_maxima(thresholds, columns, index)
+    pairs = torch.stack(torch.broadcast_tensors(thresholds[:, :, None], columns[index][:, None])).double()
+    return batch, relative(found - pairs.amax(0).sum(-1), pairs.abs().amax(0).sum(-1))
+
+
+def nth_largest(m: int, dtype: torch.dtype) -> tuple[int, float]:
+    """Of m - 1 columns, as in groups of m."""
+    columns = columns_of(m + 3, 528, dtype)
+    generator = torch.Generator().manual_seed(m)
+    groups = torch.stack([torch.randperm(m + 3, generator=generator)[: m - 1] for _ in range(3)])
+    n = m // 2
+    differ = gpu_permute.nth_largest(columns, groups, n) != reference_permutations.nth_largest(
+        columns, groups, n
+    )
+    return 3, float(differ.sum())
+
+
+def sum_largest(m: int, dtype: torch.dtype) -> tuple[int, float]:
+    """All ways of dealing two groups' columns; relative to the sum of their sizes."""
+    columns = columns_of(2 * m + 3, 272, dtype)
+    members = torch.stack(
+        [torch.randperm(2 * m + 3, generator=torch.Generator().manual_seed(m))[: 2 * m]] * 2
+    )
+    subsets, n = torch.combinations(torch.arange(2 * m), m), max(1, m // 2)
+    found = gpu_permute.sum_largest(columns, members, subsets, n)
+    expected = reference_permutations.sum_largest(columns, members, subsets, n)
+    return 2, relative(found - expected, columns[members].abs().double().sum((1, 2))[:, None])
+
+
 def permute_columns(m: int, dtype: torch.dtype) -> tuple[int, float]:
     x = torch.randn(3, 9 * m, generator=torch.Generator().manual_seed(m)).to(dtype)
     order = torch.randperm(9 * m, generator=torch.Generator().manual_seed(m))
@@ -259,6 +299,7 @@ LARGER = tuple(m for m in SOLVED if m != 4)  # blocks of 4 are solved exhaustive
 PLANS = (*SIZES, 3, 20, 128)
 GROUPS = (8, 16, 32, 64, 6, 20)
 NOT_WIDE = FLOATS[:3]
+WIDE = (torch.float32, torch.float64)
 VARIANTS = {
     "exhaustive": Variant("exhaustive_kernel", exact_mask, EXACT, (4,)),
     "exact": Variant("exact_kernel", exact_mask, EXACT, LARGER),
@@ -295,6 +336,12 @@ VARIANTS = {
     "sinkhorn, backward": Variant(
         "sinkhorn_backward_kernel", sinkhorn_backward, 2e-5, PLANS, noisy=1e-4, ulps=2, dtypes=NOT_WIDE
     ),
+    "sum_maxima": Variant("sum_maxima_kernel", sum_maxima, 2e-7, (7, 64), dtypes=WIDE),
+    "add_parts": Variant(
+        "add_parts_kernel", lambda m, dtype: sum_maxima(m, dtype, batch=1, rows=2064), 2e-7, (7,), dtypes=WIDE
+    ),
+    "nth_largest": Variant("nth_largest_kernel", nth_largest, SAME, (4, 2, 8, 13, 32), dtypes=WIDE),
+    "sum_largest": Variant("sum_largest_kernel", sum_largest, 2e-7, (4, 2, 3), dtypes=WIDE),
     "permute_columns": Variant("permute_columns_kernel", permute_columns, SAME, (64, 7)),
     "rms_norm_permute": Variant(
         "permute_columns_kernel", norm_permute, 2e-6, (64, 7), noisy=2e-5, ulps=8, dtypes=NOT_WIDE

@@ -23,7 +23,8 @@ GROUPS = {
     "approximate": ["greedy-4", "greedy, edge-4", "tsenor-4", "nm-4", "nm, whole groups-4"],
     "permutations": [
         "sinkhorn, forward-4", "sinkhorn, tolerance-4", "sinkhorn, training-4", "sinkhorn, backward-4",
-        "permute_columns-64", "rms_norm_permute-64",
+        "permute_columns-64", "rms_norm_permute-64", "sum_maxima-7", "add_parts-7", "nth_largest-4",
+        "sum_largest-4",
     ],
 }  # fmt: skip
 

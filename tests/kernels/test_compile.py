@@ -60,6 +60,15 @@ def shipped(target: str) -> list[dict[str, Any]]:
         jobs += offline.jobs_of("gather", 0, target, "bfloat16", norm=norm)
     for v, m, k in STRIPS:
         jobs += offline.jobs_of("strips", m, target, v=v, k=k)
+    for dtype in ("float32", "float64"):
+        for parts in (False, True):
+            jobs += offline.jobs_of("maxima", 0, target, dtype, parts=parts)
+        jobs += offline.jobs_of("add_parts", 0, target, dtype)
+        for m in (2, 3, 4, 8, 16, 32, 33):
+            for n in {1, m // 2, m - 1}:
+                jobs += offline.jobs_of("nth_largest", m, target, dtype, n=n)
+                if m <= 4:
+                    jobs += offline.jobs_of("sum_largest", m, target, dtype, n=n)
     return jobs
 
 
@@ -79,12 +88,16 @@ def selected(target: str) -> list[dict[str, Any]]:
         jobs += offline.jobs_of("sinkhorn_forward", 128, target, keep=True, tolerance=True)
         jobs += offline.jobs_of("sinkhorn_backward", 128, target)
         jobs += offline.jobs_of("strips", 64, target, v=256)
+        jobs += offline.jobs_of("maxima", 0, target, "float64", parts=False)
+        jobs += offline.jobs_of("nth_largest", 33, target, "float64")
+        jobs += offline.jobs_of("sum_largest", 3, target, "float64")
     elif target.startswith("sm_"):
         jobs += offline.jobs_of("exact", 16, target)
         jobs += offline.jobs_of("dykstra", 8, target)
         jobs += offline.jobs_of("nm", 16, target)
         jobs += offline.jobs_of("sinkhorn_backward", 20, target, cols=33)
         jobs += offline.jobs_of("strips", 16, target)
+        jobs += offline.jobs_of("maxima", 0, target)
     else:
         jobs += offline.jobs_of("exact", 16, target)
         jobs += offline.jobs_of("exact", 4, target, edge=True, solution=True, warm=True)
@@ -92,6 +105,7 @@ def selected(target: str) -> list[dict[str, Any]]:
         jobs += offline.jobs_of("nm", 4, target)
         jobs += offline.jobs_of("nm_groups", 16, target, "bfloat16")
         jobs += offline.jobs_of("sinkhorn_backward", 64, target)
+        jobs += offline.jobs_of("maxima", 0, target)
     return jobs
 
 

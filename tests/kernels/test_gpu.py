@@ -28,6 +28,7 @@ from nmsolve.backends.torch import masks as reference
 from nmsolve.pattern import NMPattern
 
 gpu = pytest.importorskip("nmsolve.backends.triton.masks")
+gpu_permute = pytest.importorskip("nmsolve.backends.triton.permutations")
 
 EMULATED = bool(os.environ.get("NMSOLVE_PTX_SM"))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -302,6 +303,70 @@ def test_assignment(m: int) -> None:
     assert ((best - kept).abs() <= 1e-6 * size).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("batch", "groups", "width", "rows"),
+    cases([(1, 1, 1, 16), (3, 70, 33, 48), (2, 5, 130, 1552), (1, 64, 64, 4112)], ((1, 1, 1, 16),), names=4),
+)
+def test_sums_of_maxima(batch: int, groups: int, width: int, rows: int, dtype: torch.dtype) -> None:
+    """Of integers, whose sums are exact; the same wherever a sum is made."""
+    generator = torch.Generator().manual_seed(16)
+    columns = torch.randint(-9, 10, (200, rows), generator=generator).to(dtype)
+    index = torch.randint(200, (batch, width), generator=generator)
+    thresholds = columns[torch.randint(200, (batch, groups), generator=generator)]
+    found = gpu_permute.sum_maxima(thresholds.to(DEVICE), columns.to(DEVICE), index.to(DEVICE))
+    for b in range(batch):
+        expected = torch.maximum(thresholds[b, :, None], columns[index[b]]).sum(-1, dtype=torch.float64)
+        assert torch.equal(found[b].cpu(), expected)
+    noise = torch.randn(200, rows, generator=generator).to(dtype).to(DEVICE)
+    inputs = noise[index[:, :1].expand(-1, groups).to(DEVICE)], noise, index.to(DEVICE)
+    together = gpu_permute.sum_maxima(*inputs)
+    alone = gpu_permute.sum_maxima(inputs[0][-1:, -1:], noise, inputs[2][-1:, -1:].contiguous())
+    assert torch.equal(alone[0, 0, 0], together[-1, -1, -1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", cases([1, 2, 3, 7, 15, 31, 33], (3,)))
+def test_nth_largest(k: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(17)
+    columns = torch.randint(-9, 10, (50, sized(2064, 528)), generator=generator).to(dtype)
+    groups = torch.stack([torch.randperm(50, generator=generator)[:k] for _ in range(sized(40, 2))])
+    for n in (1, k // 2 + 1, k):
+        found = gpu_permute.nth_largest(columns.to(DEVICE), groups.to(DEVICE), n)
+        assert torch.equal(found.cpu(), columns[groups].sort(1, descending=True).values[:, n - 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("m", cases([2, 3, 4], (4,)))
+def test_sums_of_the_largest(m: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(19)
+    columns = torch.randint(-9, 10, (50, sized(2064, 272)), generator=generator).to(dtype)
+    members = torch.stack([torch.randperm(50, generator=generator)[: 2 * m] for _ in range(sized(40, 2))])
+    subsets = torch.combinations(torch.arange(2 * m), m)
+    for n in range(1, m):
+        found = gpu_permute.sum_largest(*(x.to(DEVICE) for x in (columns, members, subsets)), n)
+        largest = columns[members][:, subsets].sort(2, descending=True).values[:, :, :n]
+        assert torch.equal(found.cpu(), largest.sum((2, 3), dtype=torch.float64))
+
+
+@cuda_only
+@pytest.mark.parametrize("name", ["ria", "swap", "stripe"])
+def test_searches_for_orders(name: str) -> None:
+    """On a GPU they keep about what they keep on a CPU: rounding may decide between swaps that gain alike."""
+    from nmsolve import permute
+
+    generator = torch.Generator().manual_seed(18)
+    scores = torch.rand(300, 256, generator=generator) * torch.rand(256, generator=generator)
+    search = getattr(permute, {"ria": "ria_permutation"}.get(name, f"{name}_search"))
+    natural = permute.retained_score(scores, 2, 4)
+    gains = []
+    for x in (scores, scores.to(DEVICE)):
+        order = search(x, 2, 4, window=64)
+        assert order.device == x.device
+        gains.append(float(permute.retained_score(scores, 2, 4, order.cpu()) - natural))
+    assert gains[1] > 0.95 * gains[0] > 0
+
+
 @pytest.mark.parametrize("dtype", cases([*DTYPES, torch.int32], (torch.bfloat16,)))
 @pytest.mark.parametrize("shape", cases([(5,), (3, 7), (2, 3, 600), (9, 1024), (4, 1500)], ((3, 7),)))
 def test_columns(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -386,6 +451,20 @@ def test_every_kernel_once(m: int) -> None:
     assert torch.isfinite(logits.grad).all()
     permutation = nmsolve.assignment(logits.detach()[..., :m], backend="triton")
     assert torch.equal(permutation[0].sort().values.cpu(), torch.arange(m))
+    columns = torch.randn(m, 16, device=DEVICE)
+    order = permutation[:1].contiguous()
+    thresholds = gpu_permute.nth_largest(columns, order, n)
+    assert torch.equal(thresholds[0], columns.sort(0, descending=True).values[n - 1])
+    every = torch.arange(m, device=DEVICE)[None]
+    largest = gpu_permute.sum_largest(columns, order, every, n)[0, 0]
+    kept = columns.sort(0, descending=True).values[:n].sum(dtype=torch.float64)
+    assert torch.allclose(largest, kept, rtol=1e-5, atol=1e-4)
+    for dtype in (torch.float32, torch.float64):
+        for repeats in (1, 97):
+            long = columns.repeat(1, repeats).to(dtype)
+            sums = gpu_permute.sum_maxima(long[None], long, order)
+            expected = torch.maximum(columns[:, None], columns[order[0]]).sum(2, dtype=torch.float64)
+            assert torch.allclose(sums[0], expected * repeats, rtol=1e-5, atol=1e-4)
     x = torch.randn(5, m, device=DEVICE)
     y = nmsolve.permute_columns(x, permutation[0], backend="triton")
     assert torch.equal(y, x[:, permutation[0]])

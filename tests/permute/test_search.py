@@ -96,7 +96,7 @@ def test_searches_never_end_below_their_start(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 3), (3, 4), (4, 8)])
 def test_one_slot_is_an_optimal_assignment(n, m, backend, dtype, monkeypatch):
     from scipy.optimize import linear_sum_assignment
@@ -121,7 +121,7 @@ def test_one_slot_is_an_optimal_assignment(n, m, backend, dtype, monkeypatch):
     assert chosen == pytest.approx(found.numpy()[rows, columns].sum())
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 2), (2, 3), (3, 4)])
 def test_ways_of_dealing_two_groups(n, m, backend, monkeypatch):
     scores = rand(700, 4 * m) - 0.3

@@ -8,19 +8,23 @@ import torch
 import triton
 from torch import Tensor
 
+from nmsolve.backends import shared
 from nmsolve.backends.shared import (
     assignment_of,
     exchange_values,
-    nth_largest,
     nth_largest_of,
     sum_best,
     sum_gains,
-    sum_largest,
-    sum_maxima,
 )
 from nmsolve.backends.triton import masks as gpu
 from nmsolve.kernels import _launch
 from nmsolve.kernels.gather import permute_columns_kernel
+from nmsolve.kernels.maxima import (
+    add_parts_kernel,
+    nth_largest_kernel,
+    sum_largest_kernel,
+    sum_maxima_kernel,
+)
 from nmsolve.kernels.sinkhorn import sinkhorn_backward_kernel, sinkhorn_forward_kernel
 from nmsolve.pattern import NMPattern
 
@@ -230,6 +234,117 @@ def _gather(
             ROWS=per_row,
             COLS=per_col,
             **_launch.options(warps),
+        )
+    return out
+
+
+def maxima_arguments(bits: int) -> dict[str, int]:
+    """The constexpr arguments of the sums of maxima of so wide scores."""
+    tile = _launch.maxima_tile(bits)
+    return {
+        "WORD": tile.word,
+        "GROUPS_IN": tile.groups_in,
+        "COLS_IN": tile.cols_in,
+        "SHARES": tile.shares,
+        "GROUPS_OUT": tile.groups_out,
+        "COLS_OUT": tile.cols_out,
+        "SPAN": _launch.SPAN_ROWS,
+        **_launch.options(tile.warps),
+    }
+
+
+def sum_maxima(thresholds: Tensor, columns: Tensor, index: Tensor) -> Tensor:
+    """As the reference's ``sum_maxima``; sums of about a thousand rows are made in the scores' dtype."""
+    (batch, groups, rows), width = thresholds.shape, index.shape[1]
+    parts, part = _launch.parts_of(rows)
+    summed_in = torch.float64 if parts == 1 else columns.dtype
+    sums = torch.empty(parts, batch, groups, width, dtype=summed_in, device=columns.device)
+    if not sums.numel():
+        return sums[0].double()
+    meta = maxima_arguments(columns.element_size() * 8)
+    down = triton.cdiv(groups, meta["GROUPS_IN"] * meta["GROUPS_OUT"])
+    across = triton.cdiv(width, meta["COLS_IN"] * meta["COLS_OUT"])
+    with gpu.device_of(columns):
+        sum_maxima_kernel[(batch * down * across, parts)](
+            thresholds_ptr=thresholds,
+            columns_ptr=columns,
+            index_ptr=index,
+            sums_ptr=sums,
+            batch=batch,
+            groups=groups,
+            width=width,
+            rows=rows,
+            part=part,
+            stride_batch=thresholds.stride(0),
+            stride_group=thresholds.stride(1),
+            stride_col=columns.stride(0),
+            **meta,
+        )
+    return add_parts(sums) if parts > 1 else sums[0]
+
+
+def add_parts(sums: Tensor) -> Tensor:
+    """The float64 sums over the first dimension of a contiguous tensor, in its order."""
+    out = torch.empty(sums.shape[1:], dtype=torch.float64, device=sums.device)
+    with gpu.device_of(sums):
+        add_parts_kernel[(triton.cdiv(out.numel(), _launch.PARTS_ENTRIES),)](
+            parts_ptr=sums,
+            out_ptr=out,
+            size=out.numel(),
+            PARTS=len(sums),
+            ENTRIES=_launch.PARTS_ENTRIES,
+            **_launch.options(warps=4),
+        )
+    return out
+
+
+def sorting_arguments(n: int, k: int, bits: int, *, warps: int) -> dict[str, int]:
+    """The constexpr arguments of kernels that sort k columns of so wide scores, for the n-th or n largest."""
+    rows = _launch.sorting_tile(bits, k, warps)
+    return {"N": n, "K": k, "LOG": (k - 1).bit_length(), "ROWS": rows, **_launch.options(warps)}
+
+
+def nth_largest(columns: Tensor, groups: Tensor, n: int) -> Tensor:
+    """As the reference's ``nth_largest``."""
+    count, k = groups.shape
+    if k > _launch.MOST_SORTED:
+        return shared.nth_largest(columns, groups, n)
+    rows = columns.shape[1]
+    out = torch.empty(count, rows, dtype=columns.dtype, device=columns.device)
+    if not out.numel():
+        return out
+    meta = sorting_arguments(n, k, columns.element_size() * 8, warps=4)
+    with gpu.device_of(columns):
+        nth_largest_kernel[(count, triton.cdiv(rows, meta["ROWS"]))](
+            columns_ptr=columns,
+            groups_ptr=groups,
+            out_ptr=out,
+            rows=rows,
+            stride_col=columns.stride(0),
+            **meta,
+        )
+    return out
+
+
+def sum_largest(columns: Tensor, members: Tensor, subsets: Tensor, n: int) -> Tensor:
+    """As the reference's ``sum_largest``; a lane adds up some rows in the scores' dtype."""
+    (pairs, width), (count, k) = members.shape, subsets.shape
+    if k > _launch.MOST_SORTED:
+        return shared.sum_largest(columns, members, subsets, n)
+    out = torch.empty(pairs, count, dtype=torch.float64, device=columns.device)
+    if not out.numel():
+        return out
+    with gpu.device_of(columns):
+        sum_largest_kernel[(pairs,)](
+            columns_ptr=columns,
+            members_ptr=members,
+            subsets_ptr=subsets,
+            out_ptr=out,
+            members=width,
+            subsets=count,
+            rows=columns.shape[1],
+            stride_col=columns.stride(0),
+            **sorting_arguments(n, k, columns.element_size() * 8, warps=1),
         )
     return out
 
