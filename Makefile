@@ -109,7 +109,7 @@ bench: $(MODEL)
 	$(BENCH) microbenchmarks
 	$(BENCH) demo --results
 	$(BENCH) permutation
-	$(BENCH) learned_orders --steps 12 --rate 0.1
+	$(BENCH) learned_orders --steps 12
 	$(BENCH) order_scale
 	$(BENCH) hierarchical
 	$(BENCH) training

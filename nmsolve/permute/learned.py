@@ -31,7 +31,7 @@ from nmsolve.prune.arguments import check_in_memory
 __all__ = ["LearnedPermutations", "check_block", "is_linear", "learn_permutation", "linear_couplings"]
 
 # Of "frank-wolfe": the share of the loss that it is to fall by in a step, and groups of a window.
-_RATE = 0.06
+_RATE = 0.1
 _WINDOW_GROUPS = 1024
 
 
@@ -94,7 +94,7 @@ def learn_permutation(
         One batch each. The published runs take 50 passes over 128 x 1024 tokens.
     learning_rate : float, optional
         The longest step of a logit, which falls to zero along a cosine (0.1, or 0.4 for "cost-matrix"). For
-        "frank-wolfe" the share of the loss that it is to fall by, to first order (0.06).
+        "frank-wolfe" the share of the loss that it is to fall by, to first order (0.1).
     distillation : float, optional
         Weight of the smooth L1 distance of hidden states (1 for "cost-matrix", 0 for "frank-wolfe", none for
         "permllm").
