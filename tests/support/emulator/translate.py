@@ -258,15 +258,16 @@ def _fma_ftz(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     w.put(i.operands[0], "f32", f"ftz(fma32({x}, {y}, {z}))")
 
 
-@rule(r"(add|sub|mul|fma)(?:\.rn)?\.(bf16|f16)(x2)?")
+@rule(r"(add|sub|mul|fma)(?:\.rn)?(\.sat)?\.(bf16|f16)(x2)?")
 def _half(w: _Writer, match: re.Match[str], i: Instruction) -> None:
-    kind = "u32" if match[3] else "u16"
+    kind = "u32" if match[4] else "u16"
     operands = [w.value(operand, kind) for operand in i.operands[1:]]
     names = "abc"[: len(operands)]
     how = "fma_half(" if match[1] == "fma" else f"arithmetic_half({match[1]!r}, "
-    function = f"lambda {', '.join(names)}: {how}{', '.join(names)}, {match[2]!r})"
+    result = f"{how}{', '.join(names)}, {match[3]!r})"
+    function = f"lambda {', '.join(names)}: {f'clipped_half({result}, {match[3]!r})' if match[2] else result}"
     w.put(
-        i.operands[0], kind, f"{'both_halves' if match[3] else 'applied'}({function}, {', '.join(operands)})"
+        i.operands[0], kind, f"{'both_halves' if match[4] else 'applied'}({function}, {', '.join(operands)})"
     )
 
 

@@ -1,0 +1,93 @@
+r"""Pairs of float16 in one register, as int32 tensors: two entries an instruction on NVIDIA GPUs.
+
+Triton keeps float16 in a register each, so the pairs' instructions are written as PTX. The low half
+comes first.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x for float32 to a unit in the last place."""
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def pair(low, high):
+    """Two float32 rounded to a pair."""
+    return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, True, 1)
+
+
+@triton.jit
+def low_of(x):
+    """The low half of a pair as float32."""
+    return x.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def high_of(x):
+    """The high half of a pair as float32."""
+    return (x >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def add(x, y):
+    return tl.inline_asm_elementwise("add.f16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.int32, True, 1)
+
+
+@triton.jit
+def subtract(x, y):
+    return tl.inline_asm_elementwise("sub.f16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.int32, True, 1)
+
+
+@triton.jit
+def multiply(x, y):
+    return tl.inline_asm_elementwise("mul.f16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.int32, True, 1)
+
+
+@triton.jit
+def multiply_add(x, y, z):
+    """x y + z, rounded once."""
+    return tl.inline_asm_elementwise(
+        "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [x, y, z], tl.int32, True, 1
+    )
+
+
+@triton.jit
+def multiply_add_clipped(x, y, z):
+    """x y + z, rounded once, clipped to [0, 1]."""
+    return tl.inline_asm_elementwise(
+        "fma.rn.sat.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [x, y, z], tl.int32, True, 1
+    )
+
+
+@triton.jit
+def fold(x, y):
+    """The pair (x.low + x.high, y.low + y.high)."""
+    low = tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [x, y], tl.int32, True, 1)
+    high = tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [x, y], tl.int32, True, 1)
+    return add(low, high)
+
+
+@triton.jit
+def sum_of(x, AXIS: tl.constexpr):
+    """Sums of pairs along an axis, which stays."""
+    return tl.reduce(x, AXIS, add, keep_dims=True)
+
+
+@triton.jit
+def split_cols(x):
+    """The columns with even and those with odd numbers of a lane, of a tile or of a column vector."""
+    shape: tl.constexpr = x.shape
+    x = tl.reshape(x, [shape[0], shape[1] // 2, 2, shape[2], shape[3], shape[4]])
+    return tl.split(tl.permute(x, [0, 1, 3, 4, 5, 2]))
+
+
+@triton.jit
+def join_cols(even, odd):
+    """What :func:`split_cols` took apart."""
+    x = tl.permute(tl.join(even, odd), [0, 1, 5, 2, 3, 4])
+    shape: tl.constexpr = x.shape
+    return tl.reshape(x, [shape[0], 2 * shape[1], shape[3], shape[4], shape[5]])
