@@ -11,7 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from nmsolve.kernels import _pairs
-from nmsolve.kernels._tile import INTERPRETED, quotient, sum_cols, sum_rows
+from nmsolve.kernels._tile import INTERPRETED, equal, quotient, sum_cols, sum_rows
 from triton.language.target_info import is_cuda
 
 SPREAD = tl.constexpr(6.0)  # 6 sum s (1 - s) is the number of fractional entries, on average
@@ -154,12 +154,12 @@ def last_sweep(
     inverse = quotient(1.0, tau)
     s = (scores - v) * tau + (0.5 - tau * u)
     clipped = clip(s)
-    slope = sum_rows((s == clipped).to(tl.float32)) + SCHEDULE.LAST_DAMPING
+    slope = sum_rows(equal(s, clipped)) + SCHEDULE.LAST_DAMPING
     u += clipped_step(sum_rows(clipped) - row_target, slope, SCHEDULE) * inverse
 
     s = (scores - u) * tau + (0.5 - tau * v)
     clipped = clip(s)
-    slope = sum_cols((s == clipped).to(tl.float32)) + SCHEDULE.LAST_DAMPING
+    slope = sum_cols(equal(s, clipped)) + SCHEDULE.LAST_DAMPING
     v += clipped_step(sum_cols(clipped) - col_target, slope, SCHEDULE) * inverse
     if SLACK:
         v = tl.where(blocks.slack, tl.maximum(v, 0.0), v)

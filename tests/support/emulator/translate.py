@@ -405,6 +405,13 @@ _COMPARISONS = {
 _UNORDERED = {"ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<"}
 
 
+@rule(r"set\.(eq|lt|le|gt|ge)\.f32\.f32")
+def _set(w: _Writer, match: re.Match[str], i: Instruction) -> None:
+    """1.0 or 0.0."""
+    x, y = (w.value(operand, "f32") for operand in i.operands[1:])
+    w.put(i.operands[0], "f32", f"np.{_COMPARISONS[match[1]]}({x}, {y}).astype(f32)")
+
+
 @rule(r"setp\.(eq|ne|lt|le|gt|ge)\.([bus](?:16|32|64))")
 def _setp(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     w.ufunc(i.operands[0], "pred", _bits(match[2]), _COMPARISONS[match[1]], *i.operands[1:])
