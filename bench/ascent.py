@@ -1,9 +1,9 @@
 """How many augmenting paths a block needs after the dual ascent: writes bench/results/ascent.csv.
 
 For each pattern and score distribution, the mean and the largest number per block after the ascent, and the
-mean after variants of it: a fixed schedule (ten sweeps with tau from 5 to 250 in geometric steps, relative to the
-block's largest score), fewer sweeps, steps that are Newton's (not longer ones), fractional entries counted in
-every sweep, or in none.
+mean after variants of it: a fixed schedule (ten sweeps with tau from 5 to 250 in geometric steps, relative to
+the block's largest score), fewer sweeps, steps that are Newton's (not longer ones), fractional entries
+counted in every sweep, or in none.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ def fixed_schedule(blocks: Tensor, n: int) -> tuple[Tensor, Tensor]:
         tau = 5 * 50 ** (sweep / (FIXED - 1)) / peak
         for duals, dim in ((u, 2), (v, 1)):
             s = tau.unsqueeze(2) * (blocks - u.unsqueeze(2) - v.unsqueeze(1)) + 0.5
-            step = (s.clamp(0, 1).sum(dim) - n) / (
-                tau * (((s > 0) & (s < 1)).sum(dim) + 0.3)
-            )
+            step = (s.clamp(0, 1).sum(dim) - n) / (tau * (((s > 0) & (s < 1)).sum(dim) + 0.3))
             duals += torch.minimum(torch.maximum(step, -peak / 5), peak / 5)
     return u, v
 

@@ -50,9 +50,7 @@ def multiply(x, y):
 @triton.jit
 def multiply_add(x, y, z):
     """x y + z, rounded once."""
-    return tl.inline_asm_elementwise(
-        "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [x, y, z], tl.int32, True, 1
-    )
+    return tl.inline_asm_elementwise("fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [x, y, z], tl.int32, True, 1)
 
 
 @triton.jit

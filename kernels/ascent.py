@@ -128,7 +128,7 @@ def plain_sweep(
     SLACK: tl.constexpr,
     SCHEDULE: tl.constexpr,
 ):
-    """A sweep with float32, as :func:`paired_sweep` is one with pairs; ``left`` and ``moved`` are not used."""
+    """A sweep with float32, as :func:`paired_sweep` is one with pairs; ``left``, ``moved`` are not used."""
     tau = quotient(tau, unit)
     inverse = quotient(1.0, tau)
     s = held(scores, u, v, tau, unit)

@@ -31,8 +31,8 @@ class Gpu(NamedTuple):
     minmax: int
     """float32 minima and maxima."""
     shares: bool
-    """Whether a pair of float16 takes both of the units that float32 alternates between, unless it is one of the
-    tensor unit's (``.MMA``)."""
+    """Whether a pair of float16 takes both of the units that float32 alternates between, unless it is one of
+    the tensor unit's (``.MMA``)."""
     double: int
     shared: int
     """Bytes of shared memory per multiprocessor."""

@@ -15,9 +15,9 @@ FRACTION_END = 0.2
 GROWTH_MIN = 0.25
 GROWTH_MAX = 2.5
 
-# A line's number of fractional entries is estimated as 6 sum s (1 - s). A step divides by less of it, and so goes
-# farther than Newton's. The last sweep counts instead, and adds LAST_DAMPING where the others add DAMPING: the
-# step is finite where nothing is fractional. It moves a dual by at most STEP_LIMIT / tau.
+# A line's number of fractional entries is estimated as 6 sum s (1 - s). A step divides by CURVATURE of these, so
+# that it goes farther than Newton's. The last sweep counts instead, and adds LAST_DAMPING where the others add
+# DAMPING: the step is finite where nothing is fractional. A dual moves by at most STEP_LIMIT / tau.
 CURVATURE = 5.0
 DAMPING = 0.07
 LAST_DAMPING = 0.6

@@ -3,12 +3,13 @@
 With ``s_ij = clip(tau (A_ij - u_i - v_j) + 1/2, 0, 1)`` a sweep takes a damped Newton step on every row dual
 and then on every column dual,
 
-    u_i += clip((sum_j s_ij - rows' target) / (CURVATURE sum_j s_ij (1 - s_ij) + DAMPING), +-STEP_LIMIT) / tau,
+    u_i += clip((sum_j s_ij - rows' target) / slope_i, +-STEP_LIMIT) / tau,
+    slope_i = CURVATURE sum_j s_ij (1 - s_ij) + DAMPING,
 
 and steers tau so that the number of fractional entries follows the schedule
-(nmsolve/backends/ascent_schedule.py); the steps of the last sweep count them. A row's step and its share of
-the column sums are computed while the row is in the first-level cache, four rows at a time: an entry costs six
-instructions per half-sweep and register.
+(nmsolve/backends/ascent_schedule.py); the slopes of the last sweep count them. A row's step and its share of
+the column sums are computed while the row is in the first-level cache, four rows at a time: an entry costs
+six instructions per half-sweep and register.
 """
 
 from __future__ import annotations
