@@ -38,13 +38,10 @@ def add(x, y):
 
 
 @triton.jit
-def subtract(x, y):
-    return tl.inline_asm_elementwise("sub.f16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.int32, True, 1)
-
-
-@triton.jit
-def multiply(x, y):
-    return tl.inline_asm_elementwise("mul.f16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.int32, True, 1)
+def less_square(x):
+    """x - x^2, rounded once: no product is left that the assembler might or might not contract with a sum."""
+    minus = tl.inline_asm_elementwise("neg.f16x2 $0, $1;", "=r,r", [x], tl.int32, True, 1)
+    return multiply_add(minus, x, x)
 
 
 @triton.jit

@@ -75,18 +75,17 @@ def paired_sweep(left, u, v, moved, tau, unit, row_target, col_target, SCHEDULE:
     moved += 0.5 * width
 
     s = _pairs.multiply_add_clipped(left, taus, half)
-    total = _pairs.sum_of(s, 1)
-    spread = _pairs.subtract(total, _pairs.sum_of(_pairs.multiply(s, s), 1))
-    both = _pairs.sum_of(_pairs.fold(_pairs.add(total, row_share), spread), 4)
+    total = _pairs.add(_pairs.sum_of(s, 1), row_share)
+    spread = _pairs.sum_of(_pairs.less_square(s), 1)
+    both = _pairs.sum_of(_pairs.fold(total, spread), 4)
     slope = _pairs.high_of(both) * (SCHEDULE.CURVATURE * WIDTH) + SCHEDULE.DAMPING * WIDTH
     step = clip(_pairs.low_of(both) * _pairs.reciprocal(slope) + 0.5)
     u += step * width
     left = _pairs.multiply_add(_pairs.add(_pairs.pair(step, step), minus_half), widths, left)
 
     s = _pairs.multiply_add_clipped(left, taus, half)
-    total = _pairs.sum_of(s, 0)
-    spread = _pairs.sum_of(_pairs.subtract(total, _pairs.sum_of(_pairs.multiply(s, s), 0)), 3)
-    total = _pairs.sum_of(_pairs.add(total, col_share), 3)
+    total = _pairs.sum_of(_pairs.add(_pairs.sum_of(s, 0), col_share), 3)
+    spread = _pairs.sum_of(_pairs.sum_of(_pairs.less_square(s), 0), 3)
     slopes = _pairs.multiply_add(spread, curvature, damping)
     even = clip(_pairs.low_of(total) * _pairs.reciprocal(_pairs.low_of(slopes)) + 0.5)
     odd = clip(_pairs.high_of(total) * _pairs.reciprocal(_pairs.high_of(slopes)) + 0.5)

@@ -15,8 +15,8 @@ FRACTION_END = 0.2
 GROWTH_MIN = 0.25
 GROWTH_MAX = 2.5
 
-# A line's number of fractional entries is estimated as 6 sum s (1 - s). A step divides by CURVATURE of these, so
-# that it goes farther than Newton's. The last sweep counts instead, and adds LAST_DAMPING where the others add
+# A line has about 6 sum s (1 - s) fractional entries. A step divides by CURVATURE such sums, and so goes
+# farther than Newton's. The last sweep counts the entries instead, and adds LAST_DAMPING where the others add
 # DAMPING: the step is finite where nothing is fractional. A dual moves by at most STEP_LIMIT / tau.
 CURVATURE = 5.0
 DAMPING = 0.07

@@ -211,6 +211,11 @@ def _not(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     w.ufunc(i.operands[0], _bits(match[1]), _bits(match[1]), "invert", i.operands[1])
 
 
+@rule(r"neg\.(?:bf16|f16)x2")
+def _neg_half(w: _Writer, match: re.Match[str], i: Instruction) -> None:
+    w.put(i.operands[0], "u32", f"{w.value(i.operands[1], 'u32')} ^ u32(0x80008000)")
+
+
 @rule(r"(?:neg|abs)\.(f32|f64|s16|s32|s64)")
 def _sign(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     w.ufunc(i.operands[0], match[1], match[1], _NUMPY[i.name], i.operands[1])
