@@ -59,8 +59,8 @@ def paired_sweep(left, u, v, moved, tau, unit, row_target, col_target, SCHEDULE:
     COLS_OUT: tl.constexpr = left.shape[4]
     WIDTH: tl.constexpr = 2.0 * SCHEDULE.STEP_LIMIT
     zero = tl.zeros_like(unit)
-    half = _pairs.pair(zero + 0.5, zero + 0.5)
-    minus_half = _pairs.pair(zero - 0.5, zero - 0.5)
+    half = tl.full((1, 1, 1, 1, 1), _pairs.HALF, tl.int32)
+    minus_half = tl.full((1, 1, 1, 1, 1), _pairs.MINUS_HALF, tl.int32)
     curvature = _pairs.pair(zero + SCHEDULE.CURVATURE * WIDTH, zero + SCHEDULE.CURVATURE * WIDTH)
     damping = _pairs.pair(zero + SCHEDULE.DAMPING * WIDTH, zero + SCHEDULE.DAMPING * WIDTH)
     # Each lane takes its share of the target off its sum, which then is small where it is rounded.
@@ -97,11 +97,7 @@ def paired_sweep(left, u, v, moved, tau, unit, row_target, col_target, SCHEDULE:
 
 
 @triton.jit
-def held(scores, u, v, tau, unit):
-    """S; in the interpreter rounded about as :func:`paired_sweep` does, so that the searches are as long."""
-    if INTERPRETED:
-        left = (((scores - u) - v) / unit).to(tl.float16).to(tl.float32)
-        return clip(left * (tau * unit) + 0.5).to(tl.float16).to(tl.float32)
+def held(scores, u, v, tau):
     return clip((scores - v) * tau + (0.5 - tau * u))
 
 
@@ -130,12 +126,12 @@ def plain_sweep(
     """A sweep with float32, as :func:`paired_sweep` is one with pairs; ``left``, ``moved`` are not used."""
     tau = quotient(tau, unit)
     inverse = quotient(1.0, tau)
-    s = held(scores, u, v, tau, unit)
+    s = held(scores, u, v, tau)
     total = sum_rows(s)
     slope = (total - sum_rows(s * s)) * SCHEDULE.CURVATURE + SCHEDULE.DAMPING
     u += clipped_step(total - row_target, slope, SCHEDULE) * inverse
 
-    s = held(scores, u, v, tau, unit)
+    s = held(scores, u, v, tau)
     total = sum_cols(s)
     spread = total - sum_cols(s * s)
     slope = spread * SCHEDULE.CURVATURE + SCHEDULE.DAMPING
@@ -196,7 +192,7 @@ def dual_ascent(
     unit = (deviation.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     tau = SCHEDULE.TAU_START * quotient(unit, deviation)
 
-    PAIRED: tl.constexpr = False if INTERPRETED or SLACK else is_cuda()
+    PAIRED: tl.constexpr = False if SLACK else (True if INTERPRETED else is_cuda())
     left = to_pairs((scores - u) - v, 1.0 / unit) if PAIRED else tau
     moved = tl.zeros_like(unit)
     goal = SCHEDULE.FRACTION_START * cols
