@@ -1,7 +1,7 @@
 r"""Pairs of float16 in one register, as int32 tensors: two entries an instruction on NVIDIA GPUs.
 
-Triton keeps a float16 in a register of its own, so the pairs' instructions are written as PTX; the interpreter computes
-the same. The low half comes first.
+Triton keeps a float16 in a register of its own, so the pairs' instructions are written as PTX; the
+interpreter computes the same. The low half comes first.
 """
 
 import triton

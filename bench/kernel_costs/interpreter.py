@@ -5,7 +5,8 @@ is imported) in five ways:
 
 - ``triton.language`` is patched once per launch and not again at every call of a jitted helper;
 - what belongs to a type (its name, checked shape and NumPy dtype) is worked out once, not for every value;
-- reductions with a custom combine function run on whole arrays, not element by element;
+- reductions with a custom combine function run on whole arrays, not element by element, and combine lanes in
+  the order of the compiled code;
 - ``tl.device_assert`` is checked;
 - a load or store outside the launch's tensors, or a store to where another program has stored, is an error.
 
@@ -145,7 +146,7 @@ def _reduce_whole_arrays() -> None:
 
 
 def _spans(shape: tuple[int, ...], axis: int | None) -> Iterator[int]:
-    """How the lanes that an axis of a tile is dealt out to are combined: halves of so many, then of half as many.
+    """Of how many lanes an axis is dealt to the one half is combined with the other, step after step.
 
     Each lane with the one half of the lanes away, first within the warp, then among warps, as it is compiled;
     for sums that are rounded the order matters. Axes that lie in one lane are combined in their order.
