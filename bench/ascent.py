@@ -1,9 +1,9 @@
 """How many augmenting paths a block needs after the dual ascent: writes bench/results/ascent.csv.
 
-For each pattern and score distribution, the mean and the largest number per block after the ascent with its
-self-steering tau, and the mean after three variants of it: a fixed schedule (as many sweeps with tau from 5
-to 250 in geometric steps, relative to the block's largest score), fewer sweeps, and a smooth count of the
-fractional entries of a line, 6 sum s (1 - s).
+For each pattern and score distribution, the mean and the largest number per block after the ascent, and the
+mean after variants of it: a fixed schedule (ten sweeps with tau from 5 to 250 in geometric steps, relative to
+the block's largest score), fewer sweeps, steps that are Newton's (not longer ones), fractional entries
+counted in every sweep, or in none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from nmsolve.backends import ascent_schedule
 from nmsolve.backends.torch import masks as reference
 
 PATTERNS = ((2, 4), (4, 8), (8, 16), (16, 32), (32, 64))
-FEWER = 7
+FEWER = 9
+FIXED = 10
+NEWTON = 6.0
 DISTRIBUTIONS = ("normal", "student_t", "lognormal", "wanda", "outliers", "bfloat16", "ties")
 
 
@@ -33,19 +35,24 @@ def fixed_schedule(blocks: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The ascent with tau * max|A| from 5 to 250, steps up to max|A| / 5."""
     peak = blocks.abs().amax((1, 2)).unsqueeze(1)
     u, v = torch.zeros_like(blocks[:, 0]), torch.zeros_like(blocks[:, 0])
-    for sweep in range(ascent_schedule.SWEEPS):
-        tau = 5 * 50 ** (sweep / (ascent_schedule.SWEEPS - 1)) / peak
+    for sweep in range(FIXED):
+        tau = 5 * 50 ** (sweep / (FIXED - 1)) / peak
         for duals, dim in ((u, 2), (v, 1)):
             s = tau.unsqueeze(2) * (blocks - u.unsqueeze(2) - v.unsqueeze(1)) + 0.5
-            step = (s.clamp(0, 1).sum(dim) - n) / (
-                tau * (((s > 0) & (s < 1)).sum(dim) + ascent_schedule.DAMPING)
-            )
+            step = (s.clamp(0, 1).sum(dim) - n) / (tau * (((s > 0) & (s < 1)).sum(dim) + 0.3))
             duals += torch.minimum(torch.maximum(step, -peak / 5), peak / 5)
     return u, v
 
 
-def variant(blocks: Tensor, n: int, sweeps: int, smooth: bool) -> tuple[Tensor, Tensor]:
-    """The steered ascent with another number of sweeps, or with the smooth count."""
+def variant(
+    blocks: Tensor,
+    n: int,
+    *,
+    sweeps: int = ascent_schedule.SWEEPS,
+    curvature: float = ascent_schedule.CURVATURE,
+    counted: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """The ascent with other sweeps, longer or shorter steps, or other sweeps that count, the last ones."""
     mean = blocks.mean((1, 2), keepdim=True)
     deviation = (blocks - mean).abs().mean((1, 2), keepdim=True).clamp_min(ascent_schedule.DEVIATION_FLOOR)
     reach = ascent_schedule.WINSOR * deviation
@@ -56,17 +63,19 @@ def variant(blocks: Tensor, n: int, sweeps: int, smooth: bool) -> tuple[Tensor, 
     goal = ascent_schedule.FRACTION_START * blocks.shape[2]
     shrink = (ascent_schedule.FRACTION_END / goal) ** (1 / (sweeps - 1))
     for sweep in range(sweeps):
-        fractional = 0.0
         for duals, dim in ((u, 2), (v, 1)):
             s = (blocks - u - v) * tau + 0.5
             held = s.clamp(0, 1)
-            count = 6 * (held * (1 - held)) if smooth else (s == held).to(s.dtype)
-            count = count.sum(dim, keepdim=True)
-            step = (held.sum(dim, keepdim=True) - n) / (count + ascent_schedule.DAMPING)
+            if sweep >= sweeps - counted:
+                fractional = (s == held).to(s.dtype).sum(dim, keepdim=True)
+                slope = fractional + ascent_schedule.LAST_DAMPING
+            else:
+                fractional = 6 * (held * (1 - held)).sum(dim, keepdim=True)
+                slope = curvature / 6 * fractional + ascent_schedule.DAMPING
+            step = (held.sum(dim, keepdim=True) - n) / slope
             duals += step.clamp(-ascent_schedule.STEP_LIMIT, ascent_schedule.STEP_LIMIT) / tau
-            fractional = fractional + count.mean((1, 2), keepdim=True) / 2
-        goal *= shrink if sweep < sweeps - 1 else 1
-        growth = torch.clamp(fractional, min=ascent_schedule.FRACTION_FLOOR) / goal
+        goal *= shrink
+        growth = fractional.mean((1, 2), keepdim=True) / goal
         tau = tau * growth.clamp(ascent_schedule.GROWTH_MIN, ascent_schedule.GROWTH_MAX)
     return u.squeeze(2), v.squeeze(1)
 
@@ -81,22 +90,27 @@ def main() -> None:
         count = min(4 * arguments.blocks, max(64, arguments.blocks * 256 // m**2))
         for name in DISTRIBUTIONS:
             blocks, _ = reference.normalise(common.scores(name, (count, m, m), seed=m))
-            steered = augmentations(blocks, n, *reference.dual_ascent(blocks, n)).double()
-            fixed = augmentations(blocks, n, *fixed_schedule(blocks, n)).double()
-            fewer = augmentations(blocks, n, *variant(blocks, n, FEWER, False)).double()
-            smooth = augmentations(blocks, n, *variant(blocks, n, ascent_schedule.SWEEPS, True)).double()
+            variants = {
+                "mean_fixed_schedule": fixed_schedule(blocks, n),
+                f"mean_{FEWER}_sweeps": variant(blocks, n, sweeps=FEWER),
+                "mean_newton": variant(blocks, n, curvature=NEWTON),
+                "mean_counted": variant(blocks, n, counted=ascent_schedule.SWEEPS),
+                "mean_never_counted": variant(blocks, n, counted=0),
+            }
+            left = augmentations(blocks, n, *reference.dual_ascent(blocks, n)).double()
             rows.append(
                 {
                     "pattern": f"{n}:{m}",
                     "distribution": name,
                     "blocks": count,
                     "sweeps": ascent_schedule.SWEEPS,
-                    "mean": f"{steered.mean():.3f}",
-                    "largest": int(steered.max()),
-                    "blocks_done": f"{(steered == 0).double().mean():.3f}",
-                    "mean_fixed_schedule": f"{fixed.mean():.3f}",
-                    f"mean_{FEWER}_sweeps": f"{fewer.mean():.3f}",
-                    "mean_smooth_count": f"{smooth.mean():.3f}",
+                    "mean": f"{left.mean():.3f}",
+                    "largest": int(left.max()),
+                    "blocks_done": f"{(left == 0).double().mean():.3f}",
+                    **{
+                        name: f"{augmentations(blocks, n, *duals).double().mean():.3f}"
+                        for name, duals in variants.items()
+                    },
                 }
             )
             print(*rows[-1].values(), sep="\t")

@@ -69,6 +69,20 @@ def log2(x):
     return libdevice.fast_log2f(x) if is_cuda() else tl.log2(x)
 
 
+@triton.jit
+def equal(x, y):
+    """1.0 where x == y, else 0.0, for float32.
+
+    Where the compiler is free to, it packs 32 predicates into a register and unpacks them.
+    """
+    NVIDIA: tl.constexpr = False if INTERPRETED else is_cuda()
+    if NVIDIA:
+        found = tl.inline_asm_elementwise("set.eq.f32.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, True, 1)
+    else:
+        found = (x == y).to(tl.float32)
+    return found
+
+
 # --- reductions ---------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from nmsolve.kernels._tile import (
     col_index,
+    equal,
     max_cols,
     max_rows,
     min_cols,
@@ -64,45 +65,47 @@ def is_free(arcs):
 
 
 @triton.jit
-def nearer(length, node, other_length, other_node):
-    """The shorter of two steps, at the same length the one from the lower node."""
-    other = (other_length < length) | ((other_length == length) & (other_node < node))
-    return tl.where(other, other_length, length), tl.where(other, other_node, node)
-
-
-@triton.jit
 def first_of(found, AXIS: tl.constexpr):
-    """Index of the first true entry along an axis that lies in registers (some entry is true).
+    """Index of the first 1.0 among 0.0 along an axis that lies in registers (there is one).
 
-    The entries' powers of two are added up: the sum's exponent tells. That is a comparison to 1.0 or 0.0 and
-    a multiply-add per entry, and occupies no predicate.
+    The entries' powers of two are added up, a multiply-add each: the sum's exponent tells.
     """
     COUNT: tl.constexpr = found.shape[AXIS]
     place = tl.arange(0, COUNT)
     place = place[:, None, None, None, None] if AXIS == 0 else place[None, :, None, None, None]
     weight = ((126 - place + COUNT) << 23).to(tl.float32, bitcast=True)
-    total = tl.sum(found.to(tl.float32) * weight, AXIS, keep_dims=True)
+    total = tl.sum(found * weight, AXIS, keep_dims=True)
     return 126 - (total.to(tl.int32, bitcast=True) >> 23) + COUNT
 
 
 @triton.jit
+def nearest_of(length, node, AXIS: tl.constexpr):
+    """The shortest steps along an axis of lanes, and of steps of that length the lowest node.
+
+    One minimum after the other: to carry a node along takes three more instructions for each shuffle.
+    """
+    shortest = tl.min(length, AXIS, keep_dims=True)
+    return shortest, tl.min(tl.where(length == shortest, node, NONE), AXIS, keep_dims=True)
+
+
+@triton.jit
 def shortest_to_cols(row_dist, arcs, bit):
-    """For each column the length of the shortest step from a row, and that row."""
+    """For each column the length of the shortest step from a row, and the first such row."""
     length = row_dist + toggled(arcs, bit)
     best = tl.min(length, 0, keep_dims=True)
-    via = first_of(length == best, 0)
+    via = first_of(equal(length, best), 0)
     via += arcs.shape[0] * tl.arange(0, arcs.shape[3])[None, None, None, :, None]
-    return tl.reduce((best, via), 3, nearer, keep_dims=True)
+    return nearest_of(best, via, 3)
 
 
 @triton.jit
 def shortest_to_rows(col_dist, arcs):
-    """For each row the length of the shortest step from a column, and that column."""
+    """For each row the length of the shortest step from a column, and the first such column."""
     length = col_dist + arcs
     best = tl.min(length, 1, keep_dims=True)
-    via = first_of(length == best, 1)
+    via = first_of(equal(length, best), 1)
     via += arcs.shape[1] * tl.arange(0, arcs.shape[4])[None, None, None, None, :]
-    return tl.reduce((best, via), 4, nearer, keep_dims=True)
+    return nearest_of(best, via, 4)
 
 
 @triton.jit

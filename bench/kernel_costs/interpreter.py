@@ -5,7 +5,8 @@ is imported) in five ways:
 
 - ``triton.language`` is patched once per launch and not again at every call of a jitted helper;
 - what belongs to a type (its name, checked shape and NumPy dtype) is worked out once, not for every value;
-- reductions with a custom combine function run on whole arrays, not element by element;
+- reductions with a custom combine function run on whole arrays, not element by element, and combine lanes in
+  the order of the compiled code;
 - ``tl.device_assert`` is checked;
 - a load or store outside the launch's tensors, or a store to where another program has stored, is an error.
 
@@ -15,6 +16,7 @@ The tensors of a group launch are those that its table is made from.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -115,10 +117,20 @@ def _reduce_whole_arrays() -> None:
             slices = (np.ascontiguousarray(np.take(a, index, axis=axis)) for a in arrays)
             return tuple(self.to_tensor(s, x.dtype) for s, x in zip(slices, inputs, strict=True))
 
-        total: Any = at(0)
-        for index in range(1, arrays[0].shape[axis]):
-            total = self.combine_fn.fn(*total, *at(index))
-            total = total if isinstance(total, tuple) else (total,)
+        def combined(some: Any, more: Any) -> Any:
+            total = self.combine_fn.fn(*some, *more)
+            return total if isinstance(total, tuple) else (total,)
+
+        parts = [at(index) for index in range(arrays[0].shape[axis])]
+        for span in _spans(arrays[0].shape, axis):
+            parts = [
+                combined(parts[k], parts[k + span // 2])
+                for first in range(0, len(parts), span)
+                for k in range(first, first + span // 2)
+            ]
+        total: Any = parts[0]
+        for part in parts[1:]:
+            total = combined(total, part)
         results = []
         for value, x in zip(total, inputs, strict=True):
             data = value.handle.data
@@ -131,6 +143,21 @@ def _reduce_whole_arrays() -> None:
         return results
 
     interpreter.ReduceOps.generic_reduce = generic_reduce
+
+
+def _spans(shape: tuple[int, ...], axis: int | None) -> Iterator[int]:
+    """Of how many lanes an axis is dealt to the one half is combined with the other, step after step.
+
+    Each lane with the one half of the lanes away, first within the warp, then among warps, as it is compiled;
+    for sums that are rounded the order matters. Axes that lie in one lane are combined in their order.
+    """
+    if len(shape) != 5 or axis not in (3, 4):
+        return
+    lanes = min(shape[axis], 32 // shape[4] if axis == 3 else 32)
+    for together in (lanes, shape[axis] // lanes):
+        while together > 1:
+            yield together
+            together //= 2
 
 
 def _guard_memory() -> None:

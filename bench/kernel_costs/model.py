@@ -30,19 +30,22 @@ class Gpu(NamedTuple):
     """float32 additions and multiply-adds; integer multiply-adds run on 64 of these."""
     minmax: int
     """float32 minima and maxima."""
+    shares: bool
+    """Whether a pair of float16 takes both of the units that float32 alternates between, unless it is one of
+    the tensor unit's (``.MMA``)."""
     double: int
     shared: int
     """Bytes of shared memory per multiprocessor."""
 
 
 GPUS = {
-    "sm_80": Gpu("A100 SXM 80 GB", 108, 1.41e9, 2.039e12, 64, 64, 32, 164 << 10),
-    "sm_90": Gpu("H100 SXM", 132, 1.98e9, 3.35e12, 128, 64, 64, 228 << 10),
-    "sm_100": Gpu("B200", 148, 1.965e9, 8.0e12, 128, 128, 64, 228 << 10),
+    "sm_80": Gpu("A100 SXM 80 GB", 108, 1.41e9, 2.039e12, 64, 64, False, 32, 164 << 10),
+    "sm_90": Gpu("H100 SXM", 132, 1.98e9, 3.35e12, 128, 64, True, 64, 228 << 10),
+    "sm_100": Gpu("B200", 148, 1.965e9, 8.0e12, 128, 128, True, 64, 228 << 10),
 }
-INTEGER, SPECIAL, EXCHANGE = 64, 16, 32
+INTEGER, SPECIAL, EXCHANGE, HALF = 64, 16, 32, 128
 """Lanes per clock of integer and logic instructions (and of float32 comparisons and selections), of special
-functions and conversions, and of shuffles, loads and stores."""
+functions and conversions, of shuffles, loads and stores, and of arithmetic with pairs of float16."""
 
 WARPS, PROGRAMS, REGISTERS = 64, 32, 65536
 """What a multiprocessor holds at most."""
@@ -65,7 +68,8 @@ def clocks(gpu: Gpu, pipes: Mapping[str, float]) -> dict[str, float]:
 
     return {
         "issue": sum(pipes.values()) / SCHEDULERS,
-        "float": (of("fma", "fma_heavy") + 2 * of("fma_packed")) / gpu.fma,
+        "float": (of("fma", "fma_heavy") + 2 * of("fma_packed") + 2 * gpu.shares * of("half")) / gpu.fma,
+        "half": of("half", "half_mma") / HALF,
         "integer": (of("alu") + of("minmax") * INTEGER / gpu.minmax) / INTEGER,
         "special": of("special") / SPECIAL,
         "exchange": of("shuffle", "memory") / EXCHANGE,

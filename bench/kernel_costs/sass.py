@@ -250,7 +250,7 @@ _KINDS = {
     "local": ("LDL", "STL"),
     "convert": ("F2F", "F2I", "I2F", "I2FP", "F2FP", "FRND"),
     "float": ("FADD", "FMUL", "FFMA", "FMNMX", "FMNMX3", "FSEL", "FSETP", "FSET", "FCHK", "FADD2", "FMUL2",
-              "FFMA2", "FSWZADD"),
+              "FFMA2", "FSWZADD", "HADD2", "HMUL2", "HFMA2"),
     "double": ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX"),
     "control": ("BRA", "BSSY", "BSYNC", "EXIT", "WARPSYNC", "CALL", "RET", "NOP", "YIELD", "NANOSLEEP",
                 "BMOV", "BREAK", "ELECT", "JMP", "BRX", "DEPBAR", "ERRBAR", "MEMBAR", "CCTL", "ACQBULK"),
@@ -267,6 +267,8 @@ def kind(line: Instruction) -> str:
 _PIPES = {
     "fma": ("FADD", "FMUL", "FFMA", "FSWZADD"),
     "fma_packed": ("FADD2", "FMUL2", "FFMA2"),
+    "half": ("HADD2", "HMUL2", "HFMA2"),
+    "half_mma": (),
     "fma_heavy": ("IMAD", "IDP", "IDP4A"),
     "minmax": ("FMNMX", "FMNMX3"),
     "special": ("MUFU", "F2I", "I2F", "F2F", "FRND", "POPC", "FLO", "BREV"),
@@ -285,7 +287,7 @@ def pipe(line: Instruction) -> str:
     """The unit that executes an instruction, one of :data:`PIPES`; by default the integer and logic unit."""
     name = line.name
     if name in _PIPE:
-        return _PIPE[name]
+        return "half_mma" if line.opcode.startswith("HFMA2.MMA") else _PIPE[name]
     if name in ("R2UR", "VOTEU") or (name.startswith("U") and name != "UNKNOWN"):
         return "uniform"
     return "alu"

@@ -23,8 +23,10 @@ def ascent() -> str:
             right("most", "largest"),
             right("blocks that need none", share("blocks_done", 0)),
             right("mean, fixed schedule", fixed("mean_fixed_schedule", 2)),
-            right("7 sweeps", fixed("mean_7_sweeps", 2)),
-            right("smooth count", fixed("mean_smooth_count", 2)),
+            right("9 sweeps", fixed("mean_9_sweeps", 2)),
+            right("Newton's steps", fixed("mean_newton", 2)),
+            right("counted throughout", fixed("mean_counted", 2)),
+            right("never counted", fixed("mean_never_counted", 2)),
         ],
     )
 

@@ -7,22 +7,25 @@ fractional entries per line falls geometrically from ``FRACTION_START * M`` to `
 the ascent independent of the scores' scale and of heavy tails.
 """
 
-SWEEPS = 10
-FRACTION_START = 0.5
+SWEEPS = 11
+FRACTION_START = 0.24
 FRACTION_END = 0.2
-FRACTION_FLOOR = 0.05
 
 # Bounds on the change of tau in one sweep.
 GROWTH_MIN = 0.25
-GROWTH_MAX = 3.0
+GROWTH_MAX = 2.5
 
-# A Newton step moves a dual by at most STEP_LIMIT / tau; DAMPING keeps it finite where nothing is fractional.
-STEP_LIMIT = 1.0
-DAMPING = 0.3
+# A line has about 6 sum s (1 - s) fractional entries. A step divides by CURVATURE such sums, and so goes
+# farther than Newton's. The last sweep counts the entries instead, and adds LAST_DAMPING where the others add
+# DAMPING: the step is finite where nothing is fractional. A dual moves by at most STEP_LIMIT / tau.
+CURVATURE = 5.0
+DAMPING = 0.07
+LAST_DAMPING = 0.6
+STEP_LIMIT = 0.75
 
 # The start: line means of the scores clipped to mean +- WINSOR * (mean absolute deviation), and tau there.
-WINSOR = 2.0
-TAU_START = 0.5
+WINSOR = 4.0
+TAU_START = 0.4
 DEVIATION_FLOOR = 2.0**-24
 
 # Duals to start from instead are clamped to +- WARM_LIMIT, for scores scaled to a largest of about 1.

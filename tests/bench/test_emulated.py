@@ -45,17 +45,24 @@ def counted() -> dict[Key, dict[str, float]]:
     return found
 
 
-def unlike(executed: Mapping[str, float], expected: Mapping[str, float]) -> list[str]:
+ONE_PATH = 6
+"""Entries of a loop of the search, of all programs together, that one path of one block makes at most."""
+
+
+def unlike(executed: Mapping[str, float], expected: Mapping[str, float], programs: int) -> list[str]:
     """Regions that are entered over 5 % more or less often than counted.
 
     Branches are compared with what they lie in: one that settles ties is taken by a few programs, and those
-    of a plan that the approximate instructions round are not all the same.
+    of a plan that the approximate instructions round are not all the same. A half of the ascent that they
+    round may give a block a path more or less.
     """
     faults = []
     for region, times in executed.items():
         around = expected.get(region.rpartition(".")[0], 1.0)
         branch = region.rpartition(".")[2].startswith(("if", "else"))
         allowed = 0.05 * max(around if branch else 0.0, expected[region])
+        if region.startswith("augment."):
+            allowed = max(allowed, ONE_PATH / programs)
         if abs(times - expected[region]) > allowed:
             faults.append(f"{region}: executed {times:.3f}, counted {expected[region]:.3f}")
     return faults
@@ -63,11 +70,13 @@ def unlike(executed: Mapping[str, float], expected: Mapping[str, float]) -> list
 
 def test_a_difference_of_trips_would_be_noticed() -> None:
     expected = {"kernel.while1": 10.0, "kernel.while1.while1": 2.0, "kernel.while1.if1": 1.0}
-    assert not unlike(expected, expected)
-    assert not unlike(expected | {"kernel.while1.if1": 1.4}, expected)
-    assert unlike(expected | {"kernel.while1.if1": 1.6}, expected)
-    assert unlike(expected | {"kernel.while1.while1": 2.2}, expected)
-    assert unlike(expected | {"kernel.while1": 9.0}, expected)
+    assert not unlike(expected, expected, 16)
+    assert not unlike(expected | {"kernel.while1.if1": 1.4}, expected, 16)
+    assert unlike(expected | {"kernel.while1.if1": 1.6}, expected, 16)
+    assert unlike(expected | {"kernel.while1.while1": 2.2}, expected, 16)
+    assert unlike(expected | {"kernel.while1": 9.0}, expected, 16)
+    assert not unlike({"augment.while1": 1.25}, {"augment.while1": 1.0}, 16)
+    assert unlike({"augment.while1": 1.5}, {"augment.while1": 1.0}, 16)
 
 
 def check_anew(
@@ -89,7 +98,7 @@ def check_anew(
     faults = [
         f"{key}: {fault}"
         for key, row in zip(chosen, rows, strict=True)
-        for fault in unlike(row["entries"], expected[key])
+        for fault in unlike(row["entries"], expected[key], programs[key])
     ]
     assert not faults, "\n".join(faults)
 
@@ -116,6 +125,7 @@ def test_trips_counted_anew(target: str, tmp_path: Path) -> None:
 def test_trips_in_the_file_are_those_of_the_cost_table() -> None:
     """Every configuration of the table, executed for each target."""
     expected = counted()
+    programs = {tuple(row[name] for name in COUNTS): int(row["programs"]) for row in read_csv(TRIPS)}
     for target in TARGETS:
         executed: dict[Key, dict[str, float]] = {}
         for row in read_csv(RESULTS / "emulator_trips.csv"):
@@ -125,7 +135,11 @@ def test_trips_in_the_file_are_those_of_the_cost_table() -> None:
         without = expected.keys() - executed.keys()
         assert {key[0] for key in without} == STRAIGHT
         assert executed.keys() | without == expected.keys()
-        faults = [f"{key}: {fault}" for key in executed for fault in unlike(executed[key], expected[key])]
+        faults = [
+            f"{key}: {fault}"
+            for key in executed
+            for fault in unlike(executed[key], expected[key], programs[key])
+        ]
         assert not faults, "\n".join(faults)
 
 

@@ -113,6 +113,7 @@ def test_clocks_of_each_unit() -> None:
     assert found == {
         "issue": 6.5,
         "float": 3.0,
+        "half": 0.0,
         "integer": 4.0,
         "special": 2.0,
         "exchange": 5.0,
@@ -121,6 +122,10 @@ def test_clocks_of_each_unit() -> None:
     assert model.clocks(model.GPUS["sm_80"], {"fma": 8})["float"] == 4.0
     assert model.clocks(model.GPUS["sm_100"], {"minmax": 4})["integer"] == 1.0
     assert model.clocks(model.GPUS["sm_100"], {"fma_packed": 4})["float"] == 2.0
+    pairs = {"fma": 8, "half": 4, "half_mma": 4}
+    for target, clocks in (("sm_80", 4.0), ("sm_90", 4.0), ("sm_100", 4.0)):
+        found = model.clocks(model.GPUS[target], pairs)
+        assert (found["float"], found["half"]) == (clocks, 2.0)
 
 
 def test_prediction_is_the_slowest_of_the_units_and_the_memory() -> None:

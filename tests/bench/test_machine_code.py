@@ -101,6 +101,12 @@ def test_instructions_are_counted_by_kind_and_by_unit() -> None:
     assert counts["pipes"]["fma_heavy"] == counts["pipes"]["minmax"] == counts["pipes"]["memory"] == 1
 
 
+def test_pairs_of_float16_have_units_of_their_own() -> None:
+    for opcode, unit in (("HADD2.F32", "half"), ("HFMA2.SAT", "half"), ("HFMA2.MMA.SAT", "half_mma")):
+        line = sass.Instruction(0, "", opcode, "", None, ("", 0))
+        assert (sass.pipe(line), sass.kind(line)) == (unit, "float")
+
+
 def test_machine_code_is_assigned_to_the_loops_of_the_source(sources: source_regions.Sources) -> None:
     found = source_regions.phases(sass.parse(LISTING), sources)
     sizes = {name: sum(counts["kinds"].values()) for name, counts in found.items()}

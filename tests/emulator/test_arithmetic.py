@@ -145,6 +145,16 @@ def test_halves_of_zeros_infinities_and_nan() -> None:
         assert a.arithmetic_half("add", x, x ^ 0x8000, kind).tolist() == [0, 0, 0x7FFF, 0x7FFF]
 
 
+def test_halves_are_clipped_to_one() -> None:
+    """-inf, -1, -0 and NaN become 0, what is above 1 becomes 1."""
+    for kind, one_half, one, two, inf in (
+        ("f16", 0x3800, 0x3C00, 0x4000, 0x7C00),
+        ("bf16", 0x3F00, 0x3F80, 0x4000, 0x7F80),
+    ):
+        x = np.array([inf | 0x8000, one | 0x8000, 0x8000, 0x7FFF, 1, one_half, one, two, inf], np.uint16)
+        assert a.clipped_half(x, kind).tolist() == [0, 0, 0, 0, 1, one_half, one, one, one]
+
+
 def test_both_halves_of_a_word() -> None:
     found = a.both_halves(
         lambda x, y: a.arithmetic_half("add", x, y, "f16"), word(0x3C004000), word(0x3C00C000)

@@ -251,6 +251,11 @@ def test_halves_of_registers() -> None:
     for instruction, expected in (
         ("add.f16x2 %r8, %r7, %r7;", 0x40004400),
         ("fma.rn.f16x2 %r8, %r7, %r7, %r7;", 0x40004600),
+        ("fma.rn.sat.f16x2 %r8, %r7, %r7, %r7;", 0x3C003C00),
+        ("neg.f16x2 %r8, %r7;", 0xBC00C000),
+        ("add.sat.f16 %rs3, %rs2, %rs2; mov.b32 %r8, { %rs3, %rs1 };", 0x40003C00),
+        ("set.eq.f32.f32 %r8, %r7, %r7;", 0x3F800000),
+        ("set.lt.f32.f32 %r8, %r7, %r7;", 0),
         ("sub.f16 %rs3, %rs1, %rs2; mov.b32 %r8, { %rs3, %rs1 };", 0x40003C00),
         ("add.rn.f32.f16 %r8, %rs1, 0f3F800000;", 0x40400000),
         ("sub.rn.f32.f16 %r8, %rs2, 0f40000000;", 0xBF800000),

@@ -208,8 +208,9 @@ def dual_ascent(a: Tensor, n: int) -> tuple[Tensor, Tensor]:
     r"""Approximate duals by alternating Newton steps on the box-regularised problem.
 
     With ``S = clip(tau (A - u - v) + 1/2, 0, 1)`` a sweep moves every row dual by
-    ``(sum_j S_ij - N) / (tau (c_i + DAMPING))``, where c_i counts the entries strictly between 0 and 1, and
-    then every column dual likewise. tau follows :mod:`nmsolve.backends.ascent_schedule`.
+    ``(sum_j S_ij - N) / (tau (c_i + damping))``, and then every column dual likewise. In the last sweep c_i
+    counts the entries strictly between 0 and 1, before it is ``CURVATURE sum_j S_ij (1 - S_ij)``. tau follows
+    :mod:`nmsolve.backends.ascent_schedule`.
     """
     rows, cols = a.shape[1:]
     need = demand(rows, cols, n)
@@ -223,26 +224,34 @@ def dual_ascent(a: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
     first = ascent_schedule.FRACTION_START * cols
     for sweep in range(1, ascent_schedule.SWEEPS + 1):
-        step, row_fractional = _newton_step(a, u, v, tau, 2, need.row)
+        last = sweep == ascent_schedule.SWEEPS
+        step, _ = _newton_step(a, u, v, tau, 2, need.row, last)
         u = u + step
-        step, col_fractional = _newton_step(a, u, v, tau, 1, need.col)
+        step, fractional = _newton_step(a, u, v, tau, 1, need.col, last)
         v = v + step
         if rows < cols:
             v = v.clamp(min=0)
-        lines = (fold(row_fractional, 1) + fold(col_fractional, 1)) / (rows + cols)
-        progress = min(sweep, ascent_schedule.SWEEPS - 1) / (ascent_schedule.SWEEPS - 1)
-        target = first * (ascent_schedule.FRACTION_END / first) ** progress
-        growth = lines.clamp(min=ascent_schedule.FRACTION_FLOOR) / target
-        tau = tau * growth.clamp(ascent_schedule.GROWTH_MIN, ascent_schedule.GROWTH_MAX).unsqueeze(1)
+        if not last:
+            target = first * (ascent_schedule.FRACTION_END / first) ** (sweep / (ascent_schedule.SWEEPS - 1))
+            growth = (fold(fractional, 1) / cols) / target
+            tau = tau * growth.clamp(ascent_schedule.GROWTH_MIN, ascent_schedule.GROWTH_MAX).unsqueeze(1)
     return u, v
 
 
-def _newton_step(a: Tensor, u: Tensor, v: Tensor, tau: Tensor, dim: int, need: int) -> tuple[Tensor, Tensor]:
+def _newton_step(
+    a: Tensor, u: Tensor, v: Tensor, tau: Tensor, dim: int, need: int, last: bool
+) -> tuple[Tensor, Tensor]:
     """The step of the duals whose lines run along ``dim``, and their numbers of fractional entries."""
     s = tau.unsqueeze(2) * (a - u.unsqueeze(2) - v.unsqueeze(1)) + 0.5
-    total = fold(s.clamp(0, 1), dim)
-    fractional = ((s > 0) & (s < 1)).sum(dim).to(a.dtype)
-    step = (total - need) / (fractional + ascent_schedule.DAMPING)
+    held = s.clamp(0, 1)
+    if last:
+        fractional = ((s > 0) & (s < 1)).sum(dim).to(a.dtype)
+        slope = fractional + ascent_schedule.LAST_DAMPING
+    else:
+        spread = fold(held * (1 - held), dim)
+        fractional = 6 * spread
+        slope = ascent_schedule.CURVATURE * spread + ascent_schedule.DAMPING
+    step = (fold(held, dim) - need) / slope
     return step.clamp(-ascent_schedule.STEP_LIMIT, ascent_schedule.STEP_LIMIT) / tau, fractional
 
 

@@ -129,6 +129,13 @@ def arithmetic_half(how: str, a: Array, b: Array, kind: str) -> Array:
     return fma_half(b ^ sign if how == "sub" else b, one, a, kind)
 
 
+def clipped_half(bits: Array, kind: str) -> Array:
+    """f16 or bf16 bits clipped to [0, 1]; NaN becomes 0."""
+    wide, one = (from_f16, 0x3C00) if kind == "f16" else (from_bf16, 0x3F80)
+    value = wide(bits)
+    return np.where(value > 0, np.where(value >= 1, u16(one), bits), u16(0))
+
+
 def both_halves(function: Callable[..., Array], *operands: Array) -> Array:
     """A function of 16 bits on both halves of 32."""
     low = function(*((operand & u32(0xFFFF)).astype(u16) for operand in operands))

@@ -211,6 +211,11 @@ def _not(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     w.ufunc(i.operands[0], _bits(match[1]), _bits(match[1]), "invert", i.operands[1])
 
 
+@rule(r"neg\.(?:bf16|f16)x2")
+def _neg_half(w: _Writer, match: re.Match[str], i: Instruction) -> None:
+    w.put(i.operands[0], "u32", f"{w.value(i.operands[1], 'u32')} ^ u32(0x80008000)")
+
+
 @rule(r"(?:neg|abs)\.(f32|f64|s16|s32|s64)")
 def _sign(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     w.ufunc(i.operands[0], match[1], match[1], _NUMPY[i.name], i.operands[1])
@@ -258,15 +263,16 @@ def _fma_ftz(w: _Writer, match: re.Match[str], i: Instruction) -> None:
     w.put(i.operands[0], "f32", f"ftz(fma32({x}, {y}, {z}))")
 
 
-@rule(r"(add|sub|mul|fma)(?:\.rn)?\.(bf16|f16)(x2)?")
+@rule(r"(add|sub|mul|fma)(?:\.rn)?(\.sat)?\.(bf16|f16)(x2)?")
 def _half(w: _Writer, match: re.Match[str], i: Instruction) -> None:
-    kind = "u32" if match[3] else "u16"
+    kind = "u32" if match[4] else "u16"
     operands = [w.value(operand, kind) for operand in i.operands[1:]]
     names = "abc"[: len(operands)]
     how = "fma_half(" if match[1] == "fma" else f"arithmetic_half({match[1]!r}, "
-    function = f"lambda {', '.join(names)}: {how}{', '.join(names)}, {match[2]!r})"
+    result = f"{how}{', '.join(names)}, {match[3]!r})"
+    function = f"lambda {', '.join(names)}: {f'clipped_half({result}, {match[3]!r})' if match[2] else result}"
     w.put(
-        i.operands[0], kind, f"{'both_halves' if match[3] else 'applied'}({function}, {', '.join(operands)})"
+        i.operands[0], kind, f"{'both_halves' if match[4] else 'applied'}({function}, {', '.join(operands)})"
     )
 
 
@@ -402,6 +408,13 @@ _COMPARISONS = {
     "ge": "greater_equal",
 }  # fmt: skip
 _UNORDERED = {"ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<"}
+
+
+@rule(r"set\.(eq|lt|le|gt|ge)\.f32\.f32")
+def _set(w: _Writer, match: re.Match[str], i: Instruction) -> None:
+    """1.0 or 0.0."""
+    x, y = (w.value(operand, "f32") for operand in i.operands[1:])
+    w.put(i.operands[0], "f32", f"np.{_COMPARISONS[match[1]]}({x}, {y}).astype(f32)")
 
 
 @rule(r"setp\.(eq|ne|lt|le|gt|ge)\.([bus](?:16|32|64))")
