@@ -32,6 +32,7 @@ from nmsolve.kernels._tile import (
     min_cols,
     min_rows,
     place_blocks,
+    power_of_two_scale,
     quotient,
     row_index,
     store_mask,
@@ -42,7 +43,7 @@ from nmsolve.kernels._tile import (
 
 INF = tl.constexpr(float("inf"))
 NONE = tl.constexpr(1 << 20)  # larger than any index
-DROP = tl.constexpr(2.0**100)  # larger than any difference of orders
+LARGEST = tl.constexpr(1 - 2.0**-24)  # float32 below 1
 REFRESH = tl.constexpr(20)
 FACTOR_MAX = tl.constexpr(2.0**60)  # bounds on what the factors become before they are refreshed
 FACTOR_MIN = tl.constexpr(2.0**-60)
@@ -86,50 +87,82 @@ def dykstra(
 
 
 @triton.jit
-def first_of_tied(order, row_best, col_best):
-    """1.0 for the entries that are the first among the largest of their row and of their column, 0.0 else."""
-    i = row_index(order.shape[0], order.shape[3])
-    j = col_index(order.shape[1], order.shape[4])
-    first_col = min_rows(tl.where(order == row_best, j, NONE))
-    first_row = min_cols(tl.where(order == col_best, i, NONE))
-    return tl.where((first_row == i) & (first_col == j) & (order == col_best), 1.0, 0.0)
+def reached_by_few(order, n, lower, upper):
+    """Per row a value that at most n entries reach, by bisection between the least and the largest."""
+    high = tl.minimum(max_rows(order), upper)
+    low = tl.maximum(min_rows(order), lower)
+    few = tl.full(high.shape, INF, tl.float32)
+    M: tl.constexpr = order.shape[1] * order.shape[4]
+    for _ in range(1 + (M > 4) + (M > 8) + (M > 16) + (M > 32)):
+        middle = 0.5 * (low + high)
+        fits = sum_rows(tl.where(order >= middle, 1.0, 0.0)) <= n
+        few = tl.where(fits, middle, few)
+        high = tl.where(fits, middle, high)
+        low = tl.where(fits, low, middle)
+    return tl.maximum(few, -1.0)
 
 
 @triton.jit
-def take_greedily(order, n):
-    """Entries by falling order (-inf: never) while their lines hold fewer than n, and 0 per block.
+def positive(order):
+    """float32 in (-1, 1) as positive normal numbers in the same order; -inf and NaN are 0."""
+    bits = (tl.minimum(order, LARGEST) + 0.0).to(tl.int32, bitcast=True)  # of -0.0 those of 0.0
+    sign = bits >> 31
+    return tl.maximum((bits ^ (sign & 0x7FFFFFFF)) - sign + 0x3F800000, 0)
 
-    They come as int32 numbers, of a bit for each entry of a row that is in one lane. What is not available
-    any more is lowered by DROP, which infinity would not be: it is cut off before. Sums of 0.0 and 1.0 occupy
-    no predicates, of which the hardware has seven.
+
+@triton.jit
+def first_of_tied(moves):
+    """``moves`` with one offer of a row, that in the first column, and one refusal of a column, in the last row."""
+    i = row_index(moves.shape[0], moves.shape[3]).to(tl.float32)
+    j = col_index(moves.shape[1], moves.shape[4]).to(tl.float32)
+    offer = tl.maximum(moves - 1, 0.0)
+    refusal = moves - 2 * offer
+    first_col = min_rows(j - offer * 128)
+    last_row = max_cols(i + refusal * 128)
+    offer *= tl.where(first_col == j - 128, 1.0, 0.0)
+    return 2 * offer + refusal * tl.where(last_row == i + 128, 1.0, 0.0)
+
+
+@triton.jit
+def take_greedily(order, n, lower, upper):
+    """Entries by falling order (-inf: never) while their lines hold fewer than n, and 0 per block.
     """
-    order = tl.minimum(order, DROP / 4)
+    few = reached_by_few(order, n, lower, upper)
+    held = tl.where(order >= few, 1.0, 0.0)
+    key = positive(order).to(tl.float32, bitcast=True)
+    state = (key - 2 * held * key).to(tl.int32, bitcast=True)
+    row_held = sum_rows(held)
+    col_held = sum_cols(held)
+    seen = tl.max(row_held).to(tl.int32) + 1
+    while seen > 0:
+        worst = min_cols(state)
+        over = tl.where(col_held > n, 1.0, 0.0)
+        least = tl.where(col_held >= n, (worst & 0x7FFFFFFF).to(tl.float32, bitcast=True), 0.0)
+        worst = tl.where(over > 0, worst.to(tl.float32, bitcast=True), INF)
+        tile = state.to(tl.float32, bitcast=True)
+        refused = tl.where(tile == worst, 1.0, 0.0)
+        tile *= tl.where(tl.abs(tile) >= least, 1.0, 0.0)
+        best = max_rows(tile.to(tl.int32, bitcast=True))
+        short = tl.where((row_held < n) & (best > 0), 1.0, 0.0)
+        best = tl.where(short > 0, best.to(tl.float32, bitcast=True), INF)
+        moves = 2 * tl.where(tile == best, 1.0, 0.0) + refused
+        of_rows = sum_rows(moves)
+        of_cols = sum_cols(moves)
+        down = tl.sum(of_rows - 2 * short, 0, keep_dims=True)
+        across = tl.sum(over, 1, keep_dims=True)
+        asked = tl.sum(short, 0, keep_dims=True)
+        ties = (down * moves.shape[3] - across * moves.shape[4]).to(tl.int32)
+        seen = tl.sum(ties * 2048 + (asked + across).to(tl.int32))
+        if seen >= 2048:
+            moves = first_of_tied(moves)
+            of_rows = sum_rows(moves)
+            of_cols = sum_cols(moves)
+        row_held += 3 * short - of_rows
+        col_held += (of_cols - 3 * over) * 0.5
+        state = (tile - moves * tile).to(tl.int32, bitcast=True)
     weight = (1 << tl.arange(0, order.shape[1])[None, :, None, None, None]).to(tl.float32)
-    row_room = tl.zeros_like(max_rows(order)) + n
-    col_room = tl.zeros_like(max_cols(order)) + n
-    bits = tl.zeros_like(tl.max(order, 1, keep_dims=True))  # of the entries kept of a row in one lane
-    taken = tl.zeros_like(max_cols(row_room))
-    go = True
-    while go:
-        row_best = max_rows(order)
-        row_best = tl.where(row_best > -DROP / 2, row_best, INF)
-        col_best = max_cols(order)
-        take = tl.where((order == row_best) & (order == col_best), 1.0, 0.0)
-        row_taken = sum_rows(take)
-        col_taken = sum_cols(take)
-        if tl.max(tl.maximum(max_cols(row_taken), max_rows(col_taken))) > 1:
-            take = first_of_tied(order, row_best, col_best)
-            row_taken = sum_rows(take)
-            col_taken = sum_cols(take)
-        bits += tl.sum(take * weight, 1, keep_dims=True)
-        row_room -= row_taken
-        col_room -= col_taken
-        order -= take * DROP
-        order -= tl.where(row_room > 0, 0.0, DROP)
-        order -= tl.where(col_room > 0, 0.0, DROP)
-        taken = sum_cols(row_taken)
-        go = tl.max(taken) > 0
-    return bits.to(tl.int32), taken.to(tl.int32)
+    bits = tl.sum(tl.where(state < 0, weight, 0.0), 1, keep_dims=True)
+    return bits.to(tl.int32), seen
 
 
 @triton.jit
@@ -245,8 +278,7 @@ def dykstra_kernel(
     matrix = Matrix(rows, cols, batch, stride_batch, stride_row, stride_col)
     region = Region(first_block_row, first_block_col, block_rows, block_cols)
     LAYOUT: tl.constexpr = TileLayout(ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, SLACK, PACKED)
-    blocks, scores, _, row_target, col_target = load_blocks(scores_ptr, n, m, matrix, region, 0, LAYOUT)
-    order = scores
+    blocks, scores, unscale, row_target, col_target = load_blocks(scores_ptr, n, m, matrix, region, 0, LAYOUT)
     if TRANSPORT:
         order = dykstra(
             scores,
@@ -258,7 +290,14 @@ def dykstra_kernel(
             PADDED,
             SLACK,
         )
-    bits, spent = take_greedily(order, n)
+        peak = max_rows(max_cols(tl.where(blocks.inside, tl.abs(order), 0.0) if PADDED else tl.abs(order)))
+        scale, _ = power_of_two_scale(peak)
+        order *= scale
+        lower, upper = -4 * scale, 2 * scale
+    else:
+        lower, upper = -1.0, 1.0
+        order = scores * tl.where(unscale < (2.0**1022 if unscale.dtype == tl.float64 else 2.0**126), 1.0, 0.25)
+    bits, spent = take_greedily(order, n, lower, upper)
     # The scores are loaded anew (spent is 0, which the compiler does not know): neither they nor an address
     # occupy registers until here.
     blocks, scores, unscale, row_target, _ = load_blocks(scores_ptr, n, m, matrix, region, spent, LAYOUT)
