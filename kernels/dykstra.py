@@ -43,6 +43,7 @@ from nmsolve.kernels._tile import (
 
 INF = tl.constexpr(float("inf"))
 NONE = tl.constexpr(1 << 20)  # larger than any index
+TIE = tl.constexpr(2048)  # larger than how many lines the lanes of a program hold
 LARGEST = tl.constexpr(1 - 2.0**-24)  # float32 below 1
 REFRESH = tl.constexpr(20)
 FACTOR_MAX = tl.constexpr(2.0**60)  # bounds on what the factors become before they are refreshed
@@ -124,12 +125,17 @@ def first_of_tied(moves):
 
 
 @triton.jit
-def take_greedily(order, n, lower, upper):
+def take_greedily(order, n, lower, upper, DISTINCT: tl.constexpr):
     """Entries by falling order (-inf: never) while their lines hold fewer than n, and 0 per block.
     """
     few = reached_by_few(order, n, lower, upper)
     held = tl.where(order >= few, 1.0, 0.0)
-    key = positive(order).to(tl.float32, bitcast=True)
+    key = positive(order)
+    if DISTINCT:
+        i = row_index(order.shape[0], order.shape[3])
+        j = col_index(order.shape[1], order.shape[4])
+        key = tl.where(key > 0, (key & -128) + (127 - i - j), 0)
+    key = key.to(tl.float32, bitcast=True)
     state = (key - 2 * held * key).to(tl.int32, bitcast=True)
     row_held = sum_rows(held)
     col_held = sum_cols(held)
@@ -148,15 +154,18 @@ def take_greedily(order, n, lower, upper):
         moves = 2 * tl.where(tile == best, 1.0, 0.0) + refused
         of_rows = sum_rows(moves)
         of_cols = sum_cols(moves)
-        down = tl.sum(of_rows - 2 * short, 0, keep_dims=True)
         across = tl.sum(over, 1, keep_dims=True)
-        asked = tl.sum(short, 0, keep_dims=True)
-        ties = (down * moves.shape[3] - across * moves.shape[4]).to(tl.int32)
-        seen = tl.sum(ties * 2048 + (asked + across).to(tl.int32))
-        if seen >= 2048:
-            moves = first_of_tied(moves)
-            of_rows = sum_rows(moves)
-            of_cols = sum_cols(moves)
+        seen = tl.sum(short, 0, keep_dims=True) + across
+        seen = seen.to(tl.int32)
+        if not DISTINCT:
+            down = tl.sum(of_rows - 2 * short, 0, keep_dims=True)
+            seen += (down * moves.shape[3] - across * moves.shape[4]).to(tl.int32) * TIE
+        seen = tl.sum(seen)
+        if not DISTINCT:
+            if seen >= TIE:
+                moves = first_of_tied(moves)
+                of_rows = sum_rows(moves)
+                of_cols = sum_cols(moves)
         row_held += 3 * short - of_rows
         col_held += (of_cols - 3 * over) * 0.5
         state = (tile - moves * tile).to(tl.int32, bitcast=True)
@@ -297,7 +306,7 @@ def dykstra_kernel(
     else:
         lower, upper = -1.0, 1.0
         order = scores * tl.where(unscale < (2.0**1022 if unscale.dtype == tl.float64 else 2.0**126), 1.0, 0.25)
-    bits, spent = take_greedily(order, n, lower, upper)
+    bits, spent = take_greedily(order, n, lower, upper, TRANSPORT)
     # The scores are loaded anew (spent is 0, which the compiler does not know): neither they nor an address
     # occupy registers until here.
     blocks, scores, unscale, row_target, _ = load_blocks(scores_ptr, n, m, matrix, region, spent, LAYOUT)

@@ -22,7 +22,7 @@ def _greedy_kernel(order_ptr, kept_ptr, n, ROWS: tl.constexpr, COLS: tl.constexp
     i, j = row_index(2, ROWS), col_index(2, COLS)
     block = tl.arange(0, BLOCKS)[None, None, :, None, None]
     at = (block * 2 * ROWS + i) * 2 * COLS + j
-    bits, zero = take_greedily(tl.load(order_ptr + at) / 16, n, -1.0, 1.0)
+    bits, zero = take_greedily(tl.load(order_ptr + at) / 16, n, -1.0, 1.0, False)
     tl.store(kept_ptr + at, unpacked(bits, zero, 2).to(tl.int32))
 
 
