@@ -26,7 +26,9 @@ from nmsolve.kernels._tile import (
     Region,
     TileLayout,
     col_index,
+    exp2,
     load_scaled,
+    log2,
     max_cols,
     max_rows,
     min_cols,
@@ -48,6 +50,7 @@ LARGEST = tl.constexpr(1 - 2.0**-24)  # float32 below 1
 REFRESH = tl.constexpr(20)
 FACTOR_MAX = tl.constexpr(2.0**60)  # bounds on what the factors become before they are refreshed
 FACTOR_MIN = tl.constexpr(2.0**-60)
+FLOOR = tl.constexpr(2.0**-54)
 SUM_MIN = tl.constexpr(2.0**-120)  # a line whose sum underflows catches up in the next iterations
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -60,6 +63,7 @@ def dykstra(
     col_target,
     iterations,
     tau,
+    unit,
     PADDED: tl.constexpr,
     SLACK: tl.constexpr,
 ):
@@ -71,19 +75,24 @@ def dykstra(
         x = tl.where(blocks.real_row, x, 0.0)
     y = tl.zeros_like(max_cols(scores))
     for start in range(0, iterations, REFRESH):
-        kernel = tl.exp2(tl.minimum((scores * rate + x) + y, 60.0))
-        row_factor = tl.full(x.shape, 1.0, tl.float32)
-        col_factor = tl.full(y.shape, 1.0, tl.float32)
+        kernel = exp2(tl.minimum((scores * rate + x) + y, 60.0))
+        row_factor = tl.zeros_like(x) + unit
+        col_factor = tl.zeros_like(y) + unit
         for _ in range(tl.minimum(iterations - start, REFRESH)):
             plan = tl.minimum(tl.maximum((kernel * row_factor) * col_factor, 0.0), 1.0)
-            row_scale = quotient(row_target, tl.maximum(sum_rows(plan), SUM_MIN))
-            col_scale = quotient(col_target, tl.maximum(sum_cols(plan * row_scale), SUM_MIN))
-            if SLACK:
-                col_scale = tl.where(blocks.slack, tl.minimum(col_scale, 1.0), col_scale)
-            row_factor = tl.minimum(row_factor * row_scale, FACTOR_MAX)
-            col_factor = tl.minimum(col_factor * col_scale, FACTOR_MAX)
-        x += tl.log2(tl.maximum(row_factor, FACTOR_MIN))
-        y += tl.log2(tl.maximum(col_factor, FACTOR_MIN))
+            if PADDED:
+                row_scale = quotient(row_target, tl.maximum(sum_rows(plan), SUM_MIN))
+                col_scale = quotient(col_target, tl.maximum(sum_cols(plan * row_scale), SUM_MIN))
+                if SLACK:
+                    col_scale = tl.where(blocks.slack, tl.minimum(col_scale, 1.0), col_scale)
+                row_factor = tl.minimum(row_factor * row_scale, FACTOR_MAX)
+                col_factor = tl.minimum(col_factor * col_scale, FACTOR_MAX)
+            else:
+                row_scale = quotient(1.0, sum_rows(plan) + row_factor * FLOOR)
+                row_factor = (row_factor * row_target) * row_scale
+                col_factor = quotient(col_factor, sum_cols(plan * row_scale) + col_factor * FLOOR)
+        x += log2(tl.maximum(row_factor, FACTOR_MIN))
+        y += log2(tl.maximum(col_factor, FACTOR_MIN))
     return (scores * rate + x) + y
 
 
@@ -296,6 +305,7 @@ def dykstra_kernel(
             col_target.to(tl.float32),
             iterations,
             tau,
+            unit.to(tl.float32),
             PADDED,
             SLACK,
         )
