@@ -45,12 +45,13 @@ from nmsolve.kernels._tile import (
 
 INF = tl.constexpr(float("inf"))
 NONE = tl.constexpr(1 << 20)  # larger than any index
-TIE = tl.constexpr(2048)  # larger than how many lines the lanes of a program hold
-LARGEST = tl.constexpr(1 - 2.0**-24)  # float32 below 1
+TIE = tl.constexpr(1 << 11)  # larger than the lines that all lanes of a program hold
+ONE = tl.constexpr(0x3F800000)  # the bits of 1.0
+BELOW_ONE = tl.constexpr(1 - 2.0**-24)
 REFRESH = tl.constexpr(20)
 FACTOR_MAX = tl.constexpr(2.0**60)  # bounds on what the factors become before they are refreshed
 FACTOR_MIN = tl.constexpr(2.0**-60)
-FLOOR = tl.constexpr(2.0**-54)
+FACTOR_PART = tl.constexpr(2.0**-54)  # of a factor, added to a sum: M / FACTOR_PART bounds the next factor
 SUM_MIN = tl.constexpr(2.0**-120)  # a line whose sum underflows catches up in the next iterations
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -63,7 +64,6 @@ def dykstra(
     col_target,
     iterations,
     tau,
-    unit,
     PADDED: tl.constexpr,
     SLACK: tl.constexpr,
 ):
@@ -76,8 +76,8 @@ def dykstra(
     y = tl.zeros_like(max_cols(scores))
     for start in range(0, iterations, REFRESH):
         kernel = exp2(tl.minimum((scores * rate + x) + y, 60.0))
-        row_factor = tl.zeros_like(x) + unit
-        col_factor = tl.zeros_like(y) + unit
+        row_factor = tl.full(x.shape, 1.0, tl.float32)
+        col_factor = tl.full(y.shape, 1.0, tl.float32)
         for _ in range(tl.minimum(iterations - start, REFRESH)):
             plan = tl.minimum(tl.maximum((kernel * row_factor) * col_factor, 0.0), 1.0)
             if PADDED:
@@ -88,9 +88,10 @@ def dykstra(
                 row_factor = tl.minimum(row_factor * row_scale, FACTOR_MAX)
                 col_factor = tl.minimum(col_factor * col_scale, FACTOR_MAX)
             else:
-                row_scale = quotient(1.0, sum_rows(plan) + row_factor * FLOOR)
-                row_factor = (row_factor * row_target) * row_scale
-                col_factor = quotient(col_factor, sum_cols(plan * row_scale) + col_factor * FLOOR)
+                row_scale = quotient(row_target, sum_rows(plan) + row_factor * FACTOR_PART)
+                col_sum = sum_cols(plan * row_scale)
+                row_factor *= row_scale
+                col_factor = quotient(col_factor * col_target, col_sum + col_factor * FACTOR_PART)
         x += log2(tl.maximum(row_factor, FACTOR_MIN))
         y += log2(tl.maximum(col_factor, FACTOR_MIN))
     return (scores * rate + x) + y
@@ -98,9 +99,12 @@ def dykstra(
 
 @triton.jit
 def reached_by_few(order, n, lower, upper):
-    """Per row a value that at most n entries reach, by bisection between the least and the largest."""
-    high = tl.minimum(max_rows(order), upper)
+    """Per row a value above -1 that at most n entries reach, by bisection; INF where none was found.
+
+    ``lower`` and ``upper`` bound where the search starts.
+    """
     low = tl.maximum(min_rows(order), lower)
+    high = tl.minimum(max_rows(order), upper)
     few = tl.full(high.shape, INF, tl.float32)
     M: tl.constexpr = order.shape[1] * order.shape[4]
     for _ in range(1 + (M > 4) + (M > 8) + (M > 16) + (M > 32)):
@@ -113,45 +117,56 @@ def reached_by_few(order, n, lower, upper):
 
 
 @triton.jit
-def positive(order):
-    """float32 in (-1, 1) as positive normal numbers in the same order; -inf and NaN are 0."""
-    bits = (tl.minimum(order, LARGEST) + 0.0).to(tl.int32, bitcast=True)  # of -0.0 those of 0.0
+def keys_of(order, DISTINCT: tl.constexpr):
+    """Positive int32 in the order of float32 in (-1, 1), whose doubles as floats are finite; 0 for -inf.
+
+    ``DISTINCT`` has the last 7 bits tell the entries of a line apart, the first one largest.
+    """
+    bits = (tl.minimum(order, BELOW_ONE) + 0.0).to(tl.int32, bitcast=True)  # of -0.0 those of 0.0
     sign = bits >> 31
-    return tl.maximum((bits ^ (sign & 0x7FFFFFFF)) - sign + 0x3F800000, 0)
+    keys = tl.maximum((bits ^ (sign & 0x7FFFFFFF)) - sign + ONE, 0)
+    if DISTINCT:
+        i = row_index(order.shape[0], order.shape[3])
+        j = col_index(order.shape[1], order.shape[4])
+        keys = tl.where(keys > 0, (keys & -128) + (127 - i - j), 0)
+    return keys
 
 
 @triton.jit
 def first_of_tied(moves):
-    """``moves`` with one offer of a row, that in the first column, and one refusal of a column, in the last row."""
+    """``moves`` with the first one of a row's offers and the last one of a column's refusals."""
     i = row_index(moves.shape[0], moves.shape[3]).to(tl.float32)
     j = col_index(moves.shape[1], moves.shape[4]).to(tl.float32)
     offer = tl.maximum(moves - 1, 0.0)
     refusal = moves - 2 * offer
-    first_col = min_rows(j - offer * 128)
-    last_row = max_cols(i + refusal * 128)
+    first_col = min_rows(j - 128 * offer)
+    last_row = max_cols(i + 128 * refusal)
     offer *= tl.where(first_col == j - 128, 1.0, 0.0)
     return 2 * offer + refusal * tl.where(last_row == i + 128, 1.0, 0.0)
 
 
 @triton.jit
 def take_greedily(order, n, lower, upper, DISTINCT: tl.constexpr):
-    """Entries by falling order (-inf: never) while their lines hold fewer than n, and 0 per block.
+    """Entries by falling order (-inf: never) while their lines hold fewer than n, and 0.
+
+    They come as int32 numbers, of a bit for each entry of a row that is in one lane. ``order`` is in (-1, 1);
+    ``DISTINCT`` rounds it. For ``lower`` and ``upper`` see :func:`reached_by_few`.
+
+    ``state`` is an entry's key, with the sign bit set once it is offered, and 0 once it is refused. So the
+    largest int32 number of a row is what it offers next, and the least one of a column what it refuses next.
+    A round does both at once; moves are 2 for an offer and 1 for a refusal. Factors and sums of such numbers
+    occupy no predicates, of which the hardware has seven.
     """
-    few = reached_by_few(order, n, lower, upper)
-    held = tl.where(order >= few, 1.0, 0.0)
-    key = positive(order)
-    if DISTINCT:
-        i = row_index(order.shape[0], order.shape[3])
-        j = col_index(order.shape[1], order.shape[4])
-        key = tl.where(key > 0, (key & -128) + (127 - i - j), 0)
-    key = key.to(tl.float32, bitcast=True)
-    state = (key - 2 * held * key).to(tl.int32, bitcast=True)
+    held = tl.where(order >= reached_by_few(order, n, lower, upper), 1.0, 0.0)
+    keys = keys_of(order, DISTINCT).to(tl.float32, bitcast=True)
+    state = (keys - 2 * held * keys).to(tl.int32, bitcast=True)
     row_held = sum_rows(held)
     col_held = sum_cols(held)
-    seen = tl.max(row_held).to(tl.int32) + 1
-    while seen > 0:
+    found = tl.max(row_held).to(tl.int32) + 1
+    while found > 0:
         worst = min_cols(state)
         over = tl.where(col_held > n, 1.0, 0.0)
+        # What comes after all that a full column holds need not be offered.
         least = tl.where(col_held >= n, (worst & 0x7FFFFFFF).to(tl.float32, bitcast=True), 0.0)
         worst = tl.where(over > 0, worst.to(tl.float32, bitcast=True), INF)
         tile = state.to(tl.float32, bitcast=True)
@@ -161,26 +176,27 @@ def take_greedily(order, n, lower, upper, DISTINCT: tl.constexpr):
         short = tl.where((row_held < n) & (best > 0), 1.0, 0.0)
         best = tl.where(short > 0, best.to(tl.float32, bitcast=True), INF)
         moves = 2 * tl.where(tile == best, 1.0, 0.0) + refused
-        of_rows = sum_rows(moves)
-        of_cols = sum_cols(moves)
-        across = tl.sum(over, 1, keep_dims=True)
-        seen = tl.sum(short, 0, keep_dims=True) + across
-        seen = seen.to(tl.int32)
-        if not DISTINCT:
-            down = tl.sum(of_rows - 2 * short, 0, keep_dims=True)
-            seen += (down * moves.shape[3] - across * moves.shape[4]).to(tl.int32) * TIE
-        seen = tl.sum(seen)
-        if not DISTINCT:
-            if seen >= TIE:
+        row_moves = sum_rows(moves)
+        col_moves = sum_cols(moves)
+        # Of every program's lines that move; and TIE times by how much rows have more refusals than columns
+        # refuse, or than offers, which is nothing but ties.
+        lines = tl.sum(short, 0, keep_dims=True) + tl.sum(over, 1, keep_dims=True)
+        if DISTINCT:
+            found = tl.max(lines.to(tl.int32))
+        else:
+            excess = tl.sum(row_moves - 2 * short, 0, keep_dims=True) * moves.shape[3]
+            excess -= tl.sum(over, 1, keep_dims=True) * moves.shape[4]
+            found = tl.sum(lines.to(tl.int32) + TIE * excess.to(tl.int32))
+            if found >= TIE:
                 moves = first_of_tied(moves)
-                of_rows = sum_rows(moves)
-                of_cols = sum_cols(moves)
-        row_held += 3 * short - of_rows
-        col_held += (of_cols - 3 * over) * 0.5
+                row_moves = sum_rows(moves)
+                col_moves = sum_cols(moves)
+        row_held += 3 * short - row_moves
+        col_held += 0.5 * (col_moves - 3 * over)
         state = (tile - moves * tile).to(tl.int32, bitcast=True)
     weight = (1 << tl.arange(0, order.shape[1])[None, :, None, None, None]).to(tl.float32)
     bits = tl.sum(tl.where(state < 0, weight, 0.0), 1, keep_dims=True)
-    return bits.to(tl.int32), seen
+    return bits.to(tl.int32), found
 
 
 @triton.jit
@@ -305,7 +321,6 @@ def dykstra_kernel(
             col_target.to(tl.float32),
             iterations,
             tau,
-            unit.to(tl.float32),
             PADDED,
             SLACK,
         )
@@ -315,7 +330,9 @@ def dykstra_kernel(
         lower, upper = -4 * scale, 2 * scale
     else:
         lower, upper = -1.0, 1.0
-        order = scores * tl.where(unscale < (2.0**1022 if unscale.dtype == tl.float64 else 2.0**126), 1.0, 0.25)
+        order = scores * tl.where(
+            unscale < (2.0**1022 if unscale.dtype == tl.float64 else 2.0**126), 1.0, 0.25
+        )
     bits, spent = take_greedily(order, n, lower, upper, TRANSPORT)
     # The scores are loaded anew (spent is 0, which the compiler does not know): neither they nor an address
     # occupy registers until here.
