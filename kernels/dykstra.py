@@ -11,9 +11,10 @@ clipped off.
 Within REFRESH iterations x and y are held as factors of a fixed ``E = 2^(L + x + y)``: no exponential is
 taken.
 
-Greedy takes entries by falling L + x + y (or A), ties by row-major index, while their lines have room.
-An entry that is the first of its row and of its column among those still available is taken by the sequential
-order too, so all such entries are taken at once (locally dominant entries; Khan et al., SISC 2016).
+Greedy takes entries by falling L + x + y (or A), ties by row-major index, while their lines have room. The
+mask is found by deferred acceptance (Gale and Shapley, 1962): rows offer entries, the first ones first and
+never more than N that stand, and columns refuse what comes after N others. Rows and columns agree about the
+order, so that the mask at which this ends is the only stable one, which the greedy is: docs/internals/solver.md.
 
 Completion fills short rows one unit at a time by the move of largest gain: keep a free entry (i, j'), or keep
 (i, j') and (i', j) and free (i', j'), where column j' or j has room.
@@ -47,7 +48,6 @@ INF = tl.constexpr(float("inf"))
 NONE = tl.constexpr(1 << 20)  # larger than any index
 TIE = tl.constexpr(1 << 11)  # larger than the lines that all lanes of a program hold
 ONE = tl.constexpr(0x3F800000)  # the bits of 1.0
-BELOW_ONE = tl.constexpr(1 - 2.0**-24)
 REFRESH = tl.constexpr(20)
 FACTOR_MAX = tl.constexpr(2.0**60)  # bounds on what the factors become before they are refreshed
 FACTOR_MIN = tl.constexpr(2.0**-60)
@@ -99,9 +99,9 @@ def dykstra(
 
 @triton.jit
 def reached_by_few(order, n, lower, upper):
-    """Per row a value above -1 that at most n entries reach, by bisection; INF where none was found.
+    """Per row a value of at least -1 that at most n entries reach, by bisection; INF where none was found.
 
-    ``lower`` and ``upper`` bound where the search starts.
+    It lies between ``lower`` and ``upper``.
     """
     low = tl.maximum(min_rows(order), lower)
     high = tl.minimum(max_rows(order), upper)
@@ -118,13 +118,13 @@ def reached_by_few(order, n, lower, upper):
 
 @triton.jit
 def keys_of(order, DISTINCT: tl.constexpr):
-    """Positive int32 in the order of float32 in (-1, 1), whose doubles as floats are finite; 0 for -inf.
+    """Positive int32 in the order of float32 in (-1, 1), small enough for floats to double; 0 for -inf.
 
-    ``DISTINCT`` has the last 7 bits tell the entries of a line apart, the first one largest.
+    With ``DISTINCT`` the last 7 bits tell the entries of a line apart, the first one being the largest.
     """
-    bits = (tl.minimum(order, BELOW_ONE) + 0.0).to(tl.int32, bitcast=True)  # of -0.0 those of 0.0
+    bits = (order + 0.0).to(tl.int32, bitcast=True)  # of -0.0 those of 0.0
     sign = bits >> 31
-    keys = tl.maximum((bits ^ (sign & 0x7FFFFFFF)) - sign + ONE, 0)
+    keys = tl.minimum(tl.maximum((bits ^ (sign & 0x7FFFFFFF)) - sign, -ONE), ONE - 1) + ONE
     if DISTINCT:
         i = row_index(order.shape[0], order.shape[3])
         j = col_index(order.shape[1], order.shape[4])
@@ -178,8 +178,7 @@ def take_greedily(order, n, lower, upper, DISTINCT: tl.constexpr):
         moves = 2 * tl.where(tile == best, 1.0, 0.0) + refused
         row_moves = sum_rows(moves)
         col_moves = sum_cols(moves)
-        # Of every program's lines that move; and TIE times by how much rows have more refusals than columns
-        # refuse, or than offers, which is nothing but ties.
+        # How many lines move; and TIE times how many moves there are above one for each, which are ties.
         lines = tl.sum(short, 0, keep_dims=True) + tl.sum(over, 1, keep_dims=True)
         if DISTINCT:
             found = tl.max(lines.to(tl.int32))
