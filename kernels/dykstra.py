@@ -162,7 +162,7 @@ def take_greedily(order, n, lower, upper, DISTINCT: tl.constexpr):
     state = (keys - 2 * held * keys).to(tl.int32, bitcast=True)
     row_held = sum_rows(held)
     col_held = sum_cols(held)
-    found = tl.max(row_held).to(tl.int32) + 1
+    found = tl.full((), 1, tl.int32)
     while found > 0:
         worst = min_cols(state)
         over = tl.where(col_held > n, 1.0, 0.0)
