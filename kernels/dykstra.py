@@ -13,8 +13,8 @@ taken.
 
 Greedy takes entries by falling L + x + y (or A), ties by row-major index, while their lines have room. The
 mask is found by deferred acceptance (Gale and Shapley, 1962): rows offer entries, the first ones first and
-never more than N that stand, and columns refuse what comes after N others. Rows and columns agree about the
-order, so that the mask at which this ends is the only stable one, which the greedy is: docs/internals/solver.md.
+never more than N that stand, and columns refuse what comes after N others. As rows and columns agree about
+the order, only the greedy mask is one at which this ends (docs/internals/solver.md).
 
 Completion fills short rows one unit at a time by the move of largest gain: keep a free entry (i, j'), or keep
 (i, j') and (i', j) and free (i', j'), where column j' or j has room.
