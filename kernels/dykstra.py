@@ -70,12 +70,13 @@ def dykstra(
     """log2 of the plan's unclipped entries: it orders those that the plan holds at 1 as well."""
     peak = max_rows(max_cols(tl.where(blocks.inside, tl.abs(scores), 0.0) if PADDED else tl.abs(scores)))
     rate = tau * LOG2_E / tl.where(peak > 0, peak, 1.0)
+    level = scores * rate
     x = 0.0 - max_rows(scores) * rate
     if PADDED:
         x = tl.where(blocks.real_row, x, 0.0)
     y = tl.zeros_like(max_cols(scores))
     for start in range(0, iterations, REFRESH):
-        kernel = exp2(tl.minimum((scores * rate + x) + y, 60.0))
+        kernel = exp2(tl.minimum((level + x) + y, 60.0))
         row_factor = tl.full(x.shape, 1.0, tl.float32)
         col_factor = tl.full(y.shape, 1.0, tl.float32)
         for _ in range(tl.minimum(iterations - start, REFRESH)):
@@ -94,7 +95,7 @@ def dykstra(
                 col_factor = quotient(col_factor * col_target, col_sum + col_factor * FACTOR_PART)
         x += log2(tl.maximum(row_factor, FACTOR_MIN))
         y += log2(tl.maximum(col_factor, FACTOR_MIN))
-    return (scores * rate + x) + y
+    return (level + x) + y
 
 
 @triton.jit

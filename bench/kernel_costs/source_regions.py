@@ -255,13 +255,11 @@ def peeled_loops(
             if line.name.startswith(_COPIES):
                 continue
             region = sources.at(*line.source)
-            chain = (sources.chain(region) if region else None) or ()
-            if chain and ".for" in chain[0] and line.source[1] == sources.regions[chain[0]].first:
-                chain = chain[1:]
-            for name in chain:
+            for name in (sources.chain(region) if region else None) or ():
                 key = name, line.name.startswith(_STAY)
                 inside[key] += name == here
-                before[key] += loop_around.get(name) == here
+                header = name == region and ".for" in name and line.source[1] == sources.regions[name].first
+                before[key] += loop_around.get(name) == here and not header
     return {
         name
         for name in loop_around
