@@ -158,6 +158,13 @@ class Sources:
                 (here,) = places
         return None
 
+    def depth(self, loop: str) -> int:
+        """How many loops lie one in the other, from this one on."""
+        chains = [chain for name in self.regions if (chain := self.chain(name)) and loop in chain]
+        return max(
+            sum(self.regions[name].loop for name in chain[: chain.index(loop) + 1]) for chain in chains
+        )
+
 
 def phases(code: list[sass.Instruction], sources: Sources) -> dict[str, dict[str, Any]]:
     """Instructions by region: those executed once for so many ``turns`` of it, and whether it is ``peeled``.
@@ -235,7 +242,8 @@ def peeled_loops(
     """The loops whose first turn the compiler has put before the loop, so that it makes one less.
 
     Of these over half of a turn is there twice, also of what lanes exchange, loads and stores; of others no
-    more than what was moved out of them, which may be much, but seldom the latter. Copies are no work.
+    more than what was moved out of them, which may be much, but seldom the latter. Copies are no work, and
+    the line of a ``for`` is no part of a turn: tiles that the loop takes in may be said to come from there.
     """
     innermost = sass.innermost(loops)
     inside: Counter[tuple[str, bool]] = Counter()
@@ -250,7 +258,8 @@ def peeled_loops(
             for name in (sources.chain(region) if region else None) or ():
                 key = name, line.name.startswith(_STAY)
                 inside[key] += name == here
-                before[key] += loop_around.get(name) == here
+                header = name == region and ".for" in name and line.source[1] == sources.regions[name].first
+                before[key] += loop_around.get(name) == here and not header
     return {
         name
         for name in loop_around
@@ -265,18 +274,29 @@ def regions_of_loops(
 ) -> dict[int | None, str]:
     """Number of a loop of the code (None: outside of all) -> its region.
 
-    A loop of the code belongs to the loop of the source that most of its instructions come from; the compiler
-    may have moved some of them in or out. Raises ValueError where the two do not nest alike or a loop is
-    there twice (unrolled with a remainder).
+    A loop of the code belongs to the loop of the source that most of its instructions come from, of those
+    that hold as many loops; the compiler may have moved some of them in or out, such as the first turn of an
+    inner loop. Raises ValueError where the two do not nest alike or a loop is there twice (unrolled with a
+    remainder).
     """
     innermost = sass.innermost(loops)
+    depths = [1] * len(loops)
+    for k in reversed(range(len(loops))):  # inner ones come last
+        if (parent := loops[k].parent) is not None:
+            depths[parent] = max(depths[parent], depths[k] + 1)
+    depth_of = {
+        name: sources.depth(name)
+        for name, region in sources.regions.items()
+        if region.loop and sources.chain(name)
+    }
     region_of: dict[int | None, str] = {None: sources.entry}
     for k, loop in enumerate(loops):
         tally: Counter[str] = Counter()
         for b in loop.body:
             if innermost[b] == k:
                 for chain, n in _chains(code, blocks[b], sources, copies=False).items():
-                    tally[next((name for name in chain if sources.regions[name].loop), sources.entry)] += n
+                    holding = (name for name in chain if depth_of.get(name, 0) >= depths[k])
+                    tally[next(holding, sources.entry)] += n
         around = region_of[loop.parent]
         candidates = [
             (n, name) for name, n in tally.items() if name != around and around in (sources.chain(name) or ())

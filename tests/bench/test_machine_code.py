@@ -271,6 +271,17 @@ def test_a_loop_whose_first_turn_is_before_it_makes_one_less(sources: source_reg
     assert source_regions.phases(sass.parse(first + loop + end), sources)["kernel.while1"]["peeled"]
 
 
+def test_a_loop_around_another_is_not_the_inner_one_of_the_source(sources: source_regions.Sources) -> None:
+    """Though most of what it holds besides comes from there, such as that loop's first turn."""
+    line_7 = '\t//## File "/somewhere/k.py", line 7\n'
+    first = line_7 + "".join(
+        f"        /*{k:04x}*/                   FADD R{k}, R3, R3 ;\n" for k in range(0x21, 0x2A)
+    )
+    found = source_regions.phases(sass.parse(LISTING.replace(line_7, first + line_7)), sources)
+    sizes = {name: sum(counts["kinds"].values()) for name, counts in found.items()}
+    assert sizes == {"kernel": 3, "kernel.while1": 14, "kernel.while1.while1": 3, "kernel.while1.if1": 2}
+
+
 COUNTED = """@triton.jit
 def kernel(x_ptr):
     x = tl.load(x_ptr)
@@ -324,6 +335,19 @@ def test_a_loop_makes_as_many_turns_at_a_time_as_its_counter_says(
         "kernel.for1": turns,
         "kernel.for1.if1": turns,
     }
+
+
+def test_the_line_of_a_for_is_no_turn(counted: source_regions.Sources) -> None:
+    """What the loop takes in may be said to come from there."""
+    line_4, line_5 = (f'\t//## File "k.py", line {line}\n' for line in (4, 5))
+    before = "".join(
+        f"        /*{k:04x}*/                   SHFL.BFLY PT, R2, R1, 0x1, 0x1f ;\n" for k in range(1, 9)
+    )
+    loop = TURN.format(1, "VIADD R4, R4, 0x1")
+    end = "        /*0081*/                @P0 BRA `(.L_0) ;\n        /*0091*/                   EXIT ;\n"
+    for line, peeled in ((line_4, False), (line_5, True)):
+        found = source_regions.phases(sass.parse(f"{line}{before}.L_0:\n{loop}{end}"), counted)
+        assert found["kernel.for1"]["peeled"] == peeled
 
 
 def test_a_counter_that_cannot_be_followed_is_an_error(counted: source_regions.Sources) -> None:

@@ -22,7 +22,7 @@ def _greedy_kernel(order_ptr, kept_ptr, n, ROWS: tl.constexpr, COLS: tl.constexp
     i, j = row_index(2, ROWS), col_index(2, COLS)
     block = tl.arange(0, BLOCKS)[None, None, :, None, None]
     at = (block * 2 * ROWS + i) * 2 * COLS + j
-    bits, zero = take_greedily(tl.load(order_ptr + at), n)
+    bits, zero = take_greedily(tl.load(order_ptr + at) / 16, n, -1.0, 1.0, False)
     tl.store(kept_ptr + at, unpacked(bits, zero, 2).to(tl.int32))
 
 
@@ -35,6 +35,33 @@ def test_greedy_rounds_are_the_sequential_greedy(name: str, n: int, m: int) -> N
     _greedy_kernel[(1,)](blocks, kept, n, ROWS=m // 2, COLS=m // 2, BLOCKS=8)
     for block, mask in zip(blocks, kept, strict=True):
         assert np.array_equal(mask.numpy(), oracles.sequential_greedy(block, n))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_of_tied_entries_is_taken_once_its_column_is_free(dtype: torch.dtype) -> None:
+    """(0, 0) comes before (0, 1) and is taken, though an entry of its column comes before both."""
+    block = torch.zeros(4, 4, dtype=dtype)
+    block[0] = torch.tensor([2, 2, 9, 0])
+    block[1] = torch.tensor([3, 1, 8, 0])
+    mask = gpu.greedy(block[None], NMPattern(2, 4))
+    assert np.array_equal(mask[0].numpy(), oracles.completed_greedy(block, 2))
+    assert mask[0, 0].tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (3, 16)])
+def test_greedy_tells_the_smallest_and_the_largest_numbers_apart(n: int, m: int) -> None:
+    """Of one block: denormal scores, those next to 1 and -1, zeros of both signs, and the largest floats."""
+    generator = torch.Generator().manual_seed(m)
+    near_one = torch.randint(-4, 0, (m, m), generator=generator).int() + torch.tensor(1.0).view(torch.int32)
+    sign = torch.randint(0, 2, (m, m), generator=generator) * 2.0 - 1
+    for block in (
+        torch.randint(-5, 6, (m, m), generator=generator) * 2.0**-149,
+        near_one.view(torch.float32) * sign,
+        sign * 0.0,
+        torch.randn(m, m, generator=generator).clamp(-1, 1) * (0.3 * torch.finfo(torch.float32).max),
+    ):
+        mask = gpu.greedy(block[None], NMPattern(n, m))
+        assert np.array_equal(mask[0].numpy(), oracles.completed_greedy(block.double(), n))
 
 
 @pytest.mark.parametrize("name", ["normal", "ties", "zero", "signed"])
