@@ -6,7 +6,6 @@ interpreter computes the same. The low half comes first.
 
 import triton
 import triton.language as tl
-
 from nmsolve.kernels._tile import INTERPRETED, quotient
 
 HALF = tl.constexpr(0x38003800)  # a pair of 1/2
