@@ -99,16 +99,17 @@ class PermutationSolver(Protocol):
     def sinkhorn_forward(
         self,
         logits: Tensor,
-        row_marginals: Tensor,
-        col_marginals: Tensor,
+        row_marginals: Tensor | None,
+        col_marginals: Tensor | None,
         temperature: float,
         iterations: int,
         tolerance: float,
         keep: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Plan, row and column scalings of every iteration (none unless ``keep``), iterations made.
+    ) -> tuple[Tensor, ...]:
+        """Plan, row and column scalings of every iteration, iterations made.
 
-        The last is ``(B, 1 + T)`` int32 for T kept iterations: how many a block made, and what else the
+        Marginals are None only where ``sinkhorn_uniform`` says so. All but the plan are for the gradient:
+        unless ``keep`` they are empty, or left out. The last is ``(B, 1 + T)`` int32 for T kept iterations: how many a block made, and what else the
         backend's gradient needs to know of each. Scalings are in whatever form that takes them.
         """
 
@@ -116,8 +117,8 @@ class PermutationSolver(Protocol):
         self,
         gradient: Tensor,
         logits: Tensor,
-        row_marginals: Tensor,
-        col_marginals: Tensor,
+        row_marginals: Tensor | None,
+        col_marginals: Tensor | None,
         row_scalings: Tensor,
         col_scalings: Tensor,
         made: Tensor,
@@ -191,6 +192,8 @@ class Backend:
         The largest number of rows or columns of a plan.
     masks_float64, sinkhorn_float64 : bool
         Whether float64 scores, and float64 logits, are worked on in float64.
+    sinkhorn_uniform : bool
+        Whether its plans take None for both marginals, as 1 for rows and R / C for columns.
     max_strip, max_kept_columns : int, optional
         The largest block of a hierarchical mask, as rows times columns (or four times the kept columns, if
         that is more) of the next powers of two, and how many columns of it may be kept.
@@ -211,6 +214,7 @@ class Backend:
     max_sinkhorn: int | None = None
     masks_float64: bool = True
     sinkhorn_float64: bool = True
+    sinkhorn_uniform: bool = False
     max_strip: int | None = None
     max_kept_columns: int | None = None
     assignment_finds_infinite: bool = False
@@ -277,6 +281,7 @@ _ROWS = (
         preferred_on=("cpu",),
         needs="numba",
         remedy="pip install numba",
+        sinkhorn_uniform=True,
         assignment_finds_infinite=True,
         solves_several=True,
     ),

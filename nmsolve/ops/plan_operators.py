@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmsolve.backends.dispatch import AUTO, REFERENCE, PermutationSolver, select
+from nmsolve.backends.dispatch import AUTO, REFERENCE, Backend, select
 from nmsolve.errors import BackendError, NMSolveError
 from nmsolve.ops.registration import (
     batch_first,
+    has_tangent,
     may_be_differentiated,
     register,
     shortcut,
@@ -46,13 +47,17 @@ def plans(
     arguments = (blocks, row_marginals, col_marginals, temperature, iterations, tolerance, backend)
     if torch.compiler.is_compiling():
         function = _Sinkhorn if torch.is_grad_enabled() and blocks.requires_grad else None
+    elif torch._C._are_functorch_transforms_active() or has_tangent(blocks):
+        function = _SinkhornForwardMode
     else:
-        function = _SinkhornForwardMode if may_be_differentiated(blocks) else None
-    plan: Tensor = (_forward(*arguments, False) if function is None else function.apply(*arguments))[0]
+        function = _SinkhornEager if torch.is_grad_enabled() and blocks.requires_grad else None
+    if function is None:
+        return _plan(*arguments)
+    plan: Tensor = function.apply(*arguments)[0]
     return plan
 
 
-def _solver(backend: str, logits: Tensor) -> PermutationSolver:
+def _solver(backend: str, logits: Tensor) -> Backend:
     row = select(backend, logits.device)
     reason = None
     if row.max_sinkhorn is not None and max(logits.shape[-2:]) > row.max_sinkhorn:
@@ -60,10 +65,10 @@ def _solver(backend: str, logits: Tensor) -> PermutationSolver:
     elif logits.dtype == torch.float64 and not row.sinkhorn_float64:
         reason = "its kernels work in float32, got float64 logits"
     if reason is None:
-        return row.permutations
+        return row
     if backend != AUTO:
         raise BackendError(f"backend: {row.name!r} cannot run this: {reason}; use 'auto' or 'torch'")
-    return REFERENCE.permutations
+    return REFERENCE
 
 
 def _work(blocks: Tensor) -> torch.dtype:
@@ -84,6 +89,15 @@ def _check_marginal_values(rows: Tensor | None, cols: Tensor | None) -> None:
                 "col_marginals: expected the total of row_marginals, "
                 f"{float(want[worst]):.6g} in block {worst}, got {float(have[worst]):.6g}"
             )
+
+
+def _marginals_for(
+    solver: Backend, blocks: Tensor, rows: Tensor | None, cols: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both marginals as the backend takes them."""
+    if solver.sinkhorn_uniform and rows is None and cols is None:
+        return None, None
+    return _marginals(blocks, rows, cols)
 
 
 def _marginals(blocks: Tensor, rows: Tensor | None, cols: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -199,17 +213,17 @@ class _Sinkhorn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        result = None
-        if gradients[0] is not None:
+        gradient = gradients[0]
+        if gradient is None:
+            return (None,) * 7
+        saved = ctx.saved_tensors
+        if not torch.compiler.is_compiling() and (
+            may_be_differentiated(gradient) or may_be_differentiated(saved[0])
+        ):
+            result: Tensor = _SinkhornGradient.apply(gradient, *saved, *ctx.settings)
+        else:
             temperature, _, backend = ctx.settings
-            blocks = ctx.saved_tensors[0]
-            once = torch.compiler.is_compiling() or not any(
-                map(may_be_differentiated, (gradients[0], blocks))
-            )
-            if once:
-                result = _backward(gradients[0], *ctx.saved_tensors, temperature, backend)
-            else:
-                result = _SinkhornGradient.apply(gradients[0], *ctx.saved_tensors, *ctx.settings)
+            result = _backward(gradient, *saved, temperature, backend)
         return result, None, None, None, None, None, None
 
     @staticmethod
@@ -227,6 +241,25 @@ class _SinkhornForwardMode(_Sinkhorn):
         with tangents_of_tangents(*ctx.saved_tensors) as (blocks, row_marginals, col_marginals, _, _, made):
             settings = (row_marginals, col_marginals, made, *ctx.settings[:2])
             return _tangent(tangents[0], blocks, *settings), None, None, None
+
+
+class _SinkhornEager(torch.autograd.Function):
+    """The same for reverse mode alone, where neither compiler nor transform looks on.
+
+    With a context from the start ``apply`` has no signature to bind, and what only the gradient needs is no
+    output: together a third of what a small plan takes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor]:
+        plan, *kept = _forward(*arguments, True)
+        blocks, row_marginals, col_marginals, temperature, iterations, _, backend = arguments
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(blocks, row_marginals, col_marginals, *kept)
+        ctx.settings = temperature, iterations, backend
+        return (plan,)
+
+    backward = _Sinkhorn.backward
 
 
 class _SinkhornGradient(torch.autograd.Function):
@@ -291,7 +324,7 @@ class _SinkhornGradient(torch.autograd.Function):
 # --- operators ----------------------------------------------------------------------------------------------
 
 
-def _plans(
+def _made(
     blocks: Tensor,
     row_marginals: Tensor | None,
     col_marginals: Tensor | None,
@@ -300,12 +333,24 @@ def _plans(
     tolerance: float,
     backend: str,
     keep: bool,
-) -> Made:
+) -> tuple[Tensor, ...]:
     """See :class:`PermutationSolver`; blocks are ``(B, R, C)``."""
-    _check_marginal_values(row_marginals, col_marginals)
-    a, b = _marginals(blocks, row_marginals, col_marginals)
+    if row_marginals is not None or col_marginals is not None:
+        _check_marginal_values(row_marginals, col_marginals)
     solver = _solver(backend, blocks)
-    return solver.sinkhorn_forward(blocks, a, b, temperature, iterations, tolerance, keep)
+    a, b = _marginals_for(solver, blocks, row_marginals, col_marginals)
+    return solver.permutations.sinkhorn_forward(blocks, a, b, temperature, iterations, tolerance, keep)
+
+
+def _plans(blocks: Tensor, *arguments: Any) -> Made:
+    """All four, of which those that are not kept are empty or 0."""
+    plan, *kept = _made(blocks, *arguments)
+    if not arguments[-1]:
+        batch, rows, cols = blocks.shape
+        kept = [plan.new_empty(batch, 0, rows), plan.new_empty(batch, 0, cols)]
+        kept.append(plan.new_zeros((batch, 1), dtype=torch.int32))
+    u, v, made = kept
+    return plan, u, v, made
 
 
 def _blank_plans(
@@ -341,22 +386,22 @@ def _gradient(
     backend: str,
 ) -> Tensor:
     """The gradient of the blocks of :func:`_plans`, in their dtype, contiguous."""
-    a, b = _marginals(blocks, row_marginals, col_marginals)
     solver = _solver(backend, blocks)
-    return solver.sinkhorn_backward(gradient, blocks, a, b, row_scalings, col_scalings, made, temperature)
+    a, b = _marginals_for(solver, blocks, row_marginals, col_marginals)
+    solved = solver.permutations
+    return solved.sinkhorn_backward(gradient, blocks, a, b, row_scalings, col_scalings, made, temperature)
 
 
-_forward = shortcut(
-    register(
-        "sinkhorn",
-        "(Tensor blocks, Tensor? row_marginals, Tensor? col_marginals, float temperature, SymInt iterations, "
-        "float tolerance, str backend, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
-        _plans,
-        _blank_plans,
-        in_function=True,
-    ),
+_operator = register(
+    "sinkhorn",
+    "(Tensor blocks, Tensor? row_marginals, Tensor? col_marginals, float temperature, SymInt iterations, "
+    "float tolerance, str backend, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
     _plans,
+    _blank_plans,
+    in_function=True,
 )
+_forward = shortcut(_operator, _made)
+_plan = shortcut(lambda *arguments: _operator(*arguments, False)[0], lambda *arguments: _made(*arguments, False)[0])
 _backward = shortcut(
     register(
         "sinkhorn_backward",

@@ -21,7 +21,12 @@ from nmsolve.backends.cpu._numba.maxima import BAND
 from nmsolve.backends.cpu._numba.maxima import nth_largest as nth_kernel
 from nmsolve.backends.cpu._numba.maxima import sum_largest as largest_kernel
 from nmsolve.backends.cpu._numba.maxima import sum_maxima as maxima_kernel
-from nmsolve.backends.cpu._numba.sinkhorn import backward, forward
+from nmsolve.backends.cpu._numba.sinkhorn import (
+    backward_double,
+    backward_single,
+    forward_double,
+    forward_single,
+)
 from nmsolve.backends.cpu._numba.threads import share_out
 from nmsolve.backends.shared import permute_columns, rms_norm_permute
 
@@ -40,6 +45,9 @@ __all__ = [
     "sum_maxima",
 ]
 
+# Entries times iterations of plans that are made without looking for threads.
+_ALONE = 1 << 19
+
 
 def assignment(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
     """As the reference's ``assignment``; -1 comes first where a score is not finite."""
@@ -57,45 +65,83 @@ def assignment(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
 
 def sinkhorn_forward(
     logits: Tensor,
-    row_marginals: Tensor,
-    col_marginals: Tensor,
+    row_marginals: Tensor | None,
+    col_marginals: Tensor | None,
     temperature: float,
     iterations: int,
     tolerance: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As the reference's ``sinkhorn_forward``."""
+) -> tuple[Tensor, ...]:
+    """As the reference's ``sinkhorn_forward``; the plan alone unless ``keep``.
+
+    What is kept are factors and references; see :mod:`nmsolve.backends.cpu._numba.sinkhorn`.
+    """
     batch, rows, cols = logits.shape
-    inputs = _arrays(_widened(logits), row_marginals.contiguous(), col_marginals.contiguous())
-    kept, work = iterations if keep else 0, inputs[1].dtype
-    # NumPy's arrays become tensors in a third of the time that tensors take to become arrays.
-    plan = np.empty((batch, rows, cols), work)
-    row_scalings, col_scalings = np.empty((batch, kept, rows), work), np.empty((batch, kept, cols), work)
-    made = np.zeros((batch, 1 + kept), np.int32)
-    settings = (float(temperature), iterations, float(tolerance))
-    kernel = partial(forward, *inputs, *settings, plan, row_scalings, col_scalings, made)
-    _solve(kernel, batch, rows * cols * iterations)
-    plan_, rows_, cols_, made_ = map(torch.from_numpy, (plan, row_scalings, col_scalings, made))
-    return plan_, rows_, cols_, made_
+    logits = _dense(logits)
+    work = logits.dtype
+    plan = torch.empty((batch, rows, cols), dtype=work)
+    made: tuple[Tensor, ...] = (plan,)
+    if keep:
+        u = torch.empty((batch, iterations, rows), dtype=work)
+        v = torch.empty((batch, iterations, cols), dtype=work)
+        made = plan, u, v, torch.empty((batch, 1 + iterations), dtype=torch.int32)
+    a, b = _given(row_marginals, col_marginals)
+    places = (*map(Tensor.data_ptr, made), 0, 0, 0)[:4]
+    kernel = forward_double if work == torch.float64 else forward_single
+    arguments = (logits.data_ptr(), _place(a), _place(b), temperature, iterations, tolerance, *places)
+    _solve_plans(kernel, (*arguments, rows, cols), batch, rows * cols * iterations)
+    return made
 
 
 def sinkhorn_backward(
     gradient: Tensor,
     logits: Tensor,
-    row_marginals: Tensor,
-    col_marginals: Tensor,
+    row_marginals: Tensor | None,
+    col_marginals: Tensor | None,
     row_scalings: Tensor,
     col_scalings: Tensor,
     made: Tensor,
     temperature: float,
 ) -> Tensor:
-    """As the reference's ``sinkhorn_backward``."""
+    """As the reference's ``sinkhorn_backward``, from this module's forward."""
     batch, rows, cols = logits.shape
-    kept = row_scalings, col_scalings, made
-    inputs = _arrays(_widened(gradient), _widened(logits), col_marginals.contiguous(), *kept)
-    out = np.empty((batch, rows, cols), inputs[3].dtype)
-    _solve(partial(backward, *inputs, float(temperature), out), batch, rows * cols * row_scalings.shape[1])
-    return torch.from_numpy(out).to(logits.dtype)
+    iterations, given = row_scalings.shape[1], logits.dtype
+    logits = _dense(logits)
+    work = logits.dtype
+    gradient = (gradient if gradient.dtype == work else gradient.to(work)).contiguous()
+    kept = row_scalings.contiguous(), col_scalings.contiguous(), made.contiguous()
+    a, b = _given(row_marginals, col_marginals)
+    out = torch.empty((batch, rows, cols), dtype=work)
+    kernel = backward_double if work == torch.float64 else backward_single
+    places = map(Tensor.data_ptr, kept)
+    inputs = (gradient.data_ptr(), logits.data_ptr(), _place(a), _place(b), *places)
+    arguments = (*inputs, temperature, iterations, out.data_ptr(), rows, cols)
+    _solve_plans(kernel, arguments, batch, rows * cols * iterations)
+    return out if given == work else out.to(given)
+
+
+def _dense(logits: Tensor) -> Tensor:
+    """Contiguous, in float64 or float32."""
+    return _widened(logits).contiguous()
+
+
+def _given(*marginals: Tensor | None) -> list[Tensor | None]:
+    return [m if m is None else m.contiguous() for m in marginals]
+
+
+def _place(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _solve_plans(kernel: Callable[..., object], arguments: tuple[object, ...], batch: int, entries: int) -> None:
+    """Run ``kernel(*arguments, first, last)`` over the batch.
+
+    An entry takes a fraction of a nanosecond, and starting a thread as long as 100,000 of them.
+    """
+    if batch * entries <= _ALONE:
+        kernel(*arguments, 0, batch)
+    else:
+        _solve(partial(kernel, *arguments), batch, entries)
 
 
 def _solve(kernel: Callable[[int, int], object], batch: int, entries: int) -> None:
