@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from nmsolve.errors import BackendError, NMSolveError
@@ -226,7 +227,7 @@ class Backend:
         """Its module for masks, imported."""
         return cast(MaskSolver, importlib.import_module(f"{self.folder}.masks"))
 
-    @property
+    @cached_property
     def permutations(self) -> PermutationSolver:
         """Its module for permutations, imported."""
         return cast(PermutationSolver, importlib.import_module(f"{self.folder}.permutations"))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,8 +58,12 @@ def plans(
     return plan
 
 
+# A backend that runs on a device goes on doing so, and looking for its packages takes longer than a small plan.
+_selected = cache(select)
+
+
 def _solver(backend: str, logits: Tensor) -> Backend:
-    row = select(backend, logits.device)
+    row = _selected(backend, logits.device)
     reason = None
     if row.max_sinkhorn is not None and max(logits.shape[-2:]) > row.max_sinkhorn:
         reason = f"its kernels hold up to {row.max_sinkhorn} rows and columns, got {describe(logits)}"
@@ -89,15 +94,6 @@ def _check_marginal_values(rows: Tensor | None, cols: Tensor | None) -> None:
                 "col_marginals: expected the total of row_marginals, "
                 f"{float(want[worst]):.6g} in block {worst}, got {float(have[worst]):.6g}"
             )
-
-
-def _marginals_for(
-    solver: Backend, blocks: Tensor, rows: Tensor | None, cols: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Both marginals as the backend takes them."""
-    if solver.sinkhorn_uniform and rows is None and cols is None:
-        return None, None
-    return _marginals(blocks, rows, cols)
 
 
 def _marginals(blocks: Tensor, rows: Tensor | None, cols: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -335,10 +331,11 @@ def _made(
     keep: bool,
 ) -> tuple[Tensor, ...]:
     """See :class:`PermutationSolver`; blocks are ``(B, R, C)``."""
-    if row_marginals is not None or col_marginals is not None:
-        _check_marginal_values(row_marginals, col_marginals)
     solver = _solver(backend, blocks)
-    a, b = _marginals_for(solver, blocks, row_marginals, col_marginals)
+    a, b = row_marginals, col_marginals
+    if a is not None or b is not None or not solver.sinkhorn_uniform:
+        _check_marginal_values(a, b)
+        a, b = _marginals(blocks, a, b)
     return solver.permutations.sinkhorn_forward(blocks, a, b, temperature, iterations, tolerance, keep)
 
 
@@ -387,9 +384,11 @@ def _gradient(
 ) -> Tensor:
     """The gradient of the blocks of :func:`_plans`, in their dtype, contiguous."""
     solver = _solver(backend, blocks)
-    a, b = _marginals_for(solver, blocks, row_marginals, col_marginals)
-    solved = solver.permutations
-    return solved.sinkhorn_backward(gradient, blocks, a, b, row_scalings, col_scalings, made, temperature)
+    a, b = row_marginals, col_marginals
+    if a is not None or b is not None or not solver.sinkhorn_uniform:
+        a, b = _marginals(blocks, a, b)
+    kept = row_scalings, col_scalings, made
+    return solver.permutations.sinkhorn_backward(gradient, blocks, a, b, *kept, temperature)
 
 
 _operator = register(

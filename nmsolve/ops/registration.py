@@ -36,6 +36,8 @@ _TAGS = ("pt2_compliant_tag", "flexible_layout")
 # The check for finite scores waits for the device: a CUDA graph must not capture it.
 _WAITS = "cudagraph_unsafe"
 
+_NO_TENSORS = (type(None), bool, int, float, str)
+
 
 def register(
     name: str,
@@ -147,9 +149,11 @@ def shortcut(operator: Callable[..., Any], real: Callable[..., Any]) -> Callable
             or torch._C._get_tracing_state() is not None
             or torch._C._are_functorch_transforms_active()
             or torch.autograd._profiler_enabled()
-            or any(isinstance(arg, Tensor) and not _is_plain(arg) for arg in args)
         ):
             return operator(*args)
+        for arg in args:
+            if type(arg) not in _NO_TENSORS and isinstance(arg, Tensor) and not _is_plain(arg):
+                return operator(*args)
         return kernel(*args)
 
     return call

@@ -45,7 +45,7 @@ __all__ = [
     "sum_maxima",
 ]
 
-# Entries times iterations of plans that are made without looking for threads.
+# Entries times iterations of plans up to which starting a thread takes as long as it saves.
 _ALONE = 1 << 19
 
 
@@ -77,19 +77,23 @@ def sinkhorn_forward(
     What is kept are factors and references; see :mod:`nmsolve.backends.cpu._numba.sinkhorn`.
     """
     batch, rows, cols = logits.shape
-    logits = _dense(logits)
+    logits = _widened(logits).contiguous()
     work = logits.dtype
     plan = torch.empty((batch, rows, cols), dtype=work)
     made: tuple[Tensor, ...] = (plan,)
+    a = b = u = v = marks = None
+    if row_marginals is not None and col_marginals is not None:
+        a, b = row_marginals.contiguous(), col_marginals.contiguous()
     if keep:
         u = torch.empty((batch, iterations, rows), dtype=work)
         v = torch.empty((batch, iterations, cols), dtype=work)
-        made = plan, u, v, torch.empty((batch, 1 + iterations), dtype=torch.int32)
-    a, b = _given(row_marginals, col_marginals)
-    places = (*map(Tensor.data_ptr, made), 0, 0, 0)[:4]
+        marks = torch.empty((batch, 1 + iterations), dtype=torch.int32)
+        made = plan, u, v, marks
     kernel = forward_double if work == torch.float64 else forward_single
-    arguments = (logits.data_ptr(), _place(a), _place(b), temperature, iterations, tolerance, *places)
-    _solve_plans(kernel, (*arguments, rows, cols), batch, rows * cols * iterations)
+    settings = temperature, iterations, tolerance
+    places = plan.data_ptr(), _place(u), _place(v), _place(marks)
+    arguments = (logits.data_ptr(), _place(a), _place(b), *settings, *places, rows, cols)
+    _solve_plans(kernel, arguments, batch, rows * cols * iterations)
     return made
 
 
@@ -106,27 +110,20 @@ def sinkhorn_backward(
     """As the reference's ``sinkhorn_backward``, from this module's forward."""
     batch, rows, cols = logits.shape
     iterations, given = row_scalings.shape[1], logits.dtype
-    logits = _dense(logits)
+    logits = _widened(logits).contiguous()
     work = logits.dtype
     gradient = (gradient if gradient.dtype == work else gradient.to(work)).contiguous()
-    kept = row_scalings.contiguous(), col_scalings.contiguous(), made.contiguous()
-    a, b = _given(row_marginals, col_marginals)
+    a = b = None
+    if row_marginals is not None and col_marginals is not None:
+        a, b = row_marginals.contiguous(), col_marginals.contiguous()
+    u, v, marks = row_scalings.contiguous(), col_scalings.contiguous(), made.contiguous()
     out = torch.empty((batch, rows, cols), dtype=work)
     kernel = backward_double if work == torch.float64 else backward_single
-    places = map(Tensor.data_ptr, kept)
-    inputs = (gradient.data_ptr(), logits.data_ptr(), _place(a), _place(b), *places)
-    arguments = (*inputs, temperature, iterations, out.data_ptr(), rows, cols)
+    inputs = gradient.data_ptr(), logits.data_ptr(), _place(a), _place(b)
+    kept = u.data_ptr(), v.data_ptr(), marks.data_ptr()
+    arguments = (*inputs, *kept, temperature, iterations, out.data_ptr(), rows, cols)
     _solve_plans(kernel, arguments, batch, rows * cols * iterations)
     return out if given == work else out.to(given)
-
-
-def _dense(logits: Tensor) -> Tensor:
-    """Contiguous, in float64 or float32."""
-    return _widened(logits).contiguous()
-
-
-def _given(*marginals: Tensor | None) -> list[Tensor | None]:
-    return [m if m is None else m.contiguous() for m in marginals]
 
 
 def _place(tensor: Tensor | None) -> int:
@@ -134,10 +131,7 @@ def _place(tensor: Tensor | None) -> int:
 
 
 def _solve_plans(kernel: Callable[..., object], arguments: tuple[object, ...], batch: int, entries: int) -> None:
-    """Run ``kernel(*arguments, first, last)`` over the batch.
-
-    An entry takes a fraction of a nanosecond, and starting a thread as long as 100,000 of them.
-    """
+    """Run ``kernel(*arguments, first, last)`` over the batch."""
     if batch * entries <= _ALONE:
         kernel(*arguments, 0, batch)
     else:
