@@ -233,6 +233,46 @@ def test_gradient_of_blocks_that_stopped_at_different_iterations(backend):
         assert torch.allclose(alone.grad[0], together.grad[k], atol=1e-6)
 
 
+@pytest.mark.parametrize(("shape", "spread"), [((3, 9, 33), 8), ((2, 64, 64), 5), ((4, 7, 5), 40), ((2, 1, 9), 5)])
+def test_gradient_where_references_change(shape, spread):
+    """Iterations in the log domain among the others, one behind the other too, and blocks that stop early."""
+    pytest.importorskip("numba")
+    generator = torch.Generator().manual_seed(23)
+    logits = spread * torch.randn(shape, dtype=torch.float64, generator=generator)
+    pull = torch.randn(shape, dtype=torch.float64, generator=generator)
+    for tolerance in (None, 0.05):
+        found = []
+        for name in ("torch", "cpu"):
+            source = logits.clone().requires_grad_(True)
+            plan = sinkhorn(source, 0.1, 30, tolerance=tolerance, backend=name)
+            plan.backward(pull)
+            found += [plan.detach(), source.grad]
+        assert (found[2] - found[0]).abs().max() < 1e-11
+        assert (found[3] - found[1]).abs().max() < 1e-11 * (1 + found[1].abs().max())
+    solver = select("cpu", logits.device).permutations
+    changes = solver.sinkhorn_forward(logits, None, None, 0.1, 30, -1.0, True)[3][:, 1:]
+    assert changes.sum() >= 2
+
+
+def test_what_is_kept_is_read_in_any_layout():
+    pytest.importorskip("numba")
+    solver = select("cpu", torch.device("cpu")).permutations
+    logits, pull = (torch.randn(3, 6, 20, generator=torch.Generator().manual_seed(seed)) for seed in (24, 25))
+    _, *kept = solver.sinkhorn_forward(logits, None, None, 0.1, 4, -1.0, True)
+    expected = solver.sinkhorn_backward(pull, logits, None, None, *kept, 0.1)
+    inputs = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (pull, logits, *kept)]
+    assert not any(x.is_contiguous() for x in inputs)
+    assert torch.equal(solver.sinkhorn_backward(*inputs[:2], None, None, *inputs[2:], 0.1), expected)
+    assert torch.equal(solver.sinkhorn_backward(pull.double(), logits, None, None, *kept, 0.1), expected)
+
+
+def test_marginals_that_are_given_and_the_same_by_default(backend):
+    logits = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(26))
+    a, b = torch.ones(6), torch.full((9,), 6 / 9)
+    plan = sinkhorn(logits, 0.2, 7, backend=backend)
+    assert torch.equal(sinkhorn(logits, 0.2, 7, row_marginals=a, col_marginals=b, backend=backend), plan)
+
+
 def test_gradient_of_an_expanded_sum(backend):
     """The incoming gradient may have stride 0; that of a sum is zero, since the sum is a constant."""
     logits = torch.randn(2, 5, 5, requires_grad=True)
