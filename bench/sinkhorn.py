@@ -24,8 +24,8 @@ from torch import Tensor
 
 import nmsolve
 
-# Rows and columns, batch, iterations: the small ones are what one layer of PermLLM gives. Of those that are not
-# for everybody, POT and the reference are left out.
+# Rows and columns, batch, iterations: the small ones are what one layer of PermLLM gives. POT and the
+# reference run on those that are for all.
 SHAPES = ((16, 256, 20), (64, 64, 20), (128, 16, 20), (512, 1, 20))
 SMALL = tuple((m, batch, 5) for batch in (1, 9, 64) for m in (16, 32, 64, 128))
 FOR_ALL = (*SHAPES, (16, 1, 5), (16, 9, 5), (64, 1, 5), (64, 9, 5), (128, 9, 5))

@@ -110,8 +110,9 @@ class PermutationSolver(Protocol):
         """Plan, row and column scalings of every iteration, iterations made.
 
         Marginals are None only where ``sinkhorn_uniform`` says so. All but the plan are for the gradient:
-        unless ``keep`` they are empty, or left out. The last is ``(B, 1 + T)`` int32 for T kept iterations: how many a block made, and what else the
-        backend's gradient needs to know of each. Scalings are in whatever form that takes them.
+        unless ``keep`` they are empty, or left out. The last is ``(B, 1 + T)`` int32 for T kept iterations:
+        how many a block made, and what else the backend's gradient needs to know of each. Scalings are in
+        whatever form that takes them.
         """
 
     def sinkhorn_backward(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -46,6 +47,7 @@ def plans(
     Marginals are ``(B, lines)`` or None; a tolerance below 0 is none.
     """
     arguments = (blocks, row_marginals, col_marginals, temperature, iterations, tolerance, backend)
+    function: type[torch.autograd.Function] | None
     if torch.compiler.is_compiling():
         function = _Sinkhorn if torch.is_grad_enabled() and blocks.requires_grad else None
     elif torch._C._are_functorch_transforms_active() or has_tangent(blocks):
@@ -58,7 +60,7 @@ def plans(
     return plan
 
 
-# A backend that runs on a device goes on doing so, and looking for its packages takes longer than a small plan.
+# A backend that runs on a device goes on doing so; to look for its packages takes as long as a small plan.
 _selected = cache(select)
 
 
@@ -255,7 +257,7 @@ class _SinkhornEager(torch.autograd.Function):
         ctx.settings = temperature, iterations, backend
         return (plan,)
 
-    backward = _Sinkhorn.backward
+    backward = staticmethod(_Sinkhorn.backward)
 
 
 class _SinkhornGradient(torch.autograd.Function):
@@ -400,7 +402,13 @@ _operator = register(
     in_function=True,
 )
 _forward = shortcut(_operator, _made)
-_plan = shortcut(lambda *arguments: _operator(*arguments, False)[0], lambda *arguments: _made(*arguments, False)[0])
+
+
+def _plan_alone(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:
+    return lambda *arguments: operator(*arguments, False)[0]
+
+
+_plan = shortcut(_plan_alone(_operator), _plan_alone(_made))
 _backward = shortcut(
     register(
         "sinkhorn_backward",

@@ -233,9 +233,11 @@ def test_gradient_of_blocks_that_stopped_at_different_iterations(backend):
         assert torch.allclose(alone.grad[0], together.grad[k], atol=1e-6)
 
 
-@pytest.mark.parametrize(("shape", "spread"), [((3, 9, 33), 8), ((2, 64, 64), 5), ((4, 7, 5), 40), ((2, 1, 9), 5)])
+@pytest.mark.parametrize(
+    ("shape", "spread"), [((3, 9, 33), 8), ((2, 64, 64), 5), ((4, 7, 5), 40), ((2, 1, 9), 5)]
+)
 def test_gradient_where_references_change(shape, spread):
-    """Iterations in the log domain among the others, one behind the other too, and blocks that stop early."""
+    """Iterations in the log domain, the first one too, among the others, and blocks that stop early."""
     pytest.importorskip("numba")
     generator = torch.Generator().manual_seed(23)
     logits = spread * torch.randn(shape, dtype=torch.float64, generator=generator)

@@ -130,7 +130,9 @@ def _place(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _solve_plans(kernel: Callable[..., object], arguments: tuple[object, ...], batch: int, entries: int) -> None:
+def _solve_plans(
+    kernel: Callable[..., object], arguments: tuple[object, ...], batch: int, entries: int
+) -> None:
     """Run ``kernel(*arguments, first, last)`` over the batch."""
     if batch * entries <= _ALONE:
         kernel(*arguments, 0, batch)

@@ -352,7 +352,16 @@ def _forward(
 
 @inner
 def _start_gradient(
-    gradient: Any, kernel: Any, rows: int, cols: int, width: int, u: Any, v: Any, gathered: Any, df: Any, dg: Any
+    gradient: Any,
+    kernel: Any,
+    rows: int,
+    cols: int,
+    width: int,
+    u: Any,
+    v: Any,
+    gathered: Any,
+    df: Any,
+    dg: Any,
 ) -> None:
     """The plan's part: ``gathered = gradient * plan``, df and dg its sums along rows and columns."""
     lanes = WIDTH // kernel.itemsize
@@ -428,7 +437,7 @@ def _before(kept_v: Any, marks: Any, t: int, cols: int, g: Any, to: Any) -> None
     since = _newest_mark(marks, t - 1)
     for j in range(cols):
         apart = kept_v[since * cols + j] if since >= 0 else to.dtype.type(0)
-        if 0 < t and since < t - 1:
+        if t > 0 and since < t - 1:
             apart += math.log(kept_v[(t - 1) * cols + j])
         to[j] = exponential(apart - g[j])
 
