@@ -173,6 +173,24 @@ def test_same_bits_in_any_batch_and_on_any_number_of_threads(backend):
         torch.set_num_threads(threads)
 
 
+def test_same_bits_in_shares(monkeypatch):
+    pytest.importorskip("numba")
+    logits = torch.randn(9, 20, 13, generator=torch.Generator().manual_seed(27))
+
+    def both():
+        source = logits.clone().requires_grad_(True)
+        plan = sinkhorn(source, 0.1, 12, backend="cpu")
+        plan.square().sum().backward()
+        return plan.detach(), source.grad
+
+    together = both()
+    monkeypatch.setattr("nmsolve.backends.cpu.permutations._ALONE", 0)
+    monkeypatch.setattr("nmsolve.backends.cpu._numba.threads._SHARE", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for apart, expected in zip(both(), together, strict=True):
+        assert torch.equal(apart, expected)
+
+
 def test_a_bad_block_does_not_spoil_its_neighbours(backend):
     logits = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(9))
     logits[1, 2, 3] = float("nan")

@@ -45,8 +45,10 @@ __all__ = [
     "sum_maxima",
 ]
 
-# Entries times iterations of plans up to which starting a thread takes as long as it saves.
-_ALONE = 1 << 19
+# Entries times iterations of plans up to which starting a thread takes as long as it saves, and how many of
+# them are the work that other kernels do on one entry.
+_ALONE = 1 << 23
+_LIGHT = 16
 
 
 def assignment(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
@@ -137,7 +139,7 @@ def _solve_plans(
     if batch * entries <= _ALONE:
         kernel(*arguments, 0, batch)
     else:
-        _solve(partial(kernel, *arguments), batch, entries)
+        _solve(partial(kernel, *arguments), batch, entries // _LIGHT)
 
 
 def _solve(kernel: Callable[[int, int], object], batch: int, entries: int) -> None:
