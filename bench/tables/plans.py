@@ -37,6 +37,7 @@ def sinkhorn() -> str:
             right("iterations"),
             left("method"),
             right("forward, ms", number("forward_ms")),
+            right("with the gradient kept, ms", number("kept_ms")),
             right("and backward, ms", number("both_ms")),
             right("held between", lambda row: f"{number('held_bytes', unit=2**20)(row)} MiB"),
             right("error of the gradient", lambda row: rounding(row["gradient_error"])),

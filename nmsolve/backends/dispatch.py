@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from nmsolve.errors import BackendError, NMSolveError
@@ -99,25 +100,27 @@ class PermutationSolver(Protocol):
     def sinkhorn_forward(
         self,
         logits: Tensor,
-        row_marginals: Tensor,
-        col_marginals: Tensor,
+        row_marginals: Tensor | None,
+        col_marginals: Tensor | None,
         temperature: float,
         iterations: int,
         tolerance: float,
         keep: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Plan, row and column scalings of every iteration (none unless ``keep``), iterations made.
+    ) -> tuple[Tensor, ...]:
+        """Plan, row and column scalings of every iteration, iterations made.
 
-        The last is ``(B, 1 + T)`` int32 for T kept iterations: how many a block made, and what else the
-        backend's gradient needs to know of each. Scalings are in whatever form that takes them.
+        Marginals are None only where ``sinkhorn_uniform`` says so. All but the plan are for the gradient:
+        unless ``keep`` they are empty, or left out. The last is ``(B, 1 + T)`` int32 for T kept iterations:
+        how many a block made, and what else the backend's gradient needs to know of each. Scalings are in
+        whatever form that takes them.
         """
 
     def sinkhorn_backward(
         self,
         gradient: Tensor,
         logits: Tensor,
-        row_marginals: Tensor,
-        col_marginals: Tensor,
+        row_marginals: Tensor | None,
+        col_marginals: Tensor | None,
         row_scalings: Tensor,
         col_scalings: Tensor,
         made: Tensor,
@@ -191,6 +194,8 @@ class Backend:
         The largest number of rows or columns of a plan.
     masks_float64, sinkhorn_float64 : bool
         Whether float64 scores, and float64 logits, are worked on in float64.
+    sinkhorn_uniform : bool
+        Whether its plans take None for both marginals, as 1 for rows and R / C for columns.
     max_strip, max_kept_columns : int, optional
         The largest block of a hierarchical mask, as rows times columns (or four times the kept columns, if
         that is more) of the next powers of two, and how many columns of it may be kept.
@@ -211,6 +216,7 @@ class Backend:
     max_sinkhorn: int | None = None
     masks_float64: bool = True
     sinkhorn_float64: bool = True
+    sinkhorn_uniform: bool = False
     max_strip: int | None = None
     max_kept_columns: int | None = None
     assignment_finds_infinite: bool = False
@@ -222,7 +228,7 @@ class Backend:
         """Its module for masks, imported."""
         return cast(MaskSolver, importlib.import_module(f"{self.folder}.masks"))
 
-    @property
+    @cached_property
     def permutations(self) -> PermutationSolver:
         """Its module for permutations, imported."""
         return cast(PermutationSolver, importlib.import_module(f"{self.folder}.permutations"))
@@ -277,6 +283,7 @@ _ROWS = (
         preferred_on=("cpu",),
         needs="numba",
         remedy="pip install numba",
+        sinkhorn_uniform=True,
         assignment_finds_infinite=True,
         solves_several=True,
     ),

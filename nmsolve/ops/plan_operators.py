@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nmsolve.backends.dispatch import AUTO, REFERENCE, PermutationSolver, select
+from nmsolve.backends.dispatch import AUTO, REFERENCE, Backend, select
 from nmsolve.errors import BackendError, NMSolveError
 from nmsolve.ops.registration import (
     batch_first,
+    has_tangent,
     may_be_differentiated,
     register,
     shortcut,
@@ -44,26 +47,35 @@ def plans(
     Marginals are ``(B, lines)`` or None; a tolerance below 0 is none.
     """
     arguments = (blocks, row_marginals, col_marginals, temperature, iterations, tolerance, backend)
+    function: type[torch.autograd.Function] | None
     if torch.compiler.is_compiling():
         function = _Sinkhorn if torch.is_grad_enabled() and blocks.requires_grad else None
+    elif torch._C._are_functorch_transforms_active() or has_tangent(blocks):
+        function = _SinkhornForwardMode
     else:
-        function = _SinkhornForwardMode if may_be_differentiated(blocks) else None
-    plan: Tensor = (_forward(*arguments, False) if function is None else function.apply(*arguments))[0]
+        function = _SinkhornEager if torch.is_grad_enabled() and blocks.requires_grad else None
+    if function is None:
+        return _plan(*arguments)
+    plan: Tensor = function.apply(*arguments)[0]
     return plan
 
 
-def _solver(backend: str, logits: Tensor) -> PermutationSolver:
-    row = select(backend, logits.device)
+# A backend that runs on a device goes on doing so; to look for its packages takes as long as a small plan.
+_selected = cache(select)
+
+
+def _solver(backend: str, logits: Tensor) -> Backend:
+    row = _selected(backend, logits.device)
     reason = None
     if row.max_sinkhorn is not None and max(logits.shape[-2:]) > row.max_sinkhorn:
         reason = f"its kernels hold up to {row.max_sinkhorn} rows and columns, got {describe(logits)}"
     elif logits.dtype == torch.float64 and not row.sinkhorn_float64:
         reason = "its kernels work in float32, got float64 logits"
     if reason is None:
-        return row.permutations
+        return row
     if backend != AUTO:
         raise BackendError(f"backend: {row.name!r} cannot run this: {reason}; use 'auto' or 'torch'")
-    return REFERENCE.permutations
+    return REFERENCE
 
 
 def _work(blocks: Tensor) -> torch.dtype:
@@ -199,17 +211,17 @@ class _Sinkhorn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        result = None
-        if gradients[0] is not None:
+        gradient = gradients[0]
+        if gradient is None:
+            return (None,) * 7
+        saved = ctx.saved_tensors
+        if not torch.compiler.is_compiling() and (
+            may_be_differentiated(gradient) or may_be_differentiated(saved[0])
+        ):
+            result: Tensor = _SinkhornGradient.apply(gradient, *saved, *ctx.settings)
+        else:
             temperature, _, backend = ctx.settings
-            blocks = ctx.saved_tensors[0]
-            once = torch.compiler.is_compiling() or not any(
-                map(may_be_differentiated, (gradients[0], blocks))
-            )
-            if once:
-                result = _backward(gradients[0], *ctx.saved_tensors, temperature, backend)
-            else:
-                result = _SinkhornGradient.apply(gradients[0], *ctx.saved_tensors, *ctx.settings)
+            result = _backward(gradient, *saved, temperature, backend)
         return result, None, None, None, None, None, None
 
     @staticmethod
@@ -227,6 +239,25 @@ class _SinkhornForwardMode(_Sinkhorn):
         with tangents_of_tangents(*ctx.saved_tensors) as (blocks, row_marginals, col_marginals, _, _, made):
             settings = (row_marginals, col_marginals, made, *ctx.settings[:2])
             return _tangent(tangents[0], blocks, *settings), None, None, None
+
+
+class _SinkhornEager(torch.autograd.Function):
+    """The same for reverse mode alone, where neither compiler nor transform looks on.
+
+    With a context from the start ``apply`` has no signature to bind, and what only the gradient needs is no
+    output: together a third of what a small plan takes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor]:
+        plan, *kept = _forward(*arguments, True)
+        blocks, row_marginals, col_marginals, temperature, iterations, _, backend = arguments
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(blocks, row_marginals, col_marginals, *kept)
+        ctx.settings = temperature, iterations, backend
+        return (plan,)
+
+    backward = staticmethod(_Sinkhorn.backward)
 
 
 class _SinkhornGradient(torch.autograd.Function):
@@ -291,7 +322,7 @@ class _SinkhornGradient(torch.autograd.Function):
 # --- operators ----------------------------------------------------------------------------------------------
 
 
-def _plans(
+def _made(
     blocks: Tensor,
     row_marginals: Tensor | None,
     col_marginals: Tensor | None,
@@ -300,12 +331,25 @@ def _plans(
     tolerance: float,
     backend: str,
     keep: bool,
-) -> Made:
+) -> tuple[Tensor, ...]:
     """See :class:`PermutationSolver`; blocks are ``(B, R, C)``."""
-    _check_marginal_values(row_marginals, col_marginals)
-    a, b = _marginals(blocks, row_marginals, col_marginals)
     solver = _solver(backend, blocks)
-    return solver.sinkhorn_forward(blocks, a, b, temperature, iterations, tolerance, keep)
+    a, b = row_marginals, col_marginals
+    if a is not None or b is not None or not solver.sinkhorn_uniform:
+        _check_marginal_values(a, b)
+        a, b = _marginals(blocks, a, b)
+    return solver.permutations.sinkhorn_forward(blocks, a, b, temperature, iterations, tolerance, keep)
+
+
+def _plans(blocks: Tensor, *arguments: Any) -> Made:
+    """All four, of which those that are not kept are empty or 0."""
+    plan, *kept = _made(blocks, *arguments)
+    if not arguments[-1]:
+        batch, rows, cols = blocks.shape
+        kept = [plan.new_empty(batch, 0, rows), plan.new_empty(batch, 0, cols)]
+        kept.append(plan.new_zeros((batch, 1), dtype=torch.int32))
+    u, v, made = kept
+    return plan, u, v, made
 
 
 def _blank_plans(
@@ -341,22 +385,30 @@ def _gradient(
     backend: str,
 ) -> Tensor:
     """The gradient of the blocks of :func:`_plans`, in their dtype, contiguous."""
-    a, b = _marginals(blocks, row_marginals, col_marginals)
     solver = _solver(backend, blocks)
-    return solver.sinkhorn_backward(gradient, blocks, a, b, row_scalings, col_scalings, made, temperature)
+    a, b = row_marginals, col_marginals
+    if a is not None or b is not None or not solver.sinkhorn_uniform:
+        a, b = _marginals(blocks, a, b)
+    kept = row_scalings, col_scalings, made
+    return solver.permutations.sinkhorn_backward(gradient, blocks, a, b, *kept, temperature)
 
 
-_forward = shortcut(
-    register(
-        "sinkhorn",
-        "(Tensor blocks, Tensor? row_marginals, Tensor? col_marginals, float temperature, SymInt iterations, "
-        "float tolerance, str backend, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
-        _plans,
-        _blank_plans,
-        in_function=True,
-    ),
+_operator = register(
+    "sinkhorn",
+    "(Tensor blocks, Tensor? row_marginals, Tensor? col_marginals, float temperature, SymInt iterations, "
+    "float tolerance, str backend, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
     _plans,
+    _blank_plans,
+    in_function=True,
 )
+_forward = shortcut(_operator, _made)
+
+
+def _plan_alone(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:
+    return lambda *arguments: operator(*arguments, False)[0]
+
+
+_plan = shortcut(_plan_alone(_operator), _plan_alone(_made))
 _backward = shortcut(
     register(
         "sinkhorn_backward",

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "batch_first",
+    "has_tangent",
     "may_be_differentiated",
     "register",
     "shortcut",
@@ -34,6 +35,8 @@ _LIBRARY = torch.library.Library("nmsolve", "FRAGMENT")
 _TAGS = ("pt2_compliant_tag", "flexible_layout")
 # The check for finite scores waits for the device: a CUDA graph must not capture it.
 _WAITS = "cudagraph_unsafe"
+
+_NO_TENSORS = (type(None), bool, int, float, str)
 
 
 def register(
@@ -121,11 +124,17 @@ def may_be_differentiated(tensor: Tensor) -> bool:
     return (
         torch._C._are_functorch_transforms_active()  # some of which do not know unpack_dual
         or (torch.is_grad_enabled() and tensor.requires_grad)
-        or forward_ad.unpack_dual(tensor).tangent is not None
+        or has_tangent(tensor)
     )
 
 
-def shortcut(operator: torch._ops.OpOverload, real: Callable[..., Any]) -> Callable[..., Any]:
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether it has a tangent of the innermost level of forward mode; not for functorch's tensors."""
+    # Without a level there are no tangents, and asking for one takes as long as all else.
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def shortcut(operator: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
     """The operator, or where nobody looks on its kernel alone, which saves some 50 microseconds a call.
 
     Those who look on are compilers, tracers, transforms, modes, the profiler, and tensors that are more than
@@ -140,9 +149,11 @@ def shortcut(operator: torch._ops.OpOverload, real: Callable[..., Any]) -> Calla
             or torch._C._get_tracing_state() is not None
             or torch._C._are_functorch_transforms_active()
             or torch.autograd._profiler_enabled()
-            or any(isinstance(arg, Tensor) and not _is_plain(arg) for arg in args)
         ):
             return operator(*args)
+        for arg in args:
+            if type(arg) not in _NO_TENSORS and isinstance(arg, Tensor) and not _is_plain(arg):
+                return operator(*args)
         return kernel(*args)
 
     return call

@@ -94,20 +94,19 @@ def sinkhorn(
         raise NMSolveError(f"tolerance: expected a number of at least 0 or None, got {tolerance!r}")
     check_backend(backend)
     *lead, rows, cols = logits.shape
-    for name, marginals, lines in (
-        ("row_marginals", row_marginals, rows),
-        ("col_marginals", col_marginals, cols),
-    ):
-        if marginals is not None:
-            _check_marginals(name, marginals, lines, logits)
+    if row_marginals is not None:
+        _check_marginals("row_marginals", row_marginals, rows, logits)
+    if col_marginals is not None:
+        _check_marginals("col_marginals", col_marginals, cols, logits)
     scaled, degree = _at_temperature(logits, temperature)
     if logits.numel() == 0:
         return scaled.to(torch.promote_types(scaled.dtype, torch.float32)) * 1.0
     blocks = scaled if logits.ndim == 3 else scaled.reshape(-1, rows, cols)
-    a, b = (
-        m if m is None else m.detach().expand(*lead, m.shape[-1]).reshape(-1, m.shape[-1])
-        for m in (row_marginals, col_marginals)
-    )
+    a, b = row_marginals, col_marginals
+    if a is not None:
+        a = a.detach().expand(*lead, rows).reshape(-1, rows)
+    if b is not None:
+        b = b.detach().expand(*lead, cols).reshape(-1, cols)
     least = -1.0 if tolerance is None else float(tolerance)
     plan = plans(blocks, a, b, degree, iterations, least, backend)
     return plan if logits.ndim == 3 else plan.view(logits.shape)

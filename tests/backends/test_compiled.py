@@ -102,7 +102,13 @@ def test_an_edited_callee_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_every_kernel_that_python_calls_is_cached_by_all_sources() -> None:
     kernels = (cpu.solve_exact, cpu.solve_greedy, cpu.solve_tsenor, cpu.solve_ordinary, cpu.solve_groups)
-    for kernel in (*kernels, cpu_permute.solve_assignments, cpu_permute.forward, cpu_permute.backward):
+    plans = (
+        cpu_permute.forward_single,
+        cpu_permute.forward_double,
+        cpu_permute.backward_single,
+        cpu_permute.backward_double,
+    )
+    for kernel in (*kernels, cpu_permute.solve_assignments, *plans):
         assert isinstance(kernel._cache, _Cache), kernel
 
 

@@ -80,14 +80,11 @@ def test_sinkhorn_is_compared_with_loops_of_both_forms():
         )
         assert 10 * int(ours["held_bytes"]) < int(permllm["held_bytes"])
         assert 2 * float(permllm["forward_ms"]) < float(log_domain["forward_ms"])
-        forward, both = (float(permllm[time]) / float(ours[time]) for time in ("forward_ms", "both_ms"))
-        if iterations == "20" or m == "128":
-            assert forward > (1.8 if int(m) >= 64 and iterations == "20" else 1)
-            assert both > 1
-            assert float(ours["both_ms"]) < float(log_domain["both_ms"])
-        else:
-            assert forward > 1 / 5
-            assert both > 1 / 2
+        assert float(ours["both_ms"]) < float(log_domain["both_ms"])
+        for time in ("forward_ms", "kept_ms", "both_ms"):
+            assert float(permllm[time]) / float(ours[time]) > 1, (m, batch, iterations, time)
+        if int(m) >= 64 and iterations == "20":
+            assert float(permllm["forward_ms"]) / float(ours["forward_ms"]) > 1.8
 
 
 def test_every_sweep_is_there():

@@ -151,13 +151,13 @@ def test_tolerance_stops_each_block_by_itself(backend):
         assert torch.equal(alone[0], together[k])
     runner = select(backend, logits.device).permutations
     ones = torch.ones(6, 8)
-    made = runner.sinkhorn_forward(logits, ones, ones, 0.2, 150, 1e-3, False)[3]
+    made = runner.sinkhorn_forward(logits, ones, ones, 0.2, 150, 1e-3, True)[3][:, 0]
     assert made[::2].max() <= 3 < made[1::2].min() <= made.max() < 150
     assert torch.equal(
         made,
         select("torch", logits.device).permutations.sinkhorn_forward(
-            logits, ones, ones, 0.2, 150, 1e-3, False
-        )[3],
+            logits, ones, ones, 0.2, 150, 1e-3, True
+        )[3][:, 0],
     )
 
 
@@ -171,6 +171,24 @@ def test_same_bits_in_any_batch_and_on_any_number_of_threads(backend):
         assert torch.equal(sinkhorn(logits, 0.3, 12, backend=backend), whole)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_same_bits_in_shares(monkeypatch):
+    pytest.importorskip("numba")
+    logits = torch.randn(9, 20, 13, generator=torch.Generator().manual_seed(27))
+
+    def both():
+        source = logits.clone().requires_grad_(True)
+        plan = sinkhorn(source, 0.1, 12, backend="cpu")
+        plan.square().sum().backward()
+        return plan.detach(), source.grad
+
+    together = both()
+    monkeypatch.setattr("nmsolve.backends.cpu.permutations._ALONE", 0)
+    monkeypatch.setattr("nmsolve.backends.cpu._numba.threads._SHARE", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for apart, expected in zip(both(), together, strict=True):
+        assert torch.equal(apart, expected)
 
 
 def test_a_bad_block_does_not_spoil_its_neighbours(backend):
@@ -231,6 +249,48 @@ def test_gradient_of_blocks_that_stopped_at_different_iterations(backend):
         alone = logits[k : k + 1].clone().requires_grad_(True)
         sinkhorn(alone, 0.3, 60, tolerance=1e-3, backend=backend).square().sum().backward()
         assert torch.allclose(alone.grad[0], together.grad[k], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spread"), [((3, 9, 33), 8), ((2, 64, 64), 5), ((4, 7, 5), 40), ((2, 1, 9), 5)]
+)
+def test_gradient_where_references_change(shape, spread):
+    """Iterations in the log domain, the first one too, among the others, and blocks that stop early."""
+    pytest.importorskip("numba")
+    generator = torch.Generator().manual_seed(23)
+    logits = spread * torch.randn(shape, dtype=torch.float64, generator=generator)
+    pull = torch.randn(shape, dtype=torch.float64, generator=generator)
+    for tolerance in (None, 0.05):
+        found = []
+        for name in ("torch", "cpu"):
+            source = logits.clone().requires_grad_(True)
+            plan = sinkhorn(source, 0.1, 30, tolerance=tolerance, backend=name)
+            plan.backward(pull)
+            found += [plan.detach(), source.grad]
+        assert (found[2] - found[0]).abs().max() < 1e-11
+        assert (found[3] - found[1]).abs().max() < 1e-11 * (1 + found[1].abs().max())
+    solver = select("cpu", logits.device).permutations
+    changes = solver.sinkhorn_forward(logits, None, None, 0.1, 30, -1.0, True)[3][:, 1:]
+    assert changes.sum() >= 2
+
+
+def test_what_is_kept_is_read_in_any_layout():
+    pytest.importorskip("numba")
+    solver = select("cpu", torch.device("cpu")).permutations
+    logits, pull = (torch.randn(3, 6, 20, generator=torch.Generator().manual_seed(seed)) for seed in (24, 25))
+    _, *kept = solver.sinkhorn_forward(logits, None, None, 0.1, 4, -1.0, True)
+    expected = solver.sinkhorn_backward(pull, logits, None, None, *kept, 0.1)
+    inputs = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (pull, logits, *kept)]
+    assert not any(x.is_contiguous() for x in inputs)
+    assert torch.equal(solver.sinkhorn_backward(*inputs[:2], None, None, *inputs[2:], 0.1), expected)
+    assert torch.equal(solver.sinkhorn_backward(pull.double(), logits, None, None, *kept, 0.1), expected)
+
+
+def test_marginals_that_are_given_and_the_same_by_default(backend):
+    logits = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(26))
+    a, b = torch.ones(6), torch.full((9,), 6 / 9)
+    plan = sinkhorn(logits, 0.2, 7, backend=backend)
+    assert torch.equal(sinkhorn(logits, 0.2, 7, row_marginals=a, col_marginals=b, backend=backend), plan)
 
 
 def test_gradient_of_an_expanded_sum(backend):

@@ -21,7 +21,12 @@ from nmsolve.backends.cpu._numba.maxima import BAND
 from nmsolve.backends.cpu._numba.maxima import nth_largest as nth_kernel
 from nmsolve.backends.cpu._numba.maxima import sum_largest as largest_kernel
 from nmsolve.backends.cpu._numba.maxima import sum_maxima as maxima_kernel
-from nmsolve.backends.cpu._numba.sinkhorn import backward, forward
+from nmsolve.backends.cpu._numba.sinkhorn import (
+    backward_double,
+    backward_single,
+    forward_double,
+    forward_single,
+)
 from nmsolve.backends.cpu._numba.threads import share_out
 from nmsolve.backends.shared import permute_columns, rms_norm_permute
 
@@ -40,6 +45,11 @@ __all__ = [
     "sum_maxima",
 ]
 
+# Entries times iterations of plans up to which starting a thread takes as long as it saves, and how many of
+# them are the work that other kernels do on one entry.
+_ALONE = 1 << 23
+_LIGHT = 16
+
 
 def assignment(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
     """As the reference's ``assignment``; -1 comes first where a score is not finite."""
@@ -57,45 +67,79 @@ def assignment(scores: Tensor, want_solution: bool) -> tuple[Tensor, ...]:
 
 def sinkhorn_forward(
     logits: Tensor,
-    row_marginals: Tensor,
-    col_marginals: Tensor,
+    row_marginals: Tensor | None,
+    col_marginals: Tensor | None,
     temperature: float,
     iterations: int,
     tolerance: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As the reference's ``sinkhorn_forward``."""
+) -> tuple[Tensor, ...]:
+    """As the reference's ``sinkhorn_forward``; the plan alone unless ``keep``.
+
+    What is kept are factors and references; see :mod:`nmsolve.backends.cpu._numba.sinkhorn`.
+    """
     batch, rows, cols = logits.shape
-    inputs = _arrays(_widened(logits), row_marginals.contiguous(), col_marginals.contiguous())
-    kept, work = iterations if keep else 0, inputs[1].dtype
-    # NumPy's arrays become tensors in a third of the time that tensors take to become arrays.
-    plan = np.empty((batch, rows, cols), work)
-    row_scalings, col_scalings = np.empty((batch, kept, rows), work), np.empty((batch, kept, cols), work)
-    made = np.zeros((batch, 1 + kept), np.int32)
-    settings = (float(temperature), iterations, float(tolerance))
-    kernel = partial(forward, *inputs, *settings, plan, row_scalings, col_scalings, made)
-    _solve(kernel, batch, rows * cols * iterations)
-    plan_, rows_, cols_, made_ = map(torch.from_numpy, (plan, row_scalings, col_scalings, made))
-    return plan_, rows_, cols_, made_
+    logits = _widened(logits).contiguous()
+    work = logits.dtype
+    plan = torch.empty((batch, rows, cols), dtype=work)
+    made: tuple[Tensor, ...] = (plan,)
+    a = b = u = v = marks = None
+    if row_marginals is not None and col_marginals is not None:
+        a, b = row_marginals.contiguous(), col_marginals.contiguous()
+    if keep:
+        u = torch.empty((batch, iterations, rows), dtype=work)
+        v = torch.empty((batch, iterations, cols), dtype=work)
+        marks = torch.empty((batch, 1 + iterations), dtype=torch.int32)
+        made = plan, u, v, marks
+    kernel = forward_double if work == torch.float64 else forward_single
+    settings = temperature, iterations, tolerance
+    places = plan.data_ptr(), _place(u), _place(v), _place(marks)
+    arguments = (logits.data_ptr(), _place(a), _place(b), *settings, *places, rows, cols)
+    _solve_plans(kernel, arguments, batch, rows * cols * iterations)
+    return made
 
 
 def sinkhorn_backward(
     gradient: Tensor,
     logits: Tensor,
-    row_marginals: Tensor,
-    col_marginals: Tensor,
+    row_marginals: Tensor | None,
+    col_marginals: Tensor | None,
     row_scalings: Tensor,
     col_scalings: Tensor,
     made: Tensor,
     temperature: float,
 ) -> Tensor:
-    """As the reference's ``sinkhorn_backward``."""
+    """As the reference's ``sinkhorn_backward``, from this module's forward."""
     batch, rows, cols = logits.shape
-    kept = row_scalings, col_scalings, made
-    inputs = _arrays(_widened(gradient), _widened(logits), col_marginals.contiguous(), *kept)
-    out = np.empty((batch, rows, cols), inputs[3].dtype)
-    _solve(partial(backward, *inputs, float(temperature), out), batch, rows * cols * row_scalings.shape[1])
-    return torch.from_numpy(out).to(logits.dtype)
+    iterations, given = row_scalings.shape[1], logits.dtype
+    logits = _widened(logits).contiguous()
+    work = logits.dtype
+    gradient = (gradient if gradient.dtype == work else gradient.to(work)).contiguous()
+    a = b = None
+    if row_marginals is not None and col_marginals is not None:
+        a, b = row_marginals.contiguous(), col_marginals.contiguous()
+    u, v, marks = row_scalings.contiguous(), col_scalings.contiguous(), made.contiguous()
+    out = torch.empty((batch, rows, cols), dtype=work)
+    kernel = backward_double if work == torch.float64 else backward_single
+    inputs = gradient.data_ptr(), logits.data_ptr(), _place(a), _place(b)
+    kept = u.data_ptr(), v.data_ptr(), marks.data_ptr()
+    arguments = (*inputs, *kept, temperature, iterations, out.data_ptr(), rows, cols)
+    _solve_plans(kernel, arguments, batch, rows * cols * iterations)
+    return out if given == work else out.to(given)
+
+
+def _place(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _solve_plans(
+    kernel: Callable[..., object], arguments: tuple[object, ...], batch: int, entries: int
+) -> None:
+    """Run ``kernel(*arguments, first, last)`` over the batch."""
+    if batch * entries <= _ALONE:
+        kernel(*arguments, 0, batch)
+    else:
+        _solve(partial(kernel, *arguments), batch, entries // _LIGHT)
 
 
 def _solve(kernel: Callable[[int, int], object], batch: int, entries: int) -> None:

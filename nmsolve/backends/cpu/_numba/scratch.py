@@ -15,9 +15,9 @@ from numba.core.typing import signature
 from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_getattr, infer_global
 from numba.extending import lower_builtin, lower_getattr, models, register_model
 
-from nmsolve.backends.cpu._numba.emit import I64, intrinsic
+from nmsolve.backends.cpu._numba.emit import I64, intrinsic, pointer_at
 
-__all__ = ["Scratch", "element_pointer", "scratch", "still_needed"]
+__all__ = ["Scratch", "element_pointer", "scratch", "scratch_at", "still_needed"]
 
 
 class Scratch(types.Type):
@@ -111,6 +111,16 @@ def scratch(typingctx: Any, array: Any) -> Any:
         return context.make_array(sig.args[0])(context, builder, args[0]).data
 
     return Scratch(array.dtype)(array), emit
+
+
+@intrinsic
+def scratch_at(typingctx: Any, address: Any, like: Any) -> Any:
+    """A pointer to the numbers of the type of ``like`` at ``address``."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pointer_at(builder, args[0], args[1].type)
+
+    return Scratch(like)(types.int64, like), emit
 
 
 @intrinsic

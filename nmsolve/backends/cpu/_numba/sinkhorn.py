@@ -13,6 +13,14 @@ has underflowed stays negligible within the limit. A column of which all has und
 
 Logits of -inf are entries that stay 0. A line of nothing else sums to exactly 0, which no other line does;
 its scaling is 1 and nothing divides by its sum.
+
+What is kept of an iteration are its factors, relative to the reference that it was made with: they say all
+that the reverse sweep needs to know of the sums, ``E v = a / u`` and ``E^T u = b / v``. An iteration in the
+log domain keeps its reference instead. Its kernel's columns sum to b up to the rounding of ``K + f + g``, for
+which there is one factor more, ``b / (E^T 1)``; the sweep makes it again, with the kernel.
+
+Rows of a kernel are made of whole registers, and their number is a multiple of ``_ROWS``, which an iteration
+takes together: small blocks wait for additions across a register and for divisions, one after the other.
 """
 
 from __future__ import annotations
@@ -26,11 +34,28 @@ from numba import types
 from numba.extending import overload
 
 from nmsolve.backends.cpu._numba.compiled import compiled, inner
+from nmsolve.backends.cpu._numba.lanes import (
+    WIDTH,
+    bits_of,
+    maximum,
+    minimum,
+    multiply_add,
+    select,
+    smallest,
+    splat,
+    total,
+)
+from nmsolve.backends.cpu._numba.memory import load, store
+from nmsolve.backends.cpu._numba.scratch import scratch, scratch_at, still_needed
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward_double", "backward_single", "forward_double", "forward_single"]
 
 # Largest |log| of a factor relative to the reference.
 LIMIT = 20.0
+_LEAST, _MOST = math.exp(-LIMIT), math.exp(LIMIT)
+
+# Rows that an iteration takes together.
+_ROWS = 4
 
 # No NaN or infinity flag: a block with NaN logits must give NaN, and one with -inf zeros.
 _FAST = {"reassoc", "contract", "nsz"}
@@ -72,147 +97,227 @@ def _exponential(x: Any) -> Any:
     return double
 
 
-@inner(fastmath=_FAST)
-def _load(matrix: Any, temperature: float, level: Any) -> bool:
-    """``level = matrix / temperature``; whether it is sound, without NaN and +inf."""
-    rows, cols = matrix.shape
-    scale = level.dtype.type(temperature)
-    sound = True
-    for i in range(rows):
-        source, line = matrix[i], level[i]
-        for j in range(cols):
-            line[j] = source[j] / scale
-        for j in range(cols):
-            sound &= line[j] < np.inf
-    return sound
+@inner
+def _up(count: int, step: int) -> int:
+    return (count + step - 1) // step * step
+
+
+@inner
+def _fill(to: Any, count: int, value: Any) -> None:
+    for k in range(count):
+        to[k] = value
 
 
 @inner(fastmath=_FAST)
-def _first_kernel(level: Any, f: Any, kernel: Any, sums: Any) -> bool:
-    """``exp(level + f)`` with 1 as the largest entry of a row; whether there is something in every column."""
-    rows, cols = level.shape
+def _copy_or_fill(to: Any, count: int, source: Any, given: bool, value: Any) -> None:
+    if given:
+        for k in range(count):
+            to[k] = source[k]
+    else:
+        _fill(to, count, value)
+
+
+@inner(fastmath=_FAST)
+def _level(logits: Any, scale: Any, cols: int, width: int, to: Any) -> None:
+    """A row of ``logits / temperature``, filled up with -inf."""
     for j in range(cols):
-        sums[j] = 0
+        to[j] = logits[j] / scale
+    for j in range(cols, width):
+        to[j] = -np.inf
+
+
+@inner
+def _peak(line: Any, width: int) -> Any:
+    lanes = WIDTH // line.itemsize
+    peak = load(line, 0)
+    for k in range(lanes, width, lanes):
+        peak = maximum(peak, load(line, k))
+    return -smallest(splat(line.dtype.type(0)) - peak)
+
+
+@inner(fastmath=_FAST)
+def _exponentials(line: Any, width: int, shift: Any) -> None:
+    for j in range(width):
+        line[j] = exponential(line[j] + shift)
+
+
+@inner
+def _add(line: Any, width: int, sums: Any) -> None:
+    for k in range(0, width, WIDTH // line.itemsize):
+        store(sums, k, load(sums, k) + load(line, k))
+
+
+@inner
+def _first_kernel(
+    logits: Any, scale: Any, rows: int, cols: int, width: int, kernel: Any, sums: Any
+) -> tuple[bool, bool]:
+    """``exp(K + f)`` with 1 as the largest entry of a row.
+
+    Whether the logits are sound, without NaN and +inf, and whether there is something in every column.
+    """
+    lanes = WIDTH // kernel.itemsize
+    real = kernel.dtype.type
+    endless = splat(real(np.inf))
+    sound = endless > splat(real(0))
+    _fill(sums, width, real(0))
     for i in range(rows):
-        line, out = level[i], kernel[i]
-        peak = line[0]
-        for j in range(1, cols):
-            peak = line[j] if line[j] > peak else peak
-        f[i] = -peak if peak > -np.inf else level.dtype.type(0)
+        line = kernel + i * width
+        _level(logits + i * cols, scale, cols, width, line)
+        for k in range(0, width, lanes):
+            sound = sound & (load(line, k) < endless)
+        peak = _peak(line, width)
+        _exponentials(line, width, -peak if peak > -np.inf else real(0))
+        _add(line, width, sums)
+    whole = True
+    for j in range(cols):
+        whole &= sums[j] > 0
+    return bits_of(sound) == (1 << lanes) - 1, whole
+
+
+@inner(fastmath=_FAST)
+def _kernel_at(
+    logits: Any, scale: Any, rows: int, cols: int, width: int, f: Any, g: Any, kernel: Any, sums: Any
+) -> None:
+    """``exp(K + f + g)``, and the sums of its columns."""
+    _fill(sums, width, kernel.dtype.type(0))
+    for i in range(rows):
+        line = kernel + i * width
+        _level(logits + i * cols, scale, cols, width, line)
         shift = f[i]
         for j in range(cols):
-            out[j] = exponential(line[j] + shift)
-        for j in range(cols):
-            sums[j] += out[j]
-    least = sums[0]
-    for j in range(1, cols):
-        least = min(least, sums[j])
-    return least > 0
+            line[j] = line[j] + shift + g[j]
+        _exponentials(line, width, kernel.dtype.type(0))
+        _add(line, width, sums)
 
 
 @inner(fastmath=_FAST)
-def _log_step(level: Any, a: Any, b: Any, f: Any, g: Any, kernel: Any, sums: Any) -> None:
-    """One iteration from g in the log domain: new f, g, and the kernel ``exp(level + f + g)``."""
-    rows, cols = level.shape
-    real = level.dtype.type
+def _log_step(
+    logits: Any, scale: Any, rows: int, cols: int, width: int,
+    a: Any, b: Any, f: Any, g: Any, kernel: Any, v: Any, sums: Any,
+) -> None:  # fmt: skip
+    """One iteration from g in the log domain: new f and g, the kernel there and what its columns lack."""
+    real = kernel.dtype.type
     for i in range(rows):
-        line, scratch = level[i], kernel[i]
+        line = kernel + i * width
+        _level(logits + i * cols, scale, cols, width, line)
         for j in range(cols):
-            scratch[j] = line[j] + g[j]
-        peak = scratch[0]
-        for j in range(1, cols):
-            peak = scratch[j] if scratch[j] > peak else peak
+            line[j] = line[j] + g[j]
+        peak = _peak(line, width)
         if peak == -np.inf:
             f[i] = real(0)
             continue
-        total = real(0)
+        amount = real(0)
         for j in range(cols):
-            total += exponential(scratch[j] - peak)
-        f[i] = math.log(a[i]) - peak - math.log(total)
-    for j in range(cols):
-        g[j] = real(-np.inf)
-        sums[j] = real(0)
+            amount += exponential(line[j] - peak)
+        f[i] = math.log(a[i]) - peak - math.log(amount)
+    _fill(g, cols, real(-np.inf))
     for i in range(rows):
-        line, shift = level[i], f[i]
+        line, shift = kernel + i * width, f[i]
+        _level(logits + i * cols, scale, cols, width, line)
         for j in range(cols):
-            x = line[j] + shift
-            g[j] = x if x > g[j] else g[j]
+            line[j] = line[j] + shift
+        for j in range(cols):
+            g[j] = line[j] if line[j] > g[j] else g[j]
+    _fill(sums, cols, real(0))
     for j in range(cols):
         g[j] = g[j] if g[j] > -np.inf else real(0)
     for i in range(rows):
-        line, out, shift = level[i], kernel[i], f[i]
+        line = kernel + i * width
         for j in range(cols):
-            x = exponential(line[j] + shift - g[j])
-            out[j] = x
-            sums[j] += x
+            sums[j] += exponential(line[j] - g[j])
     for j in range(cols):
-        if sums[j] > 0:
-            g[j] = math.log(b[j]) - g[j] - math.log(sums[j])
-            sums[j] = b[j] / sums[j]
-    for i in range(rows):
-        out = kernel[i]
-        for j in range(cols):
-            out[j] *= sums[j]
+        g[j] = math.log(b[j]) - g[j] - math.log(sums[j]) if sums[j] > 0 else g[j]
+    _kernel_at(logits, scale, rows, cols, width, f, g, kernel, sums)
+    _quotients(b, sums, width, v)
+
+
+@inner
+def _quotients(b: Any, sums: Any, width: int, to: Any) -> Any:
+    """``to = b / sums``, 1 where the sum is 0: (lanes of the smallest, of the largest), with 1 among them."""
+    lanes = WIDTH // b.itemsize
+    zero, one = splat(b.dtype.type(0)), splat(b.dtype.type(1))
+    low, high = one, one
+    for k in range(0, width, lanes):
+        held = load(sums, k)
+        factor = select(held > zero, load(b, k) / held, one)
+        store(to, k, factor)
+        low, high = minimum(low, factor), maximum(high, factor)
+    return low, high
+
+
+@inner
+def _scale_step(
+    kernel: Any, rows: int, width: int, a: Any, b: Any, u: Any, v: Any, new_u: Any, new_v: Any, look: bool
+) -> Any:
+    """``new_u = a / (E v)``, ``new_v = b / (E^T new_u)``: (largest error of a row sum so far, is it safe).
+
+    The error is 0 unless it is to ``look``.
+    """
+    lanes = WIDTH // kernel.itemsize
+    real = kernel.dtype.type
+    zero, one = real(0), real(1)
+    error = zero
+    _fill(new_v, width, zero)
+    for i in range(0, rows, _ROWS):
+        e0 = kernel + i * width
+        e1, e2, e3 = e0 + width, e0 + 2 * width, e0 + 3 * width
+        t0 = t1 = t2 = t3 = splat(zero)
+        for k in range(0, width, lanes):
+            y = load(v, k)
+            t0, t1 = multiply_add(load(e0, k), y, t0), multiply_add(load(e1, k), y, t1)
+            t2, t3 = multiply_add(load(e2, k), y, t2), multiply_add(load(e3, k), y, t3)
+        s0, s1, s2, s3 = total(t0), total(t1), total(t2), total(t3)
+        if look:
+            error = max(error, abs(u[i] * s0 - a[i]), abs(u[i + 1] * s1 - a[i + 1]))
+            error = max(error, abs(u[i + 2] * s2 - a[i + 2]), abs(u[i + 3] * s3 - a[i + 3]))
+        f0, f1 = a[i] / s0 if s0 > 0 else one, a[i + 1] / s1 if s1 > 0 else one
+        f2, f3 = a[i + 2] / s2 if s2 > 0 else one, a[i + 3] / s3 if s3 > 0 else one
+        new_u[i], new_u[i + 1], new_u[i + 2], new_u[i + 3] = f0, f1, f2, f3
+        t0, t1, t2, t3 = splat(f0), splat(f1), splat(f2), splat(f3)
+        for k in range(0, width, lanes):
+            x = multiply_add(load(e0, k), t0, load(new_v, k))
+            y = multiply_add(load(e2, k), t2, load(e3, k) * t3)
+            store(new_v, k, multiply_add(load(e1, k), t1, x) + y)
+    low, high = _quotients(b, new_v, width, new_v)
+    for k in range(0, rows, lanes):
+        factor = load(new_u, k)
+        low, high = minimum(low, factor), maximum(high, factor)
+    beyond = (low <= splat(real(_LEAST))) | (high >= splat(real(_MOST)))
+    return error, bits_of(beyond) == 0
 
 
 @inner(fastmath=_FAST)
-def _scale_step(kernel: Any, a: Any, b: Any, u: Any, v: Any, new_u: Any, new_v: Any) -> Any:
-    """``new_u = a / (E v)``, ``new_v = b / (E^T new_u)``: (largest error of a row sum so far, is it safe)."""
-    rows, cols = kernel.shape
-    real = kernel.dtype.type
-    error, low, high = real(0), real(1), real(1)
-    new_v[:] = real(0)
-    for i in range(rows):
-        line = kernel[i]
-        total = real(0)
-        for j in range(cols):
-            total += line[j] * v[j]
-        error = max(error, abs(u[i] * total - a[i]))
-        factor = a[i] / total if total > 0 else real(1)
-        new_u[i] = factor
-        low, high = min(low, factor), max(high, factor)
-        for j in range(cols):
-            new_v[j] += line[j] * factor
-    for j in range(cols):
-        factor = b[j] / new_v[j] if new_v[j] > 0 else real(1)
-        new_v[j] = factor
-        low, high = min(low, factor), max(high, factor)
-    return error, low > math.exp(-LIMIT) and high < math.exp(LIMIT)
-
-
-@partial(compiled, fastmath=_FAST)
-def forward(
-    logits: Any,
-    row_marginals: Any,
-    col_marginals: Any,
-    temperature: float,
-    iterations: int,
-    tolerance: float,
-    plan: Any,
-    row_scalings: Any,
-    col_scalings: Any,
-    made: Any,
-    first: int,
-    last: int,
-) -> None:
-    """Blocks ``first .. last``; see ``sinkhorn_forward`` of the reference for the arguments."""
-    _, rows, cols = logits.shape
+def _forward(
+    logits: Any, row_marginals: Any, col_marginals: Any, given: bool, temperature: float, iterations: int,
+    tolerance: float, plan: Any, kept_u: Any, kept_v: Any, made: Any, keep: bool,
+    rows: int, cols: int, first: int, last: int, memory: Any,
+) -> None:  # fmt: skip
+    """Blocks ``first .. last``; marginals are 1 and R / C unless given."""
     real = plan.dtype.type
-    keep = row_scalings.shape[1] > 0
-    level, kernel = np.empty((rows, cols), plan.dtype), np.empty((rows, cols), plan.dtype)
-    f, g, sums = np.empty(rows, plan.dtype), np.empty(cols, plan.dtype), np.empty(cols, plan.dtype)
-    u, v = np.empty(rows, plan.dtype), np.empty(cols, plan.dtype)
-    new_u, new_v = np.empty(rows, plan.dtype), np.empty(cols, plan.dtype)
+    lanes = WIDTH // plan.itemsize
+    scale = real(temperature)
+    width, height, lines = _up(cols, lanes), _up(rows, _ROWS), _up(rows, lanes)
+    kernel = memory
+    sums = kernel + height * width
+    g, b, v, new_v = sums + width, sums + 2 * width, sums + 3 * width, sums + 4 * width
+    f = sums + 5 * width
+    a, u, new_u = f + lines, f + 2 * lines, f + 3 * lines
+    _fill(kernel + rows * width, (height - rows) * width, real(0))
+    for line, count, size in ((a, rows, lines), (b, cols, width)):
+        _fill(line + count, size - count, real(0))
+    _fill(new_u, lines, real(1))
     for block in range(first, last):
-        sound = _load(logits[block], temperature, level)
-        a, b = row_marginals[block], col_marginals[block]
-        g[:] = real(0)
-        u[:] = real(1)
-        v[:] = real(1)
+        source = logits + block * rows * cols
+        _copy_or_fill(a, rows, row_marginals + block * rows, given, real(1))
+        _copy_or_fill(b, cols, col_marginals + block * cols, given, real(rows / cols))
+        _fill(g, cols, real(0))
+        _fill(u, lines, real(1))
+        _fill(v, width, real(1))
+        sound, whole = _first_kernel(source, scale, rows, cols, width, kernel, sums)
         done = 0
-        whole = sound and _first_kernel(level, f, kernel, sums)
+        marks = made + block * (1 + iterations)
         while done < iterations and sound:
-            error, safe = _scale_step(kernel, a, b, u, v, new_u, new_v)
+            error, safe = _scale_step(kernel, height, width, a, b, u, v, new_u, new_v, tolerance >= 0)
             if done == 0:
                 safe = safe and whole
             elif error <= tolerance:
@@ -222,128 +327,242 @@ def forward(
             else:
                 for j in range(cols):
                     g[j] += math.log(v[j])
-                _log_step(level, a, b, f, g, kernel, sums)
-                u[:] = real(1)
-                v[:] = real(1)
+                _log_step(source, scale, rows, cols, width, a, b, f, g, kernel, v, sums)
+                _fill(u, lines, real(1))
             if keep:
-                for i in range(rows):
-                    row_scalings[block, done, i] = f[i] + math.log(u[i])
-                for j in range(cols):
-                    col_scalings[block, done, j] = g[j] + math.log(v[j])
+                place = block * iterations + done
+                of_rows, of_cols = (u, v) if safe else (f, g)
+                _copy_or_fill(kept_u + place * rows, rows, of_rows, True, real(0))
+                _copy_or_fill(kept_v + place * cols, cols, of_cols, True, real(0))
+                marks[1 + done] = np.int32(not safe)
             done += 1
-        made[block, 0] = done
+        if keep:
+            marks[0] = np.int32(done)
+            for t in range(done, iterations):
+                marks[1 + t] = np.int32(0)
+        out = plan + block * rows * cols
         for i in range(rows):
-            out, line, factor = plan[block, i], kernel[i], u[i]
-            for j in range(cols):
-                out[j] = line[j] * factor * v[j] if sound else real(np.nan)
+            line, factor = kernel + i * width, u[i]
+            if sound:
+                for j in range(cols):
+                    out[i * cols + j] = line[j] * factor * v[j]
+            else:
+                _fill(out + i * cols, cols, real(np.nan))
 
 
-@inner(fastmath=_FAST)
-def _far(reference: Any, values: Any, both_ways: bool) -> bool:
-    """Whether a value is further than LIMIT from its reference (above it, or both ways)."""
-    for k in range(len(reference)):
-        apart = values[k] - reference[k]
-        if apart > LIMIT or (both_ways and apart < -LIMIT):
-            return True
-    return False
-
-
-@inner(fastmath=_FAST)
+@inner
 def _start_gradient(
-    gradient: Any, kernel: Any, u: Any, sums: Any, b: Any, total: Any, df: Any, dg: Any, weight: Any
+    gradient: Any,
+    kernel: Any,
+    rows: int,
+    cols: int,
+    width: int,
+    u: Any,
+    v: Any,
+    gathered: Any,
+    df: Any,
+    dg: Any,
 ) -> None:
-    """The plan's part: ``total = gradient * plan``, df and dg its sums along rows and columns."""
-    rows, cols = kernel.shape
-    for j in range(cols):
-        weight[j] = b[j] / sums[j] if sums[j] > 0 else sums[j]
-        dg[j] = 0
+    """The plan's part: ``gathered = gradient * plan``, df and dg its sums along rows and columns."""
+    lanes = WIDTH // kernel.itemsize
+    real = kernel.dtype.type
+    _fill(dg, width, real(0))
     for i in range(rows):
-        line, out, source, factor = kernel[i], total[i], gradient[i], u[i]
-        row_total = kernel.dtype.type(0)
-        for j in range(cols):
-            out[j] = source[j] * (line[j] * factor * weight[j])
-        for j in range(cols):
-            dg[j] += out[j]
-            row_total += out[j]
-        df[i] = row_total
+        line, out = kernel + i * width, gathered + i * width
+        _copy_or_fill(out, cols, gradient + i * cols, True, real(0))
+        _fill(out + cols, width - cols, real(0))
+        amount, factor = splat(real(0)), splat(u[i])
+        for k in range(0, width, lanes):
+            part = load(out, k) * (load(line, k) * factor * load(v, k))
+            store(out, k, part)
+            store(dg, k, load(dg, k) + part)
+            amount = amount + part
+        df[i] = total(amount)
+
+
+@inner
+def _reverse_step(
+    kernel: Any, rows: int, width: int, a: Any, u: Any, v: Any, known: bool,
+    df: Any, dg: Any, y: Any, gathered: Any,
+) -> None:  # fmt: skip
+    """One iteration back: df and dg go from (f_t, g_t) to (f_{t-1}, g_{t-1}); ``gathered`` gathers dK.
+
+    u are the factors of the rows, v those of the columns before, y is ``dg / (E^T u)``. The sums ``E v`` are
+    known as ``a / u`` if the iteration was made with this kernel.
+    """
+    lanes = WIDTH // kernel.itemsize
+    real = kernel.dtype.type
+    zero = splat(real(0))
+    _fill(dg, width, real(0))
+    for i in range(0, rows, 2):
+        e0, out0 = kernel + i * width, gathered + i * width
+        e1, out1 = e0 + width, out0 + width
+        s0 = s1 = zero
+        for k in range(0, width, lanes):
+            x = load(y, k)
+            s0, s1 = multiply_add(load(e0, k), x, s0), multiply_add(load(e1, k), x, s1)
+        u0, u1 = u[i], u[i + 1]
+        z0, z1 = df[i] - u0 * total(s0), df[i + 1] - u1 * total(s1)
+        if known:
+            z0, z1 = z0 * u0 / a[i], z1 * u1 / a[i + 1]
+        else:
+            s0 = s1 = zero
+            for k in range(0, width, lanes):
+                x = load(v, k)
+                s0, s1 = multiply_add(load(e0, k), x, s0), multiply_add(load(e1, k), x, s1)
+            n0, n1 = total(s0), total(s1)
+            z0, z1 = z0 / n0 if n0 > 0 else n0, z1 / n1 if n1 > 0 else n1
+        df[i] = df[i + 1] = real(0)
+        p0, p1, q0, q1 = splat(-u0), splat(-u1), splat(-z0), splat(-z1)
+        for k in range(0, width, lanes):
+            x, w, c0, c1 = load(y, k), load(v, k), load(e0, k), load(e1, k)
+            store(dg, k, multiply_add(c1, q1, multiply_add(c0, q0, load(dg, k))))
+            store(out0, k, multiply_add(c0, multiply_add(x, p0, w * q0), load(out0, k)))
+            store(out1, k, multiply_add(c1, multiply_add(x, p1, w * q1), load(out1, k)))
+    for k in range(0, width, lanes):
+        store(dg, k, load(dg, k) * load(v, k))
+
+
+@inner
+def _newest_mark(marks: Any, t: int) -> int:
+    """The last iteration up to t that was made in the log domain, or -1."""
+    while t >= 0 and marks[1 + t] == 0:
+        t -= 1
+    return t
 
 
 @inner(fastmath=_FAST)
-def _reverse_step(kernel: Any, u: Any, v: Any, df: Any, dg: Any, sums: Any, y: Any, total: Any) -> None:
-    """One iteration back: df and dg go from (f_t, g_t) to (f_{t-1}, g_{t-1}); ``total`` gathers dK."""
-    rows, cols = kernel.shape
-    real = kernel.dtype.type
+def _before(kept_v: Any, marks: Any, t: int, cols: int, g: Any, to: Any) -> None:
+    """``exp(g_{t-1} - g)``, of scalings that have another reference."""
+    since = _newest_mark(marks, t - 1)
     for j in range(cols):
-        y[j] = dg[j] / sums[j] if sums[j] > 0 else sums[j]
-        dg[j] = 0
-    for i in range(rows):
-        line, out, factor = kernel[i], total[i], u[i]
-        inner, norm = real(0), real(0)
-        for j in range(cols):
-            inner += line[j] * y[j]
-            norm += line[j] * v[j]
-        z = (df[i] - factor * inner) / norm if norm > 0 else norm
-        df[i] = 0
-        for j in range(cols):
-            dg[j] -= line[j] * z
-        for j in range(cols):
-            out[j] -= line[j] * (factor * y[j] + z * v[j])
-    for j in range(cols):
-        dg[j] *= v[j]
+        apart = kept_v[since * cols + j] if since >= 0 else to.dtype.type(0)
+        if t > 0 and since < t - 1:
+            apart += math.log(kept_v[(t - 1) * cols + j])
+        to[j] = exponential(apart - g[j])
 
 
-@partial(compiled, fastmath=_FAST)
-def backward(
-    gradient: Any,
-    logits: Any,
-    col_marginals: Any,
-    row_scalings: Any,
-    col_scalings: Any,
-    made: Any,
-    temperature: float,
-    out: Any,
-    first: int,
-    last: int,
-) -> None:
+@inner(fastmath=_FAST)
+def _backward(
+    gradient: Any, logits: Any, row_marginals: Any, col_marginals: Any, given: bool, kept_u: Any, kept_v: Any,
+    made: Any, temperature: float, iterations: int, out: Any,
+    rows: int, cols: int, first: int, last: int, memory: Any,
+) -> None:  # fmt: skip
     """Blocks ``first .. last``; see ``sinkhorn_backward`` of the reference for the mathematics.
 
-    With ``u = exp(f_t - f_ref)`` and ``v = exp(g_{t-1} - g_ref)`` the softmaxes are ``S = E u / (E^T u)`` and
-    ``R = E v / (E v)``: two passes over the kernel per iteration, no exponentials of its size.
+    The softmaxes are ``S = E u_t / (E^T u_t)`` and ``R = E v_{t-1} / (E v_{t-1})``: a pass over the kernel
+    per iteration, and no exponentials but one of each entry for every reference.
     """
-    _, rows, cols = logits.shape
     real = out.dtype.type
-    level, kernel = np.empty((rows, cols), out.dtype), np.empty((rows, cols), out.dtype)
-    total = np.empty((rows, cols), out.dtype)
-    u, v, df = np.empty(rows, out.dtype), np.empty(cols, out.dtype), np.empty(rows, out.dtype)
-    dg, sums, y = np.empty(cols, out.dtype), np.empty(cols, out.dtype), np.empty(cols, out.dtype)
-    start = np.zeros(cols, out.dtype)
+    lanes = WIDTH // out.itemsize
+    scale, inverse = real(temperature), real(1.0 / temperature)
+    width, height, lines = _up(cols, lanes), _up(rows, _ROWS), _up(rows, lanes)
+    kernel = memory
+    gathered = kernel + height * width
+    sums = gathered + height * width
+    b, v, before = sums + width, sums + 2 * width, sums + 3 * width
+    dg, y, start = sums + 4 * width, sums + 5 * width, sums + 6 * width
+    a, u, df = start + width, start + width + lines, start + width + 2 * lines
+    for line in (kernel, gathered):
+        _fill(line + rows * width, (height - rows) * width, real(0))
+    for line in (b, v, before):
+        _fill(line + cols, width - cols, real(1))
+    for line in (a, u):
+        _fill(line + rows, lines - rows, real(1))
+    _fill(df, lines, real(0))
     for block in range(first, last):
-        sound = _load(logits[block], temperature, level)
-        newest = made[block, 0] - 1
-        f_ref, g_ref = row_scalings[block, newest], col_scalings[block, newest]
+        source = logits + block * rows * cols
+        result = out + block * rows * cols
+        marks = made + block * (1 + iterations)
+        block_u, block_v = kept_u + block * iterations * rows, kept_v + block * iterations * cols
+        _copy_or_fill(a, rows, row_marginals + block * rows, given, real(1))
+        _copy_or_fill(b, cols, col_marginals + block * cols, given, real(rows / cols))
+        newest = marks[0] - 1
+        since = newest + 1
         for t in range(newest, -1, -1):
-            f, g = row_scalings[block, t], col_scalings[block, t]
-            before = col_scalings[block, t - 1] if t > 0 else start
-            if t == newest or _far(f_ref, f, True) or _far(g_ref, g, True) or _far(g_ref, before, False):
-                f_ref, g_ref = f, g
-                for i in range(rows):
-                    line, source, shift = kernel[i], level[i], f[i]
-                    for j in range(cols):
-                        line[j] = exponential(source[j] + shift + g[j])
-            sums[:] = real(0)
-            for j in range(cols):
-                v[j] = exponential(before[j] - g_ref[j])
-            for i in range(rows):
-                line = kernel[i]
-                factor = exponential(f[i] - f_ref[i])
-                u[i] = factor
-                for j in range(cols):
-                    sums[j] += line[j] * factor
+            if t < since:
+                since = _newest_mark(marks, t)
+                if since < 0:
+                    _first_kernel(source, scale, rows, cols, width, kernel, sums)
+                    _fill(start, width, real(1))
+                else:
+                    f, g = block_u + since * rows, block_v + since * cols
+                    _kernel_at(source, scale, rows, cols, width, f, g, kernel, sums)
+                    _quotients(b, sums, width, start)
+            at_reference = t == since
+            _copy_or_fill(u, rows, block_u + t * rows, not at_reference, real(1))
+            _copy_or_fill(v, cols, start if at_reference else block_v + t * cols, True, real(1))
             if t == newest:
-                _start_gradient(gradient[block], kernel, u, sums, col_marginals[block], total, df, dg, y)
-            _reverse_step(kernel, u, v, df, dg, sums, y, total)
-        scale = real(1.0 / temperature)
+                _start_gradient(
+                    gradient + block * rows * cols, kernel, rows, cols, width, u, v, gathered, df, dg
+                )
+            for j in range(width):
+                y[j] = dg[j] * v[j] / b[j]
+            if at_reference:
+                _before(block_v, marks, t, cols, block_v + t * cols, before)
+            else:
+                last_v = start if t - 1 == since else block_v + (t - 1) * cols
+                _copy_or_fill(before, cols, last_v, True, real(1))
+            _reverse_step(kernel, height, width, a, u, before, not at_reference, df, dg, y, gathered)
         for i in range(rows):
-            result, line = out[block, i], total[i]
-            for j in range(cols):
-                result[j] = line[j] * scale if sound else real(np.nan)
+            line = gathered + i * width
+            if newest >= 0:
+                for j in range(cols):
+                    result[i * cols + j] = line[j] * inverse
+            else:
+                _fill(result + i * cols, cols, real(np.nan))
+
+
+@inner
+def _needed(rows: int, cols: int, lanes: int, kernels: int) -> int:
+    """Numbers that a call works on: kernels, and lines of rows and columns."""
+    width, height, lines = _up(cols, lanes), _up(rows, _ROWS), _up(rows, lanes)
+    return kernels * height * width + 7 * width + 4 * lines
+
+
+def _entries(real: Any) -> tuple[Any, Any]:
+    """``forward`` and ``backward`` of logits of the type ``real``, which take addresses."""
+    lanes = WIDTH // np.dtype(real).itemsize
+
+    @partial(compiled, fastmath=_FAST)
+    def forward(
+        logits: int, row_marginals: int, col_marginals: int, temperature: float, iterations: int,
+        tolerance: float, plan: int, kept_u: int, kept_v: int, made: int, rows: int, cols: int,
+        first: int, last: int,
+    ) -> None:  # fmt: skip
+        """Plans of blocks ``first .. last`` of contiguous logits ``(B, rows, cols)``.
+
+        Marginals are contiguous; without their addresses (0) they are 1 and R / C. ``kept_u`` ``(B,
+        iterations, rows)``, ``kept_v`` and ``made`` ``(B, 1 + iterations)``, in int32, may be 0, too.
+        """
+        zero = real(0)
+        memory = np.empty(_needed(rows, cols, lanes, 1), real)
+        _forward(
+            scratch_at(logits, zero), scratch_at(row_marginals, zero), scratch_at(col_marginals, zero),
+            row_marginals != 0, temperature, iterations, tolerance, scratch_at(plan, zero),
+            scratch_at(kept_u, zero), scratch_at(kept_v, zero), scratch_at(made, np.int32(0)), made != 0,
+            rows, cols, first, last, scratch(memory),
+        )  # fmt: skip
+        still_needed(memory)
+
+    @partial(compiled, fastmath=_FAST)
+    def backward(
+        gradient: int, logits: int, row_marginals: int, col_marginals: int, kept_u: int, kept_v: int,
+        made: int, temperature: float, iterations: int, out: int, rows: int, cols: int, first: int, last: int,
+    ) -> None:  # fmt: skip
+        """Gradients of blocks ``first .. last``, from what ``forward`` kept."""
+        zero = real(0)
+        memory = np.empty(_needed(rows, cols, lanes, 2), real)
+        _backward(
+            scratch_at(gradient, zero), scratch_at(logits, zero), scratch_at(row_marginals, zero),
+            scratch_at(col_marginals, zero), row_marginals != 0, scratch_at(kept_u, zero),
+            scratch_at(kept_v, zero), scratch_at(made, np.int32(0)), temperature, iterations,
+            scratch_at(out, zero), rows, cols, first, last, scratch(memory),
+        )  # fmt: skip
+        still_needed(memory)
+
+    return forward, backward
+
+
+forward_single, backward_single = _entries(np.float32)
+forward_double, backward_double = _entries(np.float64)
