@@ -51,6 +51,7 @@ ORDERS = (
     "ria of squares",
     "frank-wolfe",
     "frank-wolfe from natural",
+    "frank-wolfe of what folds",
     "permllm",
     "cost-matrix",
 )
@@ -125,7 +126,9 @@ class Bench:
                 scores = squares if order == "ria of squares" else self.scores
                 orders = {c.name: ria_permutation(c.scores(scores), pattern) for c in self.couplings}
             if learns:
-                orders, row = self.learned(pattern, order.removesuffix(" from natural"), orders)
+                folded = order.endswith("of what folds")
+                found, row = self.learned(pattern, order.split()[0], orders, folded)
+                orders |= found
             seconds = time.perf_counter() - begun
             kept = sum(
                 float(retained_score(c.scores(self.scores), pattern.n, pattern.m, orders[c.name]))
@@ -148,7 +151,7 @@ class Bench:
             )
 
     def learned(
-        self, pattern: nmsolve.NMPattern, strategy: str, start: dict[str, Tensor]
+        self, pattern: nmsolve.NMPattern, strategy: str, start: dict[str, Tensor], folded: bool
     ) -> tuple[dict[str, Tensor], dict[str, object]]:
         args = self.args
         plain = self.plain_pass()
@@ -160,7 +163,7 @@ class Bench:
             self.batches,
             pattern,
             strategy=strategy,
-            couplings=self.couplings,
+            couplings=[c for c in self.couplings if c.folds or not folded],
             scores=self.scores,
             start=start,
             steps=args.steps,

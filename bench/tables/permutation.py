@@ -63,6 +63,7 @@ LEARNED_NAMES = {
     "ria of squares": "RIA of the squares, 10 passes",
     "frank-wolfe": "learned from RIA's, `frank-wolfe`",
     "frank-wolfe from natural": "learned from the natural one, `frank-wolfe`",
+    "frank-wolfe of what folds": "of `down_proj` alone learned, `frank-wolfe`",
     "permllm": "learned from RIA's, `permllm`",
     "cost-matrix": "learned from RIA's, `cost-matrix`",
 }
