@@ -133,6 +133,7 @@ def ordinary(part: str, matrix: Tensor, pattern: nmsolve.NMPattern) -> Iterator[
         yield "swap", 0, 0, lambda: matrix[:, swap_search(matrix, n, m)]
         if m <= 4:
             yield "stripe", 0, 0, lambda: matrix[:, stripe_search(matrix, n, m)]
+            yield "stripe, 100 escapes", 0, 0, lambda: matrix[:, stripe_search(matrix, n, m, escapes=100)]
         return
     yield "dealt", 0, 0, lambda: matrix[:, deal_columns(matrix, m)]
     for window in (512, 2048, 4096):

@@ -45,6 +45,7 @@ SEARCHES = {
     "published": "RIA as published",
     "swap": "swaps",
     "stripe": "stripes",
+    "stripe, 100 escapes": "stripes, 100 escapes",
     "exchanges": "by exchanges",
     "forced": "a mask for every choice",
 }

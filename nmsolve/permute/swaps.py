@@ -15,6 +15,7 @@ Of many columns, groups are dealt into windows at random, and a search looks for
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -110,14 +111,17 @@ def stripe_search(
     m: int | None = None,
     *,
     start: Tensor | None = None,
-    rounds: int = 200,
+    rounds: int = 1000,
+    escapes: int = 0,
     seed: int = 0,
     window: int | None = None,
 ) -> Tensor:
     """Exhaustive search over pairs of groups, as apex's for 2:4 (its "stripe groups" of 8 columns).
 
     A round deals the ``2 m`` columns of the best pairs of groups in the best of all ``C(2m, m) / 2`` ways.
-    Pairs are disjoint, so that their gains add up. The search ends when no pair gains anything.
+    Pairs are disjoint, so that their gains add up. When no pair gains anything, an *escape* exchanges two
+    columns of a random pair of groups and the search goes on; the best order seen is returned. apex makes 100
+    of them, without which its search ends where this one does.
 
     Parameters
     ----------
@@ -129,8 +133,10 @@ def stripe_search(
         Permutation to start from (identity); the result keeps at least its score.
     rounds : int
         At most this many rounds; with windows, in each.
+    escapes : int
+        At most this many escapes; with windows, in each.
     seed : int
-        Of the windows.
+        Of the escapes and windows.
     window : int, optional
         Columns among which all pairs of groups are tried, at least two groups; all where they are no more. If
         left out, 256 groups. Windows are dealt anew until little is gained.
@@ -152,7 +158,7 @@ def stripe_search(
     tensor(7., dtype=torch.float64)
     """
     scores, pattern, permutation = _single(scores, n, m, start)
-    _check_counts(rounds=rounds)
+    _check_counts(rounds=rounds, escapes=escapes)
     m = pattern.m
     splits = [(0, *rest) for rest in itertools.combinations(range(1, 2 * m), m - 1)]
     if len(splits) > _MAX_SPLITS:
@@ -168,7 +174,7 @@ def stripe_search(
     generator = torch.Generator().manual_seed(seed)
 
     def search(values: Insertions, groups: Tensor) -> Tensor:
-        return _deal_pairs(values, groups, ways, rounds)
+        return _deal_pairs(values, groups, ways, rounds, escapes, generator)
 
     return _in_windows(scores, pattern, permutation, size, generator, search)
 
@@ -231,8 +237,7 @@ class _Swaps:
         return self.groups if self._kept() > best_score else best
 
     def _kept(self) -> float:
-        scores = self.source.columns.T
-        return float(retained_score(scores, self.source.n, self.source.m, self.groups.flatten()))
+        return _kept(self.source, self.groups)
 
     def _escape(self, best: Tensor, generator: torch.Generator) -> None:
         """Back to the best groups, a few of them shuffled."""
@@ -294,29 +299,48 @@ def _disjoint(best: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _deal_pairs(values: Insertions, groups: Tensor, ways: Tensor, rounds: int) -> Tensor:
-    """The groups after rounds of dealing the best pairs anew; ``ways`` are ``(K, 2 m)``."""
+def _deal_pairs(
+    values: Insertions, groups: Tensor, ways: Tensor, rounds: int, escapes: int, generator: torch.Generator
+) -> Tensor:
+    """The best groups after rounds of dealing the best pairs anew; ``ways`` are ``(K, 2 m)``."""
     groups, (count, m) = groups.clone(), groups.shape
-    best = groups.new_zeros(count, count, dtype=torch.float64)
+    gains = groups.new_zeros(count, count, dtype=torch.float64)
     which = groups.new_zeros(count, count)
     first, second = torch.triu_indices(count, count, 1, device=groups.device)
+    found, most = groups.clone(), -math.inf
     for _ in range(rounds):
         kept = values.of_ways(torch.cat([groups[first], groups[second]], dim=1), ways)
         # Way 0 is how things stand: among equals the first is taken.
-        most, chosen = kept.max(dim=1)
-        gain = most - kept[:, 0]
+        best, chosen = kept.max(dim=1)
+        gain = best - kept[:, 0]
         gain = torch.where(gain > values.rounding * kept.abs().max(), gain, 0)
-        best[first, second], which[first, second] = gain, chosen
-        g, h = _disjoint(best)
-        if not len(g):
-            break
-        members = torch.cat([groups[g], groups[h]], 1).gather(1, ways[which[g, h]])
-        groups[g], groups[h] = members[:, :m], members[:, m:]
+        gains[first, second], which[first, second] = gain, chosen
+        g, h = _disjoint(gains)
         changed = torch.zeros(count, dtype=torch.bool, device=groups.device)
-        changed[g] = changed[h] = True
+        if len(g):
+            members = torch.cat([groups[g], groups[h]], 1).gather(1, ways[which[g, h]])
+            groups[g], groups[h] = members[:, :m], members[:, m:]
+            changed[g] = changed[h] = True
+        else:
+            score = _kept(values, groups)
+            if score > most:
+                found, most = groups.clone(), score
+            if not escapes:
+                return found
+            escapes -= 1
+            changed |= (groups != found).any(1)
+            groups.copy_(found)
+            pair = torch.randperm(count, generator=generator)[:2].to(groups.device)
+            slots = torch.randint(m, (2,), generator=generator).to(groups.device)
+            groups[pair, slots] = groups[pair, slots].flip(0)
+            changed[pair] = True
         touched = (changed[:, None] | changed[None, :]).triu(1)
         first, second = touched.nonzero(as_tuple=True)
-    return groups
+    return groups if _kept(values, groups) > most else found
+
+
+def _kept(values: Insertions, groups: Tensor) -> float:
+    return float(retained_score(values.columns.T, values.n, values.m, groups.flatten()))
 
 
 def _check_counts(**counts: object) -> None:

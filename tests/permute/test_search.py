@@ -215,12 +215,29 @@ def test_dealing_and_batches():
         assert torch.equal(found, ria_permutation(matrix, 2, 4))
 
 
-def test_escapes_keep_the_best_and_repeat():
+@pytest.mark.parametrize("search", [swap_search, stripe_search])
+def test_escapes_keep_the_best_and_repeat(search):
     scores = rand(12, 24)
-    plain = retained_score(scores, 2, 4, swap_search(scores, 2, 4))
-    found = swap_search(scores, 2, 4, rounds=60, escapes=5, seed=3)
+    plain = retained_score(scores, 2, 4, search(scores, 2, 4))
+    found = search(scores, 2, 4, rounds=60, escapes=5, seed=3)
+    assert torch.equal(found.sort().values, torch.arange(24))
     assert retained_score(scores, 2, 4, found) >= plain
-    assert torch.equal(found, swap_search(scores, 2, 4, rounds=60, escapes=5, seed=3))
+    assert torch.equal(found, search(scores, 2, 4, rounds=60, escapes=5, seed=3))
+    for rounds in range(8):  # cut off anywhere
+        assert retained_score(scores, 2, 4, search(scores, 2, 4, rounds=rounds, escapes=5)) >= retained_score(
+            scores, 2, 4
+        )
+
+
+def test_escapes_of_stripes_gain():
+    scores = torch.stack([rand(40, 48, seed=seed) for seed in range(4)])
+    gains = [
+        float(retained_score(x, 2, 4, stripe_search(x, 2, 4, escapes=40)))
+        - float(retained_score(x, 2, 4, stripe_search(x, 2, 4)))
+        for x in scores
+    ]
+    assert min(gains) >= 0
+    assert max(gains) > 0
 
 
 @pytest.mark.parametrize(("n", "m"), [(0, 4), (4, 4), (2, 16)])
