@@ -48,13 +48,15 @@ def to_pairs(reduced, per_unit):
 
 
 @triton.jit
-def paired_sweep(left, u, v, moved, tau, unit, row_target, col_target, SCHEDULE: tl.constexpr):
+def paired_sweep(left, duals, moved, tau, unit, targets, SCHEDULE: tl.constexpr):
     """A sweep with pairs of float16: (left, u, v, moved, the columns' spread).
 
     ``left`` is A - u - v in ``unit`` s, and so is 1 / tau. An entry near its threshold is small there, and so
     precise; the others are clipped. Steps are had as ``t = clip(step / (2 STEP_LIMIT) + 1/2, 0, 1)``, which
     costs no instruction but the one that multiplies; ``moved`` sums by how much u and v then are too high.
     """
+    u, v = duals
+    row_target, col_target = targets
     ROWS_OUT: tl.constexpr = left.shape[3]
     COLS_OUT: tl.constexpr = left.shape[4]
     WIDTH: tl.constexpr = 2.0 * SCHEDULE.STEP_LIMIT
@@ -109,21 +111,10 @@ def clipped_step(surplus, slope, SCHEDULE: tl.constexpr):
 
 
 @triton.jit
-def plain_sweep(
-    scores,
-    blocks,
-    left,
-    u,
-    v,
-    moved,
-    tau,
-    unit,
-    row_target,
-    col_target,
-    SLACK: tl.constexpr,
-    SCHEDULE: tl.constexpr,
-):
-    """A sweep with float32, as :func:`paired_sweep` is one with pairs; ``left``, ``moved`` are not used."""
+def plain_sweep(scores, blocks, duals, tau, unit, targets, SLACK: tl.constexpr, SCHEDULE: tl.constexpr):
+    """A sweep with float32, as :func:`paired_sweep` is one with pairs: (u, v, the columns' spread)."""
+    u, v = duals
+    row_target, col_target = targets
     tau = quotient(tau, unit)
     inverse = quotient(1.0, tau)
     s = held(scores, u, v, tau)
@@ -138,14 +129,14 @@ def plain_sweep(
     v += clipped_step(total - col_target, slope, SCHEDULE) * inverse
     if SLACK:
         v = tl.where(blocks.slack, tl.maximum(v, 0.0), v)
-    return left, u, v, moved, sum_rows(spread)
+    return u, v, sum_rows(spread)
 
 
 @triton.jit
-def last_sweep(
-    scores, blocks, u, v, tau, row_target, col_target, SLACK: tl.constexpr, SCHEDULE: tl.constexpr
-):
+def last_sweep(scores, blocks, duals, tau, targets, SLACK: tl.constexpr, SCHEDULE: tl.constexpr):
     """The sweep that leaves few lines with a wrong count: its steps count what is fractional."""
+    u, v = duals
+    row_target, col_target = targets
     inverse = quotient(1.0, tau)
     s = (scores - v) * tau + (0.5 - tau * u)
     clipped = clip(s)
@@ -193,21 +184,19 @@ def dual_ascent(
     tau = SCHEDULE.TAU_START * quotient(unit, deviation)
 
     PAIRED: tl.constexpr = False if SLACK else (True if INTERPRETED else is_cuda())
+    targets = row_target, col_target
     left = to_pairs((scores - u) - v, 1.0 / unit) if PAIRED else tau
     moved = tl.zeros_like(unit)
     goal = SCHEDULE.FRACTION_START * cols
     shrink = tl.exp2(tl.log2(SCHEDULE.FRACTION_END / goal) / (SCHEDULE.SWEEPS - 1))
     goal *= cols / SPREAD
     for _ in range(SCHEDULE.SWEEPS - 1):
-        left, u, v, moved, spread = (
-            paired_sweep(left, u, v, moved, tau, unit, row_target, col_target, SCHEDULE)
-            if PAIRED
-            else plain_sweep(
-                scores, blocks, left, u, v, moved, tau, unit, row_target, col_target, SLACK, SCHEDULE
-            )
-        )
+        if PAIRED:
+            left, u, v, moved, spread = paired_sweep(left, (u, v), moved, tau, unit, targets, SCHEDULE)
+        else:
+            u, v, spread = plain_sweep(scores, blocks, (u, v), tau, unit, targets, SLACK, SCHEDULE)
         goal *= shrink
         growth = tl.minimum(tl.maximum(quotient(spread, goal), SCHEDULE.GROWTH_MIN), SCHEDULE.GROWTH_MAX)
         tau = tl.maximum(tau * growth, SMALLEST_TAU)
     u, v, tau = u - moved, v - moved, quotient(tau, unit)
-    return last_sweep(scores, blocks, u, v, tau, row_target, col_target, SLACK, SCHEDULE)
+    return last_sweep(scores, blocks, (u, v), tau, targets, SLACK, SCHEDULE)
