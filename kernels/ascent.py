@@ -48,14 +48,14 @@ def to_pairs(reduced, per_unit):
 
 
 @triton.jit
-def paired_sweep(left, duals, moved, tau, unit, targets, SCHEDULE: tl.constexpr):
+def paired_sweep(state, tau, unit, targets, SCHEDULE: tl.constexpr):
     """A sweep with pairs of float16: (left, u, v, moved, the columns' spread).
 
     ``left`` is A - u - v in ``unit`` s, and so is 1 / tau. An entry near its threshold is small there, and so
     precise; the others are clipped. Steps are had as ``t = clip(step / (2 STEP_LIMIT) + 1/2, 0, 1)``, which
     costs no instruction but the one that multiplies; ``moved`` sums by how much u and v then are too high.
     """
-    u, v = duals
+    left, u, v, moved = state
     row_target, col_target = targets
     ROWS_OUT: tl.constexpr = left.shape[3]
     COLS_OUT: tl.constexpr = left.shape[4]
@@ -111,9 +111,9 @@ def clipped_step(surplus, slope, SCHEDULE: tl.constexpr):
 
 
 @triton.jit
-def plain_sweep(scores, blocks, duals, tau, unit, targets, SLACK: tl.constexpr, SCHEDULE: tl.constexpr):
-    """A sweep with float32, as :func:`paired_sweep` is one with pairs: (u, v, the columns' spread)."""
-    u, v = duals
+def plain_sweep(scores, blocks, state, tau, unit, targets, SLACK: tl.constexpr, SCHEDULE: tl.constexpr):
+    """A sweep with float32, as :func:`paired_sweep` is one with pairs; ``left``, ``moved`` are not used."""
+    left, u, v, moved = state
     row_target, col_target = targets
     tau = quotient(tau, unit)
     inverse = quotient(1.0, tau)
@@ -129,7 +129,7 @@ def plain_sweep(scores, blocks, duals, tau, unit, targets, SLACK: tl.constexpr, 
     v += clipped_step(total - col_target, slope, SCHEDULE) * inverse
     if SLACK:
         v = tl.where(blocks.slack, tl.maximum(v, 0.0), v)
-    return u, v, sum_rows(spread)
+    return left, u, v, moved, sum_rows(spread)
 
 
 @triton.jit
@@ -191,10 +191,12 @@ def dual_ascent(
     shrink = tl.exp2(tl.log2(SCHEDULE.FRACTION_END / goal) / (SCHEDULE.SWEEPS - 1))
     goal *= cols / SPREAD
     for _ in range(SCHEDULE.SWEEPS - 1):
-        if PAIRED:
-            left, u, v, moved, spread = paired_sweep(left, (u, v), moved, tau, unit, targets, SCHEDULE)
-        else:
-            u, v, spread = plain_sweep(scores, blocks, (u, v), tau, unit, targets, SLACK, SCHEDULE)
+        state = left, u, v, moved
+        left, u, v, moved, spread = (
+            paired_sweep(state, tau, unit, targets, SCHEDULE)
+            if PAIRED
+            else plain_sweep(scores, blocks, state, tau, unit, targets, SLACK, SCHEDULE)
+        )
         goal *= shrink
         growth = tl.minimum(tl.maximum(quotient(spread, goal), SCHEDULE.GROWTH_MIN), SCHEDULE.GROWTH_MAX)
         tau = tl.maximum(tau * growth, SMALLEST_TAU)
