@@ -108,7 +108,10 @@ class Unfinished:
 
     def keeps(self) -> bool:
         """Whether anything is finished."""
-        return self._notes.is_dir() and any(not path.name.startswith(".") for path in self._notes.iterdir())
+        try:
+            return any(not path.name.startswith(".") for path in self._notes.iterdir())
+        except FileNotFoundError:  # one of those that it was shared with has published, and removed it
+            return False
 
     def taken(self) -> int:
         """Bytes on disk of what will be published."""
