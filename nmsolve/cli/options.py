@@ -15,6 +15,7 @@ __all__ = [
     "SOME",
     "add_backend",
     "add_bos",
+    "add_calibration",
     "add_device",
     "add_dtype",
     "add_globs",
@@ -76,6 +77,23 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_dtype(parser: argparse.ArgumentParser, choices: Sequence[str], help_text: str = _DTYPE) -> None:
     parser.add_argument("--dtype", choices=tuple(choices), help=help_text)
+
+
+def add_calibration(parser: argparse.ArgumentParser, what: str = "") -> None:
+    """The options that say what a model is calibrated on; ``what`` says what for, where not all is."""
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        type=Path,
+        help=f"{what}text in UTF-8, or tokens (or images) in a .safetensors file with one tensor",
+    )
+    parser.add_argument("--samples", type=int, default=128, help="calibration sequences (default 128)")
+    parser.add_argument(
+        "--sequence-length", type=int, help="tokens in each (default: what the model takes, 2048 at most)"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, help="sequences in a forward pass (default 1)")
+    add_bos(parser, "sequence of a calibration text")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw of sequences (default 0)")
 
 
 def add_bos(parser: argparse.ArgumentParser, what: str) -> None:

@@ -73,19 +73,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=50, help="of learning, a batch each (default 50)")
     parser.add_argument("--block-size", type=int, help="channels that learning moves among each other")
     parser.add_argument("--groups", type=int, help="the same as a number of blocks")
-    parser.add_argument(
-        "--calibration",
-        metavar="FILE",
-        type=Path,
-        help="for wanda and learning: text in UTF-8, or tokens in a .safetensors file with one tensor",
-    )
-    parser.add_argument("--samples", type=int, default=128, help="calibration sequences (default 128)")
-    parser.add_argument(
-        "--sequence-length", type=int, help="tokens in each (default: what the model takes, 2048 at most)"
-    )
-    parser.add_argument("--batch-size", type=int, default=1, help="sequences in a batch (default 1)")
-    options.add_bos(parser, "sequence of a calibration text")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draw of sequences (default 0)")
+    options.add_calibration(parser, "for wanda and learning: ")
     options.add_device(parser)
     options.add_dtype(parser, DTYPES, "that calibration and learning run in (default: the model's)")
     options.add_overwrite(parser, "replace OUT: a file, or a folder that nmsolve wrote")

@@ -71,19 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "as they are; magnitude needs no calibration",
     )
     options.add_mask_method(parser, "--mask-method")
-    parser.add_argument(
-        "--calibration",
-        metavar="FILE",
-        type=Path,
-        help="text in UTF-8, or tokens (or images) in a .safetensors file with one tensor",
-    )
-    parser.add_argument("--samples", type=int, default=128, help="calibration sequences (default 128)")
-    parser.add_argument(
-        "--sequence-length", type=int, help="tokens in each (default: what the model takes, 2048 at most)"
-    )
-    parser.add_argument("--batch-size", type=int, default=1, help="sequences in a forward pass (default 1)")
-    options.add_bos(parser, "sequence of a calibration text")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draw of sequences (default 0)")
+    options.add_calibration(parser)
     parser.add_argument(
         "--sequential",
         choices=SEQUENTIAL,
