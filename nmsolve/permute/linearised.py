@@ -21,15 +21,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nmsolve.permute.masked_weights import MaskedModel
 from nmsolve.permute.objective import Batch, Objective
-from nmsolve.permute.training import TrainingPlan
-from nmsolve.permute.training_state import LearnedPermutations, State, load_state, save_state
+from nmsolve.permute.training import Training, TrainingPlan
+from nmsolve.permute.training_state import LearnedPermutations, State
 
 __all__ = ["LinearisedTrainer"]
 
@@ -44,7 +43,7 @@ _TRIES, _FACTOR = 4, 1.5
 _FIRST_TRIES, _FIRST_FACTOR = 12, 8.0
 
 
-class LinearisedTrainer:
+class LinearisedTrainer(Training):
     """Learns the orders of a model's parts."""
 
     def __init__(self, model: MaskedModel, objective: Objective, seed: int) -> None:
@@ -52,31 +51,10 @@ class LinearisedTrainer:
         self.damping = math.nan
         self.steps_made = 0
 
-    def fit(
-        self, train: list[Batch], test: list[Batch], plan: TrainingPlan, resume: Path | None, progress: bool
-    ) -> LearnedPermutations:
-        """One batch of ``train`` a step, and checks on ``test``; ``resume`` gets the state at every check."""
-        if resume is not None and resume.exists():
-            found, first = self._load(load_state(resume, self._run()))
-        else:
-            found, first = LearnedPermutations({}), 0
-            self._check(found, 0, None, test)
-        from tqdm import tqdm
-
-        losses: list[float] = []
-        for step in tqdm(
-            range(first, plan.steps), initial=first, total=plan.steps, disable=not progress, unit="step"
-        ):
-            losses.append(self._measure(step % len(train), train[step % len(train)]))
-            self._move(step, plan.rate(step) * abs(losses[-1]))
-            if (step + 1) % plan.check_every == 0 or step + 1 == plan.steps:
-                self._check(found, step + 1, sum(losses) / len(losses), test)
-                losses.clear()
-                if resume is not None:
-                    save_state(resume, self._state(found, step + 1))
-                if found.checks_since_best() >= plan.patience:
-                    break
-        return found
+    def _step(self, step: int, key: int, batch: Batch, plan: TrainingPlan) -> float:
+        loss = self._measure(key, batch)
+        self._move(step, plan.rate(step) * abs(loss))
+        return loss
 
     def _measure(self, key: int, batch: Batch) -> float:
         """The loss of a batch; its gradient goes into the running means."""

@@ -4,7 +4,8 @@
 from it, :mod:`nmsolve.permute.objective` the losses. Three things differ from the papers' codes, so that few
 steps on few tokens are worth making:
 
-* Both strategies start from a given order (RIA's by default): the logits begin with the identity on top. What
+* Both strategies of logits start from a given order (RIA's by default): the logits begin with the identity on
+top. What
   is taken in the end is the order with the lowest loss on held-out batches, the start's among them.
 * The logits follow the gradient's running mean, divided in every block by its largest entry, and not Adam's
   rule, whose steps are as long for entries that are noise as for those that matter.
@@ -14,6 +15,7 @@ steps on few tokens are worth making:
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ from nmsolve.permute.objective import Batch, Objective
 from nmsolve.permute.pruned_model import PrunedModel
 from nmsolve.permute.training_state import LearnedPermutations, State, load_state, save_state
 
-__all__ = ["Trainer", "TrainingPlan"]
+__all__ = ["Trainer", "Training", "TrainingPlan"]
 
 # Of the gradient's running mean.
 _MOMENTUM = 0.8
@@ -53,12 +55,8 @@ class TrainingPlan:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
-class Trainer:
-    """Learns the parts' logits; permutations keep at least the share ``floor`` of the score."""
-
-    def __init__(self, model: PrunedModel, objective: Objective, floor: float) -> None:
-        self.model, self.parts, self.objective = model, model.parts, objective
-        self.floor = floor
+class Training(ABC):
+    """The loop that all strategies share: a batch a step, checks on what is held out, and its file."""
 
     def fit(
         self, train: list[Batch], test: list[Batch], plan: TrainingPlan, resume: Path | None, progress: bool
@@ -71,19 +69,10 @@ class Trainer:
             self._check(found, 0, None, test)
         from tqdm import tqdm
 
-        steps = plan.steps
-        high, low = self.parts[0].module.constants.temperature
-        losses: list[float] = []
-        for step in tqdm(range(first, steps), initial=first, total=steps, disable=not progress, unit="step"):
-            for part in self.parts:
-                part.module.temperature = high + (low - high) * (step / max(1, steps - 1))
-                part.plan = part.module()
-            k = step % len(train)
-            loss = self._loss(k, train[k], train=True)
-            loss.backward()
-            self._descend(plan.rate(step))
-            losses.append(float(loss.detach()))
-            if (step + 1) % plan.check_every == 0 or step + 1 == steps:
+        steps, losses = range(first, plan.steps), list[float]()
+        for step in tqdm(steps, initial=first, total=plan.steps, disable=not progress, unit="step"):
+            losses.append(self._step(step, step % len(train), train[step % len(train)], plan))
+            if (step + 1) % plan.check_every == 0 or step + 1 == plan.steps:
                 self._check(found, step + 1, sum(losses) / len(losses), test)
                 losses.clear()
                 if resume is not None:
@@ -91,6 +80,46 @@ class Trainer:
                 if found.checks_since_best() >= plan.patience:
                     break
         return found
+
+    @abstractmethod
+    def _step(self, step: int, key: int, batch: Batch, plan: TrainingPlan) -> float:
+        """One step, on the batch that the objective knows as ``key``; its loss before."""
+
+    @abstractmethod
+    def _check(
+        self, found: LearnedPermutations, step: int, loss: float | None, test: Sequence[Batch]
+    ) -> None:
+        """The held-out loss; the best permutations so far are kept in ``found``."""
+
+    @abstractmethod
+    def _run(self) -> dict[str, object]:
+        """What two runs must have in common for one to go on where the other ended."""
+
+    @abstractmethod
+    def _state(self, found: LearnedPermutations, step: int) -> State:
+        """What :meth:`_load` needs."""
+
+    @abstractmethod
+    def _load(self, state: State) -> tuple[LearnedPermutations, int]:
+        """Puts the trainer where it was; what it had found, and the steps that it had made."""
+
+
+class Trainer(Training):
+    """Learns the parts' logits; permutations keep at least the share ``floor`` of the score."""
+
+    def __init__(self, model: PrunedModel, objective: Objective, floor: float) -> None:
+        self.model, self.parts, self.objective = model, model.parts, objective
+        self.floor = floor
+
+    def _step(self, step: int, key: int, batch: Batch, plan: TrainingPlan) -> float:
+        high, low = self.parts[0].module.constants.temperature
+        for part in self.parts:
+            part.module.temperature = high + (low - high) * (step / max(1, plan.steps - 1))
+            part.plan = part.module()
+        loss = self._loss(key, batch, train=True)
+        loss.backward()
+        self._descend(plan.rate(step))
+        return float(loss.detach())
 
     @torch.no_grad()
     def _descend(self, rate: float) -> None:
@@ -113,7 +142,9 @@ class Trainer:
             logits.grad = None
 
     @torch.no_grad()
-    def _check(self, found: LearnedPermutations, step: int, loss: float | None, test: list[Batch]) -> None:
+    def _check(
+        self, found: LearnedPermutations, step: int, loss: float | None, test: Sequence[Batch]
+    ) -> None:
         """The held-out loss of the hard permutations; the best ones so far are kept in ``found``."""
         kept = self._draw_back()
         for part in self.parts:
