@@ -5,8 +5,7 @@ from it, :mod:`nmsolve.permute.objective` the losses. Three things differ from t
 steps on few tokens are worth making:
 
 * Both strategies of logits start from a given order (RIA's by default): the logits begin with the identity on
-top. What
-  is taken in the end is the order with the lowest loss on held-out batches, the start's among them.
+  top. What is taken in the end is the order with the lowest loss on held-out batches, the start's among them.
 * The logits follow the gradient's running mean, divided in every block by its largest entry, and not Adam's
   rule, whose steps are as long for entries that are noise as for those that matter.
 * With a floor, logits that have come to keep less score are drawn back towards where they began.
