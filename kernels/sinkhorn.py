@@ -51,6 +51,10 @@ LIMIT = tl.constexpr(30.0)
 INF = tl.constexpr(float("inf"))
 # The lowest number: subtracting it, not -inf, from -inf is no NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+# So much less than a marginal vanishes in its sum, though the sum be 2^LIMIT less, and lanes add 2^5 times that.
+NOTHING = tl.constexpr(2.0**-64)
+# The least normal number.
+SMALL = tl.constexpr(2.0**-126)
 # Iterations for which a block that moves no more is quiet.
 FOREVER = tl.constexpr(1 << 30)
 
@@ -59,6 +63,17 @@ FOREVER = tl.constexpr(1 << 30)
 def load_scattered(base_ptr, offsets, mask, default):
     """Load in the layout of the computation."""
     return tl.load(pointers_to(base_ptr, offsets), mask=mask, other=default)
+
+
+@triton.jit
+def dealt_cols(COLS_IN: tl.constexpr, COLS_OUT: tl.constexpr):
+    """int32 column numbers, ``[1, COLS_IN, 1, 1, COLS_OUT]``: neighbours are held by neighbouring lanes.
+
+    So each access of a warp to a row is one to adjacent entries, which matters to the stores most: of those
+    that follow each other memory joins none.
+    """
+    inner = COLS_OUT * tl.arange(0, COLS_IN)[None, :, None, None, None]
+    return inner + tl.arange(0, COLS_OUT)[None, None, None, None, :]
 
 
 @triton.jit
@@ -77,7 +92,7 @@ def rows_to_load(rows, hidden, LAYOUT: tl.constexpr):
 @triton.jit
 def cols_to_load(cols, hidden, LAYOUT: tl.constexpr):
     """Column numbers in the same way."""
-    j = col_index(LAYOUT.COLS_IN, LAYOUT.COLS_OUT) + tl.zeros([1, 1, 1, LAYOUT.ROWS_OUT, 1], tl.int32)
+    j = dealt_cols(LAYOUT.COLS_IN, LAYOUT.COLS_OUT) + tl.zeros([1, 1, 1, LAYOUT.ROWS_OUT, 1], tl.int32)
     if LAYOUT.PADDED:
         j = tl.minimum(j + hidden, cols - 1)
     return j
@@ -113,28 +128,51 @@ def any_block(condition):
 
 
 @triton.jit
-def log_rows(level, g, a):
-    """The row scalings f for which ``exp2(level + f + g)`` has row sums a, and a of rows of nothing.
+def log_rows(logits, scale, scale_again, g, a):
+    """The row scalings f for which ``exp2(K + f + g)`` has row sums a, and which rows hold nothing.
 
-    A row of -inf has f = 0. Of others there is always something to sum, and the second is 0.
+    A row of -inf has f = 0. Of others there is always something to sum. ``K = scale logits``; the second
+    scale is the same number, unknown to the compiler, lest it keep a second tile.
     """
-    x = level + g
-    peak = tl.maximum(max_rows(x), LOWEST)
-    total = sum_rows(exp2(x - peak))
+    peak = tl.maximum(max_rows(tl.fma(logits, scale, g)), LOWEST)
+    total = sum_rows(exp2(tl.fma(logits, scale_again, g) - peak))
     empty = total == 0.0
-    return tl.where(empty, 0.0, log2(quotient(a, total)) - peak), tl.where(empty, a, 0.0)
+    return tl.where(empty, 0.0, log2(quotient(a, total)) - peak), empty
 
 
 @triton.jit
-def log_cols(level, f, b):
-    """For columns the same as :func:`log_rows`, and the matrix ``exp2(level + f + g)``."""
-    x = level + f
+def log_cols(logits, scale, f, b):
+    """For columns the same as :func:`log_rows`, and the matrix ``exp2(K + f + g)``."""
+    x = tl.fma(logits, scale, f)
     peak = tl.maximum(max_cols(x), LOWEST)
     x = exp2(x - peak)
     total = sum_cols(x)
     empty = total == 0.0
     factor = tl.where(empty, 0.0, quotient(b, total))
-    return tl.where(empty, 0.0, log2(factor) - peak), tl.where(empty, b, 0.0), x * factor
+    return tl.where(empty, 0.0, log2(factor) - peak), empty, x * factor
+
+
+@triton.jit
+def least_beside(marginal, any_empty):
+    """What each lane of a line adds to its sum, so that those of nothing have one: 0 if there are none.
+
+    ``marginal`` is the least of those of other lines.
+    """
+    return tl.where(any_empty > 0, tl.maximum(marginal * NOTHING, SMALL), 0.0)
+
+
+@triton.jit
+def product_rows(kernel, v, least):
+    """``E v``, and ``least`` for each lane of a row: added to the first product, it costs no instruction."""
+    products = kernel * v
+    return sum_rows(tl.where(col_index(kernel.shape[1], 1) == 0, products + least, products))
+
+
+@triton.jit
+def product_cols(kernel, u, least):
+    """``E^T u``, and ``least`` for each lane of a column."""
+    products = kernel * u
+    return sum_cols(tl.where(row_index(kernel.shape[0], 1) == 0, products + least, products))
 
 
 @triton.jit
@@ -192,18 +230,18 @@ def sinkhorn_forward_kernel(
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None]
     exists = block < batch
     i = row_index(ROWS_IN, ROWS_OUT)
-    j = col_index(COLS_IN, COLS_OUT)
+    j = dealt_cols(COLS_IN, COLS_OUT)
     live_row, live_col = exists, exists
     if PADDED:
         live_row, live_col = exists & (i < rows), exists & (j < cols)
     a = load_scattered(row_marginals_ptr, block * row_marginals_stride + i, live_row, 1.0)
     b = load_scattered(col_marginals_ptr, block * col_marginals_stride + j, live_col, 1.0)
 
-    g = tl.zeros_like(b)
-    u = tl.zeros_like(a) + 1.0
+    f, g = tl.zeros_like(a), tl.zeros_like(b)
+    u = f + 1.0
     v = g + 1.0
-    # Added to the sums, of lines of nothing: their marginals, so that their factors are 1.
-    empty_a, empty_b = a, b
+    wanted = a
+    least_a, least_b = tl.zeros([1, 1, BLOCKS, 1, 1], tl.float32), tl.zeros([1, 1, BLOCKS, 1, 1], tl.float32)
     kernel = tl.zeros([ROWS_IN, COLS_IN, BLOCKS, ROWS_OUT, COLS_OUT], tl.float32)
     going = exists
     made = tl.where(exists, 0, 0)
@@ -216,11 +254,11 @@ def sinkhorn_forward_kernel(
         quiet = 0
         new_u, new_v = u, v
         if t > 0:
-            held = sum_rows(kernel * v)
-            new_u = quotient(a, held + empty_a)
-            new_v = quotient(b, sum_cols(kernel * new_u) + empty_b)
+            held = product_rows(kernel, v, least_a)
+            new_u = quotient(a, held)
+            new_v = quotient(b, product_cols(kernel, new_u, least_b))
             if TOLERANCE:
-                going = going & (row_error(u, held, a, live_row) > tolerance)
+                going = going & (row_error(u, held, wanted, live_row) > tolerance)
             octaves = furthest(new_u, new_v)
             moved = furthest(quotient(new_u, u), quotient(new_v, v))
             safe = octaves < LIMIT
@@ -234,15 +272,15 @@ def sinkhorn_forward_kernel(
         to_keep, of_start = new_u, new_v
         if any_block(reset):
             row = i * one + t * (one - 1)
-            col = j * one + t * (one - 1)
-            level = load_tile(logits_ptr, logits, block, row, col, -INF, PADDED)
-            level *= scale
+            level = load_tile(logits_ptr, logits, block, row, j, -INF, PADDED)
             start = g + log2(v)
-            f, new_a = log_rows(level, start, a)
-            new_g, new_b, fresh = log_cols(level, f, b)
-            kernel = fresh if BLOCKS == 1 else tl.where(reset, fresh, kernel)
-            g = tl.where(reset, new_g, g)
-            empty_a, empty_b = tl.where(reset, new_a, empty_a), tl.where(reset, new_b, empty_b)
+            of_row, empty_row = log_rows(level, scale, scale * one, start, a)
+            f = of_row if BLOCKS == 1 else tl.where(reset, of_row, f)
+            g, empty_col, kernel = log_cols(level, scale, f, b)
+            least_a = least_beside(min_cols(tl.where(empty_row, 1.0, a)), max_cols(empty_row.to(tl.int32)))
+            least_b = least_beside(min_rows(tl.where(empty_col, 1.0, b)), max_rows(empty_col.to(tl.int32)))
+            a = tl.where(empty_row, least_a * COLS_OUT, a)
+            b = tl.where(empty_col, least_b * ROWS_OUT, b)
             to_keep, of_start = tl.where(reset, f, new_u), tl.where(reset, start, new_v)
             new_u, new_v = tl.where(reset, 1.0, new_u), tl.where(reset, 1.0, new_v)
             if KEEP:
@@ -261,11 +299,11 @@ def sinkhorn_forward_kernel(
         if TOLERANCE:
             go = go & any_block(going)
         while go:
-            held = sum_rows(kernel * v)
-            new_u = quotient(a, held + empty_a)
-            new_v = quotient(b, sum_cols(kernel * new_u) + empty_b)
+            held = product_rows(kernel, v, least_a)
+            new_u = quotient(a, held)
+            new_v = quotient(b, product_cols(kernel, new_u, least_b))
             if TOLERANCE:
-                going = going & (row_error(u, held, a, live_row) > tolerance)
+                going = going & (row_error(u, held, wanted, live_row) > tolerance)
                 new_u, new_v = tl.where(going, new_u, u), tl.where(going, new_v, v)
                 made += going.to(tl.int32)
             u, v = new_u, new_v
@@ -283,7 +321,8 @@ def sinkhorn_forward_kernel(
             go = go & any_block(going)
     if not TOLERANCE:
         made = tl.where(exists, iterations, 0)
-    tl.store(pointers_to(plan_ptr, (block * rows + i) * cols + j), kernel * u * v, mask=live_row & live_col)
+    row = i * one + t * (one - 1)
+    tl.store(pointers_to(plan_ptr, (block * rows + row) * cols + j), kernel * u * v, mask=live_row & live_col)
     tl.store(spans_ptr, made, mask=exists)
     if KEEP:
         tl.store(spans_ptr + made, since, mask=exists)
@@ -340,7 +379,7 @@ def sinkhorn_backward_kernel(
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None]
     exists = block < batch
     i = row_index(ROWS_IN, ROWS_OUT)
-    j = col_index(COLS_IN, COLS_OUT)
+    j = dealt_cols(COLS_IN, COLS_OUT)
     there = tl.minimum(block, batch - 1)
     LAYOUT: tl.constexpr = TileLayout(ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, False, False)
     of_row, of_col = rows_to_load(rows, 0, LAYOUT), cols_to_load(cols, 0, LAYOUT)
@@ -368,9 +407,8 @@ def sinkhorn_backward_kernel(
             added = tl.where(enters, joins == 0, added)
             f = tl.load(pointers_to(row_scalings_ptr, (there * iterations + since) * rows + of_row))
             level = load_tile(logits_ptr, logits, block, row, j, -INF, PADDED)
-            level *= scale
             place_b = there * col_marginals_stride + of_col + hidden
-            fresh = log_cols(level, f, tl.load(pointers_to(col_marginals_ptr, place_b)))[2]
+            fresh = log_cols(level, scale, f, tl.load(pointers_to(col_marginals_ptr, place_b)))[2]
             start = tl.load(pointers_to(col_scalings_ptr, place * cols + of_col))
             start = tl.where(t > since, start, 1.0)
             if BLOCKS == 1:

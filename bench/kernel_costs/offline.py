@@ -266,11 +266,12 @@ def _permute_arguments(job: dict[str, Any], dtype: Any) -> tuple[Any, list[Any],
     rows, real, amd = job["m"], torch.float32, job["target"].startswith("gfx")
     cols = options.get("cols", rows)
     strides = (rows * cols, cols, 1)
-    tile = gpu_permute.sinkhorn_tile(rows, cols)
+    keep, tolerance = options.get("keep", False), options.get("tolerance", False)
+    backward = job["kernel"] == "sinkhorn_backward"
+    tile = gpu_permute.sinkhorn_tile(rows, cols, backward=backward, plain=not keep and not tolerance)
     if "tile" in options:
         tile = gpu_permute.SinkhornTile(*options["tile"])
-    if job["kernel"] == "sinkhorn_forward":
-        keep, tolerance = options.get("keep", False), options.get("tolerance", False)
+    if not backward:
         sizes = [1000, rows, cols, *strides, rows, cols, 14.4, 20, 0.1, 1]
         return (
             sinkhorn.sinkhorn_forward_kernel,

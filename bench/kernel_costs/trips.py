@@ -112,7 +112,7 @@ def _run_sinkhorn(m: int, programs: int, *, backward: bool) -> tuple[int, int]:
 
     from nmsolve.backends.triton import permutations as gpu_permute
 
-    blocks = gpu_permute.sinkhorn_tile(m, m).blocks
+    blocks = gpu_permute.sinkhorn_tile(m, m, backward=backward).blocks
     logits = scores("signed", (blocks * programs, m, m))
     ones = torch.ones(blocks * programs, m)
     out = gpu_permute.sinkhorn_forward(logits, ones, ones, 0.1, SINKHORN_ITERATIONS, -1.0, True)

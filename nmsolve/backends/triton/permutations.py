@@ -75,10 +75,16 @@ class SinkhornTile(NamedTuple):
         }
 
 
-def sinkhorn_tile(rows: int, cols: int) -> SinkhornTile:
-    """8 x 4 entries a lane, so that the lanes of a row read side by side, 8 x 8 in blocks of several warps.
+# Triton 3.8 and later would spill registers for sm_80 and sm_100, of 16 columns.
+_SIXTEEN_COLUMNS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 
-    Of small blocks there are as many as fill a warp.
+
+def sinkhorn_tile(rows: int, cols: int, *, backward: bool = False, plain: bool = False) -> SinkhornTile:
+    """The entries of a lane: 8 x 4 of small blocks, which lie in memory side by side, 8 x 8 of others.
+
+    Of small blocks there are as many as fill a warp. The reverse sweep has two tiles, and takes 8 x 8 from
+    64 x 64 on. ``plain`` is a forward sweep without tolerance that keeps nothing: of whole blocks of 128
+    it takes 8 x 16, and half as many lanes share a row.
 
     Examples
     --------
@@ -89,7 +95,9 @@ def sinkhorn_tile(rows: int, cols: int) -> SinkhornTile:
     sides = rows, cols
     rows, cols = triton.next_power_of_2(rows), triton.next_power_of_2(cols)
     entries = rows * cols
-    rows_in, cols_in = min(rows, 8), min(cols, 4 if entries <= 2048 else 8)
+    rows_in, cols_in = min(rows, 8), min(cols, 4 if entries < (4096 if backward else 1024) else 8)
+    if plain and sides == (128, 128) and _SIXTEEN_COLUMNS:
+        cols_in = 16
     lanes = entries // (rows_in * cols_in)
     warps = max(1, lanes // 32)
     blocks = max(1, 32 // lanes)
@@ -119,7 +127,7 @@ def sinkhorn_forward(
     plan = torch.empty(batch, rows, cols, dtype=torch.float32, device=logits.device)
     row_scalings, col_scalings = plan.new_empty(batch, kept, rows), plan.new_empty(batch, kept, cols)
     made = torch.empty(batch, 1 + kept, dtype=torch.int32, device=logits.device)
-    tile = sinkhorn_tile(rows, cols)
+    tile = sinkhorn_tile(rows, cols, plain=not keep and tolerance < 0)
     with gpu.device_of(logits):
         sinkhorn_forward_kernel[(triton.cdiv(batch, tile.blocks),)](
             logits_ptr=logits,
@@ -163,7 +171,7 @@ def sinkhorn_backward(
     row_marginals, col_marginals = _rows_dense(row_marginals), _rows_dense(col_marginals)
     out = torch.empty(batch, rows, cols, dtype=logits.dtype, device=logits.device)
     spans_sum = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-    tile = sinkhorn_tile(rows, cols)
+    tile = sinkhorn_tile(rows, cols, backward=True)
     with gpu.device_of(logits):
         sinkhorn_backward_kernel[(triton.cdiv(batch, tile.blocks),)](
             gradient_ptr=gradient,
