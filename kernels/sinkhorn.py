@@ -51,7 +51,7 @@ LIMIT = tl.constexpr(30.0)
 INF = tl.constexpr(float("inf"))
 # The lowest number: subtracting it, not -inf, from -inf is no NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-# So much less than a marginal vanishes in its sum, though the sum be 2^LIMIT less, and lanes add 2^5 times that.
+# So much of a marginal vanishes in its sum, though the sum be 2^LIMIT less and up to 2^5 lanes add it.
 NOTHING = tl.constexpr(2.0**-64)
 # The least normal number.
 SMALL = tl.constexpr(2.0**-126)

@@ -57,7 +57,7 @@ def test_plans_and_gradients_of_any_logits(batch, rows, cols, scale, iterations,
     assert error < 1e-4 + 10 * rounding + 3 * theirs
 
 
-@pytest.mark.parametrize("m", [3, 4, 8, 16])
+@pytest.mark.parametrize("m", [3, 8, 16, 29, 32])
 @pytest.mark.parametrize("tolerance", [-1.0, 1e-3])
 def test_blocks_do_not_depend_on_their_neighbours(m: int, tolerance: float) -> None:
     """Bit for bit, though others of the same program start anew at other times."""
@@ -71,6 +71,25 @@ def test_blocks_do_not_depend_on_their_neighbours(m: int, tolerance: float) -> N
             assert torch.equal(one.nan_to_num(7.0), of_all[k : k + 1].nan_to_num(7.0))
     assert together[0][4].isnan().any()
     assert not together[0][[0, 1, 2, 3, 5, 6, 7, 8]].isnan().any()
+
+
+@pytest.mark.parametrize("m", [8, 32])
+def test_marginals_of_any_size(m: int) -> None:
+    """From 1 down to 1e-30, beside lines of nothing as well; every sum to its own rounding."""
+    generator = torch.Generator().manual_seed(m)
+    logits = torch.randn(3, m, m, generator=generator)
+    logits[1, 2], logits[1, :, 3] = -torch.inf, -torch.inf
+    a, b = (10 ** (-30 * torch.rand(3, m, generator=generator)) for _ in "ab")
+    a[:, 0], b[:, 0] = 1, 1
+    b *= (a.sum(1) / b.sum(1))[:, None]
+    plan, *_ = gpu.sinkhorn_forward(logits, a, b, 1.0, 30, -1.0, False)
+    wide = (logits.double(), a.double(), b.double())
+    expected, *_ = reference.sinkhorn_forward(*wide, 1.0, 30, -1.0, False)
+    large = expected > 1e-37
+    assert ((plan - expected)[large].abs() < 2e-5 * expected[large]).all()
+    held = plan.double().sum(1) / b - 1
+    held[1, 3] += 1
+    assert held.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(("scale", "least"), [(1.0, 1), (1000.0, 5)])
