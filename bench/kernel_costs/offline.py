@@ -268,7 +268,8 @@ def _permute_arguments(job: dict[str, Any], dtype: Any) -> tuple[Any, list[Any],
     strides = (rows * cols, cols, 1)
     keep, tolerance = options.get("keep", False), options.get("tolerance", False)
     backward = job["kernel"] == "sinkhorn_backward"
-    tile = gpu_permute.sinkhorn_tile(rows, cols, backward=backward, plain=not keep and not tolerance)
+    plain = not (backward or keep or tolerance)
+    tile = gpu_permute.sinkhorn_tile(rows, cols, backward=backward, plain=plain)
     if "tile" in options:
         tile = gpu_permute.SinkhornTile(*options["tile"])
     if not backward:
