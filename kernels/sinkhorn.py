@@ -7,8 +7,9 @@ a, then g so that the columns sum to b. Exponentials are taken once, at referenc
     u = a / (E v),    v = b / (E^T u),        f = f_ref + log u,   g = g_ref + log v.
 
 A block whose factors leave ``2^+-LIMIT`` makes the iteration in the log domain instead, from ``K + g``,
-which gives it new references (Schmitzer, SIAM J. Sci. Comput. 41, 2019). Other blocks of the program keep
-theirs, so that a block's result does not depend on its neighbours. Scalings are base-2 logarithms.
+which gives it new references (Schmitzer, SIAM J. Sci. Comput. 41, 2019). Other blocks of the program make
+the same ``E`` again, from the f that they had, so that a block's result does not depend on its neighbours
+and no second tile is held. Scalings are base-2 logarithms.
 
 Factors are not looked at in every iteration. The map from log v to log u and back is no expansion in the
 largest norm, so that no step is larger than the one before: factors that lie e octaves from 1 and have moved
@@ -19,8 +20,11 @@ the g that it started from: with those, both of its softmaxes can be made again,
 holds from there on, a *span* of iterations.
 
 Logits of -inf are entries that stay 0, and so are the lanes that a block leaves over. A line of nothing else
-sums to exactly 0, which no other line does; its scaling is 1 and nothing divides by its sum. NaN equals
-nothing, so that a sum of NaN is no sum of 0.
+sums to exactly 0, which no other line does; its scaling is 1. In the linear domain the lanes add to every sum
+of such a block a number that no other sum is changed by, and that is what the line has for a marginal. NaN
+equals nothing, so that a sum of NaN is no sum of 0.
+
+Columns are dealt to the lanes in turn, not in runs as in _tile (see :func:`dealt_cols`).
 
 Pointers say that they have no contiguity, lest the compiler deal the first axes of a tile over lanes (see
 _tile). The argument ``one`` is 1, which the compiler is not told: indices multiplied by it hide their
@@ -31,6 +35,7 @@ they are needed, not kept in registers over the loop.
 import triton
 import triton.language as tl
 from nmsolve.kernels._tile import (
+    MORE,
     Matrix,
     TileLayout,
     col_index,
@@ -66,14 +71,15 @@ def load_scattered(base_ptr, offsets, mask, default):
 
 
 @triton.jit
-def dealt_cols(COLS_IN: tl.constexpr, COLS_OUT: tl.constexpr):
+def dealt_cols(COLS_IN: tl.constexpr, COLS_OUT: tl.constexpr, RUNS: tl.constexpr):
     """int32 column numbers, ``[1, COLS_IN, 1, 1, COLS_OUT]``: neighbours are held by neighbouring lanes.
 
     So each access of a warp to a row is one to adjacent entries, which matters to the stores most: of those
-    that follow each other memory joins none.
+    that follow each other memory joins none. With RUNS each lane holds neighbours.
     """
-    inner = COLS_OUT * tl.arange(0, COLS_IN)[None, :, None, None, None]
-    return inner + tl.arange(0, COLS_OUT)[None, None, None, None, :]
+    inner = tl.arange(0, COLS_IN)[None, :, None, None, None]
+    outer = tl.arange(0, COLS_OUT)[None, None, None, None, :]
+    return inner + COLS_IN * outer if RUNS else COLS_OUT * inner + outer
 
 
 @triton.jit
@@ -90,9 +96,9 @@ def rows_to_load(rows, hidden, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def cols_to_load(cols, hidden, LAYOUT: tl.constexpr):
+def cols_to_load(cols, hidden, LAYOUT: tl.constexpr, RUNS: tl.constexpr):
     """Column numbers in the same way."""
-    j = dealt_cols(LAYOUT.COLS_IN, LAYOUT.COLS_OUT) + tl.zeros([1, 1, 1, LAYOUT.ROWS_OUT, 1], tl.int32)
+    j = dealt_cols(LAYOUT.COLS_IN, LAYOUT.COLS_OUT, RUNS) + tl.zeros([1, 1, 1, LAYOUT.ROWS_OUT, 1], tl.int32)
     if LAYOUT.PADDED:
         j = tl.minimum(j + hidden, cols - 1)
     return j
@@ -230,7 +236,7 @@ def sinkhorn_forward_kernel(
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None]
     exists = block < batch
     i = row_index(ROWS_IN, ROWS_OUT)
-    j = dealt_cols(COLS_IN, COLS_OUT)
+    j = dealt_cols(COLS_IN, COLS_OUT, RUNS=False)
     live_row, live_col = exists, exists
     if PADDED:
         live_row, live_col = exists & (i < rows), exists & (j < cols)
@@ -379,10 +385,11 @@ def sinkhorn_backward_kernel(
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[None, None, :, None, None]
     exists = block < batch
     i = row_index(ROWS_IN, ROWS_OUT)
-    j = dealt_cols(COLS_IN, COLS_OUT)
+    RUNS: tl.constexpr = PADDED and MORE > 1  # Triton 3.6 spills for sm_100 otherwise
+    j = dealt_cols(COLS_IN, COLS_OUT, RUNS)
     there = tl.minimum(block, batch - 1)
     LAYOUT: tl.constexpr = TileLayout(ROWS_IN, COLS_IN, ROWS_OUT, COLS_OUT, BLOCKS, PADDED, False, False)
-    of_row, of_col = rows_to_load(rows, 0, LAYOUT), cols_to_load(cols, 0, LAYOUT)
+    of_row, of_col = rows_to_load(rows, 0, LAYOUT), cols_to_load(cols, 0, LAYOUT, RUNS)
     spans_ptr = made_ptr + there * (1 + iterations)
     made = tl.load(spans_ptr)
     since = made
@@ -402,7 +409,7 @@ def sinkhorn_backward_kernel(
         if any_block(enters) | (BLOCKS == 1):
             hidden = t * (one - 1)
             row = i * one + hidden
-            of_row, of_col = rows_to_load(rows, hidden, LAYOUT), cols_to_load(cols, hidden, LAYOUT)
+            of_row, of_col = rows_to_load(rows, hidden, LAYOUT), cols_to_load(cols, hidden, LAYOUT, RUNS)
             since = tl.where(enters, tl.load(spans_ptr + 1 + t, mask=enters, other=0), since)
             added = tl.where(enters, joins == 0, added)
             f = tl.load(pointers_to(row_scalings_ptr, (there * iterations + since) * rows + of_row))
@@ -430,12 +437,12 @@ def sinkhorn_backward_kernel(
                 dg = tl.where(joins, sum_cols(part), dg)
         first = tl.max(tl.where(made > t, since + 1, made))
         hidden = t * (one - 1)
-        of_row, of_col = rows_to_load(rows, hidden, LAYOUT), cols_to_load(cols, hidden, LAYOUT)
+        of_row, of_col = rows_to_load(rows, hidden, LAYOUT), cols_to_load(cols, hidden, LAYOUT, RUNS)
         per_a = inverse(row_marginals_ptr, there * row_marginals_stride + hidden + of_row)
         per_b = inverse(col_marginals_ptr, there * col_marginals_stride + hidden + of_col)
         while t >= first:
             hidden = t * (one - 1)
-            of_row, of_col = rows_to_load(rows, hidden, LAYOUT), cols_to_load(cols, hidden, LAYOUT)
+            of_row, of_col = rows_to_load(rows, hidden, LAYOUT), cols_to_load(cols, hidden, LAYOUT, RUNS)
             place = there * iterations + tl.minimum(t, made - 1)
             u = tl.load(pointers_to(row_scalings_ptr, place * rows + of_row))
             earlier = place - 1
@@ -453,7 +460,7 @@ def sinkhorn_backward_kernel(
         if (t == top) | (any_block(made == t + 1) == 0) | (BLOCKS == 1):
             hidden = t * (one - 1)
             row = i * one + hidden
-            of_row, of_col = rows_to_load(rows, hidden, LAYOUT), cols_to_load(cols, hidden, LAYOUT)
+            of_row, of_col = rows_to_load(rows, hidden, LAYOUT), cols_to_load(cols, hidden, LAYOUT, RUNS)
             ends = exists & (made > t) & (since == t)
             place = there * iterations + tl.minimum(t, made - 1)
             per_b = inverse(col_marginals_ptr, there * col_marginals_stride + hidden + of_col)
