@@ -269,7 +269,7 @@ def _permute_arguments(job: dict[str, Any], dtype: Any) -> tuple[Any, list[Any],
     keep, tolerance = options.get("keep", False), options.get("tolerance", False)
     backward = job["kernel"] == "sinkhorn_backward"
     plain = not (backward or keep or tolerance)
-    tile = gpu_permute.sinkhorn_tile(rows, cols, backward=backward, plain=plain)
+    tile = gpu_permute.sinkhorn_tile(rows, cols, backward=backward, plain=plain, amd=amd)
     if "tile" in options:
         tile = gpu_permute.SinkhornTile(*options["tile"])
     if not backward:

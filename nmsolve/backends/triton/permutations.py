@@ -75,16 +75,23 @@ class SinkhornTile(NamedTuple):
         }
 
 
-# Triton 3.8 and later would spill registers for sm_80 and sm_100, of 16 columns.
+# Of 16 columns Triton 3.8 and later would spill registers for sm_80 and sm_100, and any for gfx11 and gfx12.
 _SIXTEEN_COLUMNS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 
 
-def sinkhorn_tile(rows: int, cols: int, *, backward: bool = False, plain: bool = False) -> SinkhornTile:
+def sinkhorn_tile(
+    rows: int,
+    cols: int,
+    *,
+    backward: bool = False,
+    plain: bool = False,
+    amd: bool = torch.version.hip is not None,
+) -> SinkhornTile:
     """The entries of a lane: 8 x 4 of small blocks, which lie in memory side by side, 8 x 8 of others.
 
     Of small blocks there are as many as fill a warp. The reverse sweep has two tiles, and takes 8 x 8 from
     64 x 64 on. ``plain`` is a forward sweep without tolerance that keeps nothing: of whole blocks of 128
-    it takes 8 x 16, and half as many lanes share a row.
+    it takes 8 x 16 for NVIDIA's GPUs, and half as many lanes share a row.
 
     Examples
     --------
@@ -96,7 +103,7 @@ def sinkhorn_tile(rows: int, cols: int, *, backward: bool = False, plain: bool =
     rows, cols = triton.next_power_of_2(rows), triton.next_power_of_2(cols)
     entries = rows * cols
     rows_in, cols_in = min(rows, 8), min(cols, 4 if entries < (4096 if backward else 1024) else 8)
-    if plain and sides == (128, 128) and _SIXTEEN_COLUMNS:
+    if plain and not amd and sides == (128, 128) and _SIXTEEN_COLUMNS:
         cols_in = 16
     lanes = entries // (rows_in * cols_in)
     warps = max(1, lanes // 32)
