@@ -168,17 +168,15 @@ def least_beside(marginal, any_empty):
 
 
 @triton.jit
-def product_rows(kernel, v, least):
-    """``E v``, and ``least`` for each lane of a row: added to the first product, it costs no instruction."""
-    products = kernel * v
-    return sum_rows(tl.where(col_index(kernel.shape[1], 1) == 0, products + least, products))
+def sum_rows_and(products, least):
+    """Sums along each row, and ``least`` for each lane of it: fused with a product it costs no instruction."""
+    return sum_rows(tl.where(col_index(products.shape[1], 1) == 0, products + least, products))
 
 
 @triton.jit
-def product_cols(kernel, u, least):
-    """``E^T u``, and ``least`` for each lane of a column."""
-    products = kernel * u
-    return sum_cols(tl.where(row_index(kernel.shape[0], 1) == 0, products + least, products))
+def sum_cols_and(products, least):
+    """Sums along each column in the same way."""
+    return sum_cols(tl.where(row_index(products.shape[0], 1) == 0, products + least, products))
 
 
 @triton.jit
@@ -260,9 +258,9 @@ def sinkhorn_forward_kernel(
         quiet = 0
         new_u, new_v = u, v
         if t > 0:
-            held = product_rows(kernel, v, least_a)
+            held = sum_rows_and(kernel * v, least_a)
             new_u = quotient(a, held)
-            new_v = quotient(b, product_cols(kernel, new_u, least_b))
+            new_v = quotient(b, sum_cols_and(kernel * new_u, least_b))
             if TOLERANCE:
                 going = going & (row_error(u, held, wanted, live_row) > tolerance)
             octaves = furthest(new_u, new_v)
@@ -305,9 +303,9 @@ def sinkhorn_forward_kernel(
         if TOLERANCE:
             go = go & any_block(going)
         while go:
-            held = product_rows(kernel, v, least_a)
+            held = sum_rows_and(kernel * v, least_a)
             new_u = quotient(a, held)
-            new_v = quotient(b, product_cols(kernel, new_u, least_b))
+            new_v = quotient(b, sum_cols_and(kernel * new_u, least_b))
             if TOLERANCE:
                 going = going & (row_error(u, held, wanted, live_row) > tolerance)
                 new_u, new_v = tl.where(going, new_u, u), tl.where(going, new_v, v)

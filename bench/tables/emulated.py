@@ -64,13 +64,11 @@ def instructions() -> str:
 
 
 def trips() -> str:
-    """Entries of loops as executed and as the interpreter counted them: how many agree, and how well."""
+    """Entries of loops and branches, executed and as the interpreter counted them: how many agree, how well."""
     rows = results(TRIPS)
     lines = []
     for name in in_order(rows, "trips"):
-        here = [row for row in rows if row["trips"] == name and row["region"][:-1].endswith(("while", "for"))]
-        if not here:
-            continue
+        here = [row for row in rows if row["trips"] == name]
         differences = [_difference(row) for row in here]
         same = sum(float(row["executed"]) == float(row["counted"]) for row in here)
         configurations = {(row["m"], row["blocks"], row["distribution"]) for row in here}
@@ -81,7 +79,8 @@ def trips() -> str:
                 str(len(here)), str(same), f"{100 * max(differences):.2g} %",
             ]
         )  # fmt: skip
-    head = ["counts", "M", "targets", "configurations", "loops", "entered equally often", "worst difference"]
+    head = ["counts", "M", "targets", "configurations", "loops and branches",
+            "entered equally often", "worst difference"]  # fmt: skip
     return markdown(head, lines, "lllrrrr") + source(TRIPS, rows[0])
 
 
