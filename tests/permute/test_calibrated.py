@@ -112,7 +112,7 @@ def test_files_whose_names_are_not_the_models(name, strategy, tmp_path):
         calibration=tmp_path / "tokens.safetensors", progress=False,
     )  # fmt: skip
     kinds = {row["name"].rpartition(".")[2]: (row["scores"], row["learned"]) for row in report.couplings}
-    if name == "mixtral":
+    if name == "mixtral" and not any(layer.endswith("w2") for layer, _ in model.named_modules()):
         assert kinds.pop("w2") == ("magnitude", False)  # a parameter of all experts in the model
     assert kinds
     assert set(kinds.values()) == {("wanda", True)}
