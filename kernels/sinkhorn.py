@@ -169,7 +169,7 @@ def least_beside(marginal, any_empty):
 
 @triton.jit
 def sum_rows_and(products, least):
-    """Sums along each row, and ``least`` for each lane of it: fused with a product it costs no instruction."""
+    """Sums along each row, and ``least`` for each lane of it: fused with a product it costs nothing."""
     return sum_rows(tl.where(col_index(products.shape[1], 1) == 0, products + least, products))
 
 

@@ -64,7 +64,7 @@ def instructions() -> str:
 
 
 def trips() -> str:
-    """Entries of loops and branches, executed and as the interpreter counted them: how many agree, how well."""
+    """Entries of loops and branches, executed and as the interpreter counted them: how many agree."""
     rows = results(TRIPS)
     lines = []
     for name in in_order(rows, "trips"):
