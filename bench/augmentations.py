@@ -133,8 +133,8 @@ def count_cpu(blocks: Tensor, n: int) -> Iterator[Work]:
     for k in range(len(blocks)):
         for region in cpu._regions(blocks[k : k + 1], mask[k : k + 1], m, m):
             upright, _ = cpu._upright(region)
-            request = cpu.Request(n, m, ascent_schedule.SWEEPS, 0, 0, 0, 0, 0, 0)
-            yield Work(cpu.solve_exact(upright, request, reals, ints, 0, 1), None)
+            request = cpu.Request(n, m, ascent_schedule.SWEEPS, 0, 0)
+            yield Work(cpu.solve_exact(upright, request, None, reals, ints, 0, 1), None)
 
 
 def count_torch(blocks: Tensor, n: int) -> Iterator[Work]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import pty
@@ -12,13 +13,20 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("numba")
 
+from numba.core import event
+from numba.core.caching import NullCache
+from numba.core.errors import TypingError
+
+from nmsolve import NMPattern
 from nmsolve.backends.cpu import masks as cpu
 from nmsolve.backends.cpu import permutations as cpu_permute
-from nmsolve.backends.cpu._numba.compiled import _Cache, _own_temporary_folder, _Telling, compiled
+from nmsolve.backends.cpu._numba.compiled import _Around, _Cache, _own_temporary_folder, compiled, inner
 
 COMPILE = """
 from numba.core import caching
@@ -83,7 +91,7 @@ def test_what_others_can_write_is_no_cache(monkeypatch: pytest.MonkeyPatch, tmp_
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    _Telling._tell(kernel)
+    _Around._tell(kernel)
     assert "(in every process, there being no folder to keep it in)" in terminal.getvalue()
 
 
@@ -110,6 +118,70 @@ def test_every_kernel_that_python_calls_is_cached_by_all_sources() -> None:
     )
     for kernel in (*kernels, cpu_permute.solve_assignments, *plans):
         assert isinstance(kernel._cache, _Cache), kernel
+
+
+def test_the_collector_rests_while_a_function_is_compiled() -> None:
+    seen = []
+
+    class Looking(event.Listener):
+        def on_start(self, event: object) -> None:
+            seen.append(gc.isenabled())
+
+        on_end = on_start
+
+    def fails(x: int) -> int:
+        return x.nothing
+
+    with event.install_listener("numba:compile", Looking()):
+        assert compiled(_twice)(3.5) == 7
+        assert seen[0] is False
+        assert gc.isenabled()
+        with pytest.raises(TypingError):
+            compiled(fails)(3)
+        assert gc.isenabled()
+        gc.disable()
+        try:
+            assert compiled(_twice)(True) == 2
+            assert not gc.isenabled()
+        finally:
+            gc.enable()
+
+
+def test_what_is_inlined_gets_no_machine_code_of_its_own() -> None:
+    @inner
+    def third(x: float) -> float:
+        if x < 0:
+            return -third_of_positive(-x)
+        return third_of_positive(x)
+
+    @inner
+    def third_of_positive(x: float) -> float:
+        return np.floor(x) // 3
+
+    def outer(x: float) -> float:
+        return third(x) + third_of_positive(9.0)
+
+    kernel = compiled(outer)
+    assert kernel(-7.5) == 1
+    assert kernel(7.5) == 5
+    for function in (third, third_of_positive):
+        (made,) = function.overloads.values()
+        assert made.library.get_pointer_to_function(made.fndesc.llvm_func_name) == 0
+    (made,) = kernel.overloads.values()
+    assert made.library.get_pointer_to_function(made.fndesc.llvm_func_name) != 0
+
+
+def test_a_certificate_is_compiled_where_it_is_wanted() -> None:
+    """A mask alone takes less time to compile: a tenth of LLVM's code is the certificate's."""
+    sizes = {}
+    for want in (False, True):
+        kernel = compiled(cpu.solve_exact.py_func)
+        kernel._cache = NullCache()
+        with mock.patch.object(cpu, "solve_exact", kernel):
+            cpu.exact(torch.rand(1, 8, 8), NMPattern(2, 4), want_solution=want)
+        (made,) = kernel.overloads.values()
+        sizes[want] = len(made.library.get_llvm_str())
+    assert sizes[False] < 0.95 * sizes[True]
 
 
 def _twice(x: int) -> int:

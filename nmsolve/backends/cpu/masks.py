@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nmsolve.backends import ascent_schedule
 from nmsolve.backends.cpu._numba.dykstra import solve_tsenor
-from nmsolve.backends.cpu._numba.exact import Request, solve_exact
+from nmsolve.backends.cpu._numba.exact import Certificate, Request, solve_exact
 from nmsolve.backends.cpu._numba.groups import SIZES, Rows, solve_groups
 from nmsolve.backends.cpu._numba.lanes import WIDTH
 from nmsolve.backends.cpu._numba.memory import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
@@ -57,21 +57,20 @@ def exact(
     reals, ints = _work_arrays(scores)
     work = torch.from_numpy(reals).dtype
     blocks = (len(scores), grid.block_rows, grid.block_cols)
-    result = BlockResult(mask)
+    result, certificate = BlockResult(mask), None
     if want_solution:
-        result = BlockResult(
-            mask,
-            *(torch.from_numpy(np.zeros((*blocks, pattern.m), reals.dtype)) for _ in range(2)),
-            *(torch.from_numpy(np.zeros(blocks)) for _ in range(2)),
-        )
+        made = [torch.from_numpy(np.zeros((*blocks, pattern.m), reals.dtype)) for _ in range(2)]
+        made += [torch.from_numpy(np.zeros(blocks)) for _ in range(2)]
+        result = BlockResult(mask, *made)
+        certificate = Certificate(*(tensor.data_ptr() for tensor in made))
     given = (None, None) if warm is None else tuple(duals.detach().to(work).contiguous() for duals in warm)
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*given, *result[1:])]
+    starts = [0 if duals is None else duals.data_ptr() for duals in given]
     for region in _regions(scores, mask, pattern.m, pattern.m):
         upright, flipped = _upright(region)
-        request = Request(pattern.n, pattern.m, ascent_schedule.SWEEPS, *addresses)
+        request, wanted = Request(pattern.n, pattern.m, ascent_schedule.SWEEPS, *starts), certificate
         if flipped:
-            request = request.flipped()
-        _solve(partial(solve_exact, upright, request, reals, ints), region, reals.itemsize)
+            request, wanted = request.flipped(), wanted and wanted.flipped()
+        _solve(partial(solve_exact, upright, request, wanted, reals, ints), region, reals.itemsize)
     return result
 
 

@@ -21,14 +21,17 @@ from nmsolve.backends.cpu._numba.compiled import inner
 from nmsolve.backends.cpu._numba.lanes import (
     WIDTH,
     absolute,
+    add_squares,
+    count_equal,
+    four,
     maximum,
     minimum,
     multiply_add,
     power_of_two_scale,
-    select,
     splat,
+    sum_of_four,
 )
-from nmsolve.backends.cpu._numba.memory import load, store
+from nmsolve.backends.cpu._numba.memory import load, load_four, store, store_four
 
 __all__ = ["ascend", "normalise", "start"]
 
@@ -109,13 +112,13 @@ def _step(surplus: Any, slope: Any, like: Any) -> Any:
 
 
 @inner
-def _one_more_fractional(s: Any, held: Any, count: Any, one: Any) -> Any:
-    return select(held == s, count + one, count)
+def _one_more_fractional(s: Any, held: Any, count: Any) -> Any:
+    return count_equal(s, held, count)
 
 
 @inner
-def _one_more_square(s: Any, held: Any, squares: Any, one: Any) -> Any:
-    return multiply_add(held, held, squares)
+def _one_more_square(s: Any, held: Any, squares: Any) -> Any:
+    return add_squares(held, squares)
 
 
 @inner
@@ -150,46 +153,24 @@ def _sweep_of(one_more: Any, slope_of: Any) -> Any:
         real = tile.dtype.type
         lanes = WIDTH // tile.itemsize
         zero, one, half = splat(real(0)), splat(real(1)), splat(real(0.5))
-        u0, u1 = load(u, row * lanes), load(u, (row + 1) * lanes)
-        u2, u3 = load(u, (row + 2) * lanes), load(u, (row + 3) * lanes)
-        b0, b1, b2, b3 = half - tau * u0, half - tau * u1, half - tau * u2, half - tau * u3
-        r0, r1, r2, r3 = zero, zero, zero, zero
-        c0, c1, c2, c3 = zero, zero, zero, zero
-        p0 = row * pitch * lanes
-        p1, p2, p3 = p0 + pitch * lanes, p0 + 2 * pitch * lanes, p0 + 3 * pitch * lanes
+        place, step = row * pitch * lanes, pitch * lanes
+        dual = load_four(u, row * lanes, lanes)
+        base = half - tau * dual
+        total = count = four(zero)
         for j in range(0, cols * lanes, lanes):
-            v = load(scaled_v, j)
-            s0 = multiply_add(tau, load(tile, p0 + j), b0 - v)
-            s1 = multiply_add(tau, load(tile, p1 + j), b1 - v)
-            s2 = multiply_add(tau, load(tile, p2 + j), b2 - v)
-            s3 = multiply_add(tau, load(tile, p3 + j), b3 - v)
-            q0, q1 = minimum(maximum(s0, zero), one), minimum(maximum(s1, zero), one)
-            q2, q3 = minimum(maximum(s2, zero), one), minimum(maximum(s3, zero), one)
-            r0, r1, r2, r3 = r0 + q0, r1 + q1, r2 + q2, r3 + q3
-            c0, c1 = one_more(s0, q0, c0, one), one_more(s1, q1, c1, one)
-            c2, c3 = one_more(s2, q2, c2, one), one_more(s3, q3, c3, one)
-        d0 = _step(r0 - target, slope_of(r0, c0, tile), tile)
-        d1 = _step(r1 - target, slope_of(r1, c1, tile), tile)
-        d2 = _step(r2 - target, slope_of(r2, c2, tile), tile)
-        d3 = _step(r3 - target, slope_of(r3, c3, tile), tile)
-        u0, u1 = multiply_add(d0, inverse, u0), multiply_add(d1, inverse, u1)
-        u2, u3 = multiply_add(d2, inverse, u2), multiply_add(d3, inverse, u3)
-        store(u, row * lanes, u0)
-        store(u, (row + 1) * lanes, u1)
-        store(u, (row + 2) * lanes, u2)
-        store(u, (row + 3) * lanes, u3)
-        b0, b1, b2, b3 = half - tau * u0, half - tau * u1, half - tau * u2, half - tau * u3
+            s = multiply_add(tau, load_four(tile, place + j, step), base - load(scaled_v, j))
+            held = minimum(maximum(s, zero), one)
+            total = total + held
+            count = one_more(s, held, count)
+        change = _step(total - target, slope_of(total, count, tile), tile)
+        dual = multiply_add(change, inverse, dual)
+        store_four(u, row * lanes, lanes, dual)
+        base = half - tau * dual
         for j in range(0, cols * lanes, lanes):
-            v = load(scaled_v, j)
-            s0 = multiply_add(tau, load(tile, p0 + j), b0 - v)
-            s1 = multiply_add(tau, load(tile, p1 + j), b1 - v)
-            s2 = multiply_add(tau, load(tile, p2 + j), b2 - v)
-            s3 = multiply_add(tau, load(tile, p3 + j), b3 - v)
-            q0, q1 = minimum(maximum(s0, zero), one), minimum(maximum(s1, zero), one)
-            q2, q3 = minimum(maximum(s2, zero), one), minimum(maximum(s3, zero), one)
-            store(sums, j, load(sums, j) + ((q0 + q1) + (q2 + q3)))
-            count = one_more(s1, q1, one_more(s0, q0, load(counts, j), one), one)
-            store(counts, j, one_more(s3, q3, one_more(s2, q2, count, one), one))
+            s = multiply_add(tau, load_four(tile, place + j, step), base - load(scaled_v, j))
+            held = minimum(maximum(s, zero), one)
+            store(sums, j, load(sums, j) + sum_of_four(held))
+            store(counts, j, one_more(s, held, load(counts, j)))
 
     @inner
     def sweep(

@@ -120,7 +120,7 @@ def augment(
     row_chunks, col_chunks = (lines + lanes - 1) // lanes, (cols + lanes - 1) // lanes
     row_room, col_room = row_chunks * lanes, col_chunks * lanes
     per_row = words_for(cols)
-    room = max(row_room, col_room)
+    room = maximum(row_room, col_room)
     row_dual, col_dual = numbers, numbers + room
     row_label, col_label = numbers + 2 * room, numbers + 3 * room
     row_from, col_from = integers, integers + room
@@ -152,11 +152,13 @@ def augment(
                 kept[place] = integer(np.int64(kept[place]) ^ (1 << (j % WORD)))
         row_over[slack] = over
 
+    # Numba compiles a function anew for every constant that it is called with.
+    comes, goes = integer(1), integer(-1)
     far, zero, nobody = splat(real(np.inf)), splat(real(0)), splat(integer(-1))
     balanced = splat(integer(0))
     paths = 0
     while True:
-        row_count, col_count = 0, 0
+        row_count = col_count = np.int64(0)
         for place in range(0, row_room, lanes):
             short = load(row_over, place) < balanced
             store(row_label, place, select(short, zero, far))
@@ -172,7 +174,7 @@ def augment(
             for chunk in range(col_chunks):
                 place, left = chunk * lanes, cols - chunk * lanes
                 label, origin, dual = load(col_label, place), load(col_from, place), load(col_dual, place)
-                everything = (1 << min(lanes, left)) - 1
+                everything = (1 << minimum(lanes, left)) - 1
                 fell = lane_mask(0, label)
                 for t in range(row_count):
                     i = row_list[t]
@@ -191,7 +193,7 @@ def augment(
                 store(col_from, place, origin)
                 sinks = fell & (load(col_over, place) < balanced)
                 if bits_of(sinks) != 0:
-                    nearest = min(nearest, smallest(select(sinks, label, far)))
+                    nearest = minimum(nearest, smallest(select(sinks, label, far)))
                 fell = fell & (label < splat(nearest))
                 col_count = _list_bits(bits_of(fell), place, col_list, col_count)
             row_count = 0
@@ -214,14 +216,14 @@ def augment(
                 store(row_from, place, origin)
                 sinks = fell & (load(row_over, place) > balanced)
                 if bits_of(sinks) != 0:
-                    nearest = min(nearest, smallest(select(sinks, label, far)))
+                    nearest = minimum(nearest, smallest(select(sinks, label, far)))
                 fell = fell & (label < splat(nearest))
                 row_count = _list_bits(bits_of(fell), place, row_list, row_count)
             col_count = 0
         if nearest == real(np.inf):
             break
 
-        row, col = -1, -1
+        row = col = np.int64(-1)
         reach = splat(nearest)
         for place in range(0, row_room, lanes):
             label = load(row_label, place)
@@ -241,15 +243,15 @@ def augment(
             row_over[row] -= 1
         else:
             col_over[col] += 1
-            row = col_from[col]
-            _flip(row, col, slack, kept, row_room, units, 1)
+            row = np.int64(col_from[col])
+            _flip(row, col, slack, kept, row_room, units, comes)
         while row_from[row] >= 0:
-            col = row_from[row]
-            _flip(row, col, slack, kept, row_room, units, -1)
-            row = col_from[col]
+            col = np.int64(row_from[row])
+            _flip(row, col, slack, kept, row_room, units, goes)
+            row = np.int64(col_from[col])
             if row < 0:
                 break
-            _flip(row, col, slack, kept, row_room, units, 1)
+            _flip(row, col, slack, kept, row_room, units, comes)
         if row >= 0:
             row_over[row] += 1
         else:
@@ -263,5 +265,5 @@ def augment(
             words[(i * per_row + w) * lanes + lane] = kept[w * row_room + i]
     for j in range(cols):
         moved = col_dual[j] + shift
-        v[j * lanes + lane] = max(moved, real(0)) if slack >= 0 else moved
+        v[j * lanes + lane] = maximum(moved, real(0)) if slack >= 0 else moved
     return paths

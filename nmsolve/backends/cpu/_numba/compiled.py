@@ -9,6 +9,7 @@ write; where there is none, every process compiles.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import stat
@@ -26,12 +27,13 @@ from numba.core import config, event
 from numba.core.caching import FunctionCache
 
 from nmsolve.backends import ascent_schedule
+from nmsolve.backends.cpu._numba.inlining import InliningCompiler
 
 __all__ = ["compiled", "inner"]
 
 # Decorator for a function that only compiled ones call: without what Python would call it by, it compiles
 # faster. Takes njit's options.
-inner: Any = partial(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+inner: Any = partial(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True, pipeline_class=InliningCompiler)
 
 PATIENCE_S = 2.0
 """From when on somebody who waits at a terminal is told why."""
@@ -84,23 +86,36 @@ def _cache_of(function: Callable[..., Any]) -> _Cache | None:
         config.CACHE_DIR = given
 
 
-class _Telling(event.Listener):
-    """Tells somebody at a terminal that compiling is what takes so long."""
+class _Around(event.Listener):
+    """What is done while one of our functions is compiled.
+
+    The collector of garbage rests: it would look through all objects of the process, over and over, for a
+    tenth of the time and more. Somebody at a terminal is told what takes so long.
+    """
 
     def __init__(self) -> None:
         self.ours: weakref.WeakSet[Any] = weakref.WeakSet()
         self._timers: dict[Any, threading.Timer] = {}
+        self._resting_for: Any = None
 
     def on_start(self, event: Any) -> None:
         dispatcher = event.data["dispatcher"]
-        if dispatcher in self.ours:
-            timer = threading.Timer(PATIENCE_S, self._tell, [dispatcher])
-            timer.daemon = True
-            self._timers[dispatcher] = timer
-            timer.start()
+        if dispatcher not in self.ours:
+            return
+        if gc.isenabled():
+            gc.disable()
+            self._resting_for = dispatcher
+        timer = threading.Timer(PATIENCE_S, self._tell, [dispatcher])
+        timer.daemon = True
+        self._timers[dispatcher] = timer
+        timer.start()
 
     def on_end(self, event: Any) -> None:
-        timer = self._timers.pop(event.data["dispatcher"], None)
+        dispatcher = event.data["dispatcher"]
+        if self._resting_for is dispatcher:
+            self._resting_for = None
+            gc.enable()
+        timer = self._timers.pop(dispatcher, None)
         if timer is not None:
             timer.cancel()
 
@@ -115,8 +130,8 @@ class _Telling(event.Listener):
         tqdm.write(f"nmsolve: compiling for this processor ({how_often}) ...", file=sys.stderr)
 
 
-_TELLING = _Telling()
-event.register("numba:compile", _TELLING)
+_AROUND = _Around()
+event.register("numba:compile", _AROUND)
 
 
 def compiled(function: Callable[..., Any], *, fastmath: bool | set[str] = False) -> Any:
@@ -125,5 +140,5 @@ def compiled(function: Callable[..., Any], *, fastmath: bool | set[str] = False)
     cache = _cache_of(function)
     if cache is not None:
         dispatcher._cache = cache
-    _TELLING.ours.add(dispatcher)
+    _AROUND.ours.add(dispatcher)
     return dispatcher

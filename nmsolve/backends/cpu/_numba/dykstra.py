@@ -19,7 +19,8 @@ from nmsolve.backends.cpu._numba.compiled import compiled, inner
 from nmsolve.backends.cpu._numba.lanes import WIDTH, maximum, minimum, splat
 from nmsolve.backends.cpu._numba.memory import load, store
 from nmsolve.backends.cpu._numba.rounding import complete, put_in_order, row_major, take
-from nmsolve.backends.cpu._numba.tiles import Region, aligned, load_tile, place_lanes, words_for, write_flags
+from nmsolve.backends.cpu._numba.scratch import buffer, retyped, scratch, still_needed
+from nmsolve.backends.cpu._numba.tiles import Region, load_tile, place_lanes, words_for, write_flags
 
 __all__ = ["solve_tsenor"]
 
@@ -37,15 +38,15 @@ def _kernel(tile: Any, pitch: int, rows: int, cols: int, tau: float, plan: Any) 
         peak = 0.0
         for i in range(rows):
             for j in range(cols):
-                peak = max(peak, abs(tile[(i * pitch + j) * lanes + lane]))
+                peak = maximum(peak, abs(tile[(i * pitch + j) * lanes + lane]))
         factor = tau / peak if peak > 0 else 0.0
         for i in range(rows):
             top = -np.inf
             for j in range(cols):
-                top = max(top, tile[(i * pitch + j) * lanes + lane])
+                top = maximum(top, tile[(i * pitch + j) * lanes + lane])
             for j in range(cols):
                 place = (i * pitch + j) * lanes + lane
-                plan[place] = math.exp(max(factor * (tile[place] - top), LOWEST_EXPONENT))
+                plan[place] = math.exp(maximum(factor * (tile[place] - top), LOWEST_EXPONENT))
 
 
 @inner
@@ -101,19 +102,27 @@ def solve_tsenor(
     region: Region, n: int, iterations: int, tau: float, flipped: bool, first: int, last: int
 ) -> None:
     """Groups ``first .. last`` of a region by projections, greedy and completion."""
-    reals, ints = np.empty(0, np.float64), np.empty(0, np.int64)
-    lanes = WIDTH // reals.itemsize
+    lanes = WIDTH // 8
     rows, cols = region.rows, region.cols
-    row_target = min(n, cols)
+    row_target = minimum(n, cols)
     col_target = row_target if rows == cols else n
     pitch, per_row = cols + 1, words_for(cols)
-    tile, plan = aligned(rows * pitch * lanes, reals), aligned(rows * pitch * lanes, reals)
-    x, y, sums = aligned(rows * lanes, reals), aligned(cols * lanes, reals), aligned(cols * lanes, reals)
-    keys = aligned(rows * cols * lanes, reals)
-    order, words = aligned(rows * cols * lanes, ints), aligned(rows * per_row * lanes, ints)
-    held = np.empty(rows + cols, np.int64)
-    places = np.empty(3 * lanes, np.int64)
-    entries = row_major(rows, cols, flipped)
+    size = rows * cols
+    registers = 2 * rows * pitch + rows + 2 * cols + 2 * size + rows * per_row
+    memory = buffer(registers * WIDTH + (2 * size + rows + cols + 3 * lanes) * 8)
+    tile = scratch(memory, 0.0)
+    plan = tile + rows * pitch * lanes
+    x = plan + rows * pitch * lanes
+    y = x + rows * lanes
+    sums = y + cols * lanes
+    keys = sums + cols * lanes
+    order = retyped(keys + size * lanes, np.int64(0))
+    words = order + size * lanes
+    row_of = words + rows * per_row * lanes
+    col_of = row_of + size
+    held = col_of + size
+    places = held + rows + cols
+    row_major(rows, cols, flipped, row_of, col_of)
     for group in range(first, last):
         used = place_lanes(region, group * lanes, lanes, places)
         load_tile(region, places, tile, pitch)
@@ -125,10 +134,11 @@ def solve_tsenor(
             for j in range(cols):
                 place = (i * pitch + j) * lanes
                 store(plan, place, load(plan, place) * load(y, j * lanes) * scale)
-        put_in_order(plan, pitch, entries, keys, order)
+        put_in_order(plan, pitch, size, row_of, col_of, keys, order)
         for lane in range(used):
-            take(order, lane, lanes, entries, n, per_row, held, words)
+            take(order, lane, rows, cols, row_of, col_of, n, per_row, held, words)
             complete(tile, pitch, lane, rows, cols, n, per_row, held, words)
             for i in range(rows):
                 place, address = i * per_row * lanes + lane, places[lanes + lane] + i * region.mask_row
                 write_flags(words, place, lanes, cols, address, region.mask_col)
+    still_needed(memory)

@@ -22,7 +22,10 @@ __all__ = [
     "call",
     "int64",
     "intrinsic",
+    "joined",
+    "parted",
     "pointer_at",
+    "repeated",
     "shuffle",
 ]
 
@@ -62,6 +65,28 @@ def broadcast(builder: Any, value: Any, count: int) -> Any:
 
 def shuffle(builder: Any, a: Any, b: Any, picks: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(picks)), picks))
+
+
+def joined(builder: Any, parts: list[Any]) -> Any:
+    """Vectors of one length, a power of two of them, one behind the other."""
+    while len(parts) > 1:
+        both = list(range(2 * parts[0].type.count))
+        parts = [shuffle(builder, *pair, both) for pair in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def parted(builder: Any, value: Any, count: int) -> list[Any]:
+    """The vectors of ``count`` elements that a longer one consists of."""
+    size = value.type.count
+    if size == count:
+        return [value]
+    return [shuffle(builder, value, value, list(range(k, k + count))) for k in range(0, size, count)]
+
+
+def repeated(builder: Any, value: Any, count: int) -> Any:
+    """A vector as often, one behind the other, as makes ``count`` elements."""
+    size = value.type.count
+    return value if size == count else shuffle(builder, value, value, [k % size for k in range(count)])
 
 
 def pointer_at(builder: Any, address: Any, kind: Any) -> Any:

@@ -21,41 +21,44 @@ from nmsolve.backends.cpu._numba.augment import augment, part
 from nmsolve.backends.cpu._numba.compiled import compiled, inner
 from nmsolve.backends.cpu._numba.lanes import WIDTH, bits_of, lane_mask, maximum, minimum, select, splat
 from nmsolve.backends.cpu._numba.memory import load, load_wide, peek, poke, store
-from nmsolve.backends.cpu._numba.scratch import scratch, still_needed
+from nmsolve.backends.cpu._numba.scratch import buffer, retyped, scratch, still_needed
 from nmsolve.backends.cpu._numba.tiles import (
     WORD,
     Region,
-    aligned,
     load_tile,
     place_lanes,
     words_for,
     write_flags,
 )
 
-__all__ = ["Request", "solve_exact"]
+__all__ = ["Certificate", "Request", "solve_exact"]
 
 
 class Request(NamedTuple):
-    """What is asked of a region; addresses are 0 where something is not given or not wanted."""
+    """What is asked of a region, and the addresses of duals to start from, 0 where none are given."""
 
     n: int
     m: int
     sweeps: int
     warm_row_duals: int
     warm_col_duals: int
+
+    def flipped(self) -> Request:
+        """The same request with rows and columns exchanged."""
+        return self._replace(warm_row_duals=self.warm_col_duals, warm_col_duals=self.warm_row_duals)
+
+
+class Certificate(NamedTuple):
+    """Where to write what proves the masks: duals, and the objective and bound that follow from them."""
+
     row_duals: int
     col_duals: int
     objective: int
     bound: int
 
-    def flipped(self) -> Request:
-        """The same request with rows and columns exchanged."""
-        return self._replace(
-            warm_row_duals=self.warm_col_duals,
-            warm_col_duals=self.warm_row_duals,
-            row_duals=self.col_duals,
-            col_duals=self.row_duals,
-        )
+    def flipped(self) -> Certificate:
+        """The same places with rows and columns exchanged."""
+        return self._replace(row_duals=self.col_duals, col_duals=self.row_duals)
 
 
 @inner
@@ -130,7 +133,7 @@ def _round(
         held = none - row_goal
         for w in range(per_row):
             word, bit = none, unit
-            for j in range(w * WORD, min(cols, (w + 1) * WORD)):
+            for j in range(w * WORD, minimum(cols, (w + 1) * WORD)):
                 score = load(tile, (i * pitch + j) * lanes)
                 positive = ((score - dual) - load(v, j * lanes)) > zero
                 word = select(positive, word | bit, word)
@@ -193,7 +196,7 @@ def _raise_price(
     less = 0.0
     for j in range(cols):
         score = np.float64(tile[(row * pitch + j) * lanes + lane]) * factor
-        less += max(0.0, score - np.float64(raised) - np.float64(v[j * lanes + lane]))
+        less += maximum(0.0, score - np.float64(raised) - np.float64(v[j * lanes + lane]))
     if row_target * (np.float64(raised) - price) + less < paid:
         u[row * lanes + lane] = raised
         return less
@@ -235,7 +238,7 @@ def _certify(
         for w in range(per_row):
             word = load_wide(words, (i * per_row + w) * lanes + first)
             bit = splat(np.int64(1))
-            for j in range(w * WORD, min(cols, (w + 1) * WORD)):
+            for j in range(w * WORD, minimum(cols, (w + 1) * WORD)):
                 score = load_wide(tile, (i * pitch + j) * lanes + first) * factor
                 over = maximum(zero, score - price - load_wide(v, j * lanes + first))
                 kept = (word & bit) != none
@@ -261,9 +264,10 @@ def _certify(
 
 
 @inner
-def _write_solutions(
+def _write_certificates(
     region: Region,
-    request: Request,
+    m: int,
+    certificate: Certificate,
     places: Any,
     used: int,
     tile: Any,
@@ -283,41 +287,50 @@ def _write_solutions(
     _in_own_scale(cols, scales, v)
     for first in range(0, lanes, 8):
         _certify(rows, cols, row_target, col_target, first, tile, pitch, scales, u, v, words, sums)
-        for lane in range(first, min(used, first + 8)):
+        for lane in range(first, minimum(used, first + 8)):
             block = places[2 * lanes + lane]
-            poke(request.objective + block * 8, sums[lane - first])
-            poke(request.bound + block * 8, sums[8 + lane - first])
+            poke(certificate.objective + block * 8, sums[lane - first])
+            poke(certificate.bound + block * 8, sums[8 + lane - first])
     for lane in range(used):
         block = places[2 * lanes + lane]
-        _write_duals(request.row_duals, request.m, rows, block, lane, u)
-        _write_duals(request.col_duals, request.m, cols, block, lane, v)
+        _write_duals(certificate.row_duals, m, rows, block, lane, u)
+        _write_duals(certificate.col_duals, m, cols, block, lane, v)
 
 
 @compiled
-def solve_exact(region: Region, request: Request, reals: Any, ints: Any, first: int, last: int) -> int:
+def solve_exact(
+    region: Region,
+    request: Request,
+    certificate: Certificate | None,
+    reals: Any,
+    ints: Any,
+    first: int,
+    last: int,
+) -> int:
     """Solve groups ``first .. last`` of as many blocks as there are lanes; returns the number of paths.
 
-    ``reals`` and ``ints`` are empty arrays of the work type and of the integer type of its width.
+    ``reals`` and ``ints`` are empty arrays of the work type and of the integer type of its width. Without a
+    certificate nothing is compiled that would write one.
     """
     real, integer = reals.dtype.type, ints.dtype.type
     lanes = WIDTH // reals.itemsize
     rows, cols = region.rows, region.cols
-    row_target, col_target = min(request.n, cols), request.n
+    row_target, col_target = minimum(request.n, cols), request.n
     if rows == cols:
         col_target = row_target
     pitch = cols + 1
     padded = (rows + 3) // 4 * 4
     per_row = words_for(cols)
-    room = (max(rows + 1, cols) + lanes - 1) // lanes * lanes
+    room = (maximum(rows + 1, cols) + lanes - 1) // lanes * lanes
     lines = rows + 1 if rows < cols else rows
     # Rows that are not there are read, and ignored, when the tile is parted.
-    tile_size = max(padded, room) * pitch * lanes
+    tile_size = maximum(padded, room) * pitch * lanes
     row_room, col_room = (lines + lanes - 1) // lanes * lanes, (cols + lanes - 1) // lanes * lanes
-    parts = lanes * room * max(lines, cols)
-    room_reals = aligned(tile_size + (padded + 4 * cols + 1) * lanes + 4 * room + 2 * parts, reals)
-    room_ints = aligned((rows + cols + rows * per_row) * lanes + (5 + per_row) * room, ints)
-    room_active = np.empty(2 * room, np.int64)
-    tile = scratch(room_reals)
+    parts = lanes * room * maximum(lines, cols)
+    room_reals = tile_size + (padded + 4 * cols + 1) * lanes + 4 * room + 2 * parts
+    room_ints = (rows + cols + rows * per_row) * lanes + (5 + per_row) * room
+    memory = buffer((room_reals + room_ints) * reals.itemsize + (2 * room + 3 * lanes + 24) * 8)
+    tile = scratch(memory, real(0))
     u = tile + tile_size
     v = u + padded * lanes
     sums = v + cols * lanes
@@ -326,15 +339,13 @@ def solve_exact(region: Region, request: Request, reals: Any, ints: Any, first: 
     numbers = scales + lanes
     by_row = numbers + 4 * room
     by_col = by_row + parts
-    words = scratch(room_ints)
+    words = retyped(tile + room_reals, integer(0))
     row_excess = words + rows * per_row * lanes
     col_excess = row_excess + rows * lanes
     integers = col_excess + cols * lanes
-    active = scratch(room_active)
-    room_places = np.empty(3 * lanes, np.int64)
-    places = scratch(room_places)
-    room_certified = np.empty(24, np.float64)
-    certified = scratch(room_certified)
+    active = retyped(words + room_ints, np.int64(0))
+    places = active + 2 * room
+    certified = retyped(places + 3 * lanes, 0.0)
     trivial = row_target == 0 or row_target == cols
     paths = 0
     for group in range(first, last):
@@ -396,10 +407,11 @@ def solve_exact(region: Region, request: Request, reals: Any, ints: Any, first: 
             for i in range(rows):
                 place, address = i * per_row * lanes + lane, places[lanes + lane] + i * region.mask_row
                 write_flags(words, place, lanes, cols, address, region.mask_col)
-        if request.objective != 0:
-            _write_solutions(
+        if certificate is not None:
+            _write_certificates(
                 region,
-                request,
+                request.m,
+                certificate,
                 places,
                 used,
                 tile,
@@ -412,9 +424,5 @@ def solve_exact(region: Region, request: Request, reals: Any, ints: Any, first: 
                 words,
                 certified,
             )
-    still_needed(room_reals)
-    still_needed(room_ints)
-    still_needed(room_active)
-    still_needed(room_places)
-    still_needed(room_certified)
+    still_needed(memory)
     return paths

@@ -13,7 +13,7 @@ import numpy as np
 from nmsolve.backends.cpu._numba.compiled import compiled, inner
 from nmsolve.backends.cpu._numba.lanes import WIDTH, maximum, select, splat, total
 from nmsolve.backends.cpu._numba.memory import load, store
-from nmsolve.backends.cpu._numba.tiles import aligned
+from nmsolve.backends.cpu._numba.scratch import buffer, scratch, still_needed
 
 __all__ = ["BAND", "exchange_values", "subset_sums", "sum_best"]
 
@@ -72,8 +72,10 @@ def exchange_values(
     n = steps[-1, 0] + 1
     most = steps[:, 1].max() + 1
     flat = out.reshape(-1)
-    paths, ends = aligned(m * m * lanes, x), aligned(m * n * lanes, x)
-    sums = aligned(2 * most * lanes, x)
+    memory = buffer((m * m + m * n + 2 * most) * WIDTH)
+    paths = scratch(memory, x.dtype.type(0))
+    ends = paths + m * m * lanes
+    sums = ends + m * n * lanes
     half, zero, unit = splat(x.dtype.type(0.5)), splat(x.dtype.type(0)), splat(x.dtype.type(1))
     far = splat(x.dtype.type(-_FAR * 64))
     for g in range(first, last):
@@ -101,6 +103,7 @@ def exchange_values(
                 store(sums, at, maximum(load(sums, at), value))
             for k in range(subsets):
                 store(flat, (g * subsets + k) * blocks + place, load(sums, ((n - 1) % 2 * most + k) * lanes))
+    still_needed(memory)
 
 
 @compiled

@@ -7,6 +7,9 @@ registers, and LLVM splits them into two (AVX2) or four (NEON, SSE) where it doe
 
 ``float32`` and ``int32`` make 16 lanes, ``float64`` and ``int64`` eight; a comparison gives a mask of as
 many lanes. :mod:`.memory` moves registers to and from memory.
+
+Several registers one behind the other are a value too, with as many more lanes: what is done to four rows is
+written, and compiled, once. Beside them one register stands for as many equal ones.
 """
 
 from __future__ import annotations
@@ -21,14 +24,28 @@ from numba.core.typing import signature
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import lower_builtin, models, register_model
 
-from nmsolve.backends.cpu._numba.emit import I1, I32, I64, ORDERED, broadcast, call, intrinsic, shuffle
+from nmsolve.backends.cpu._numba.emit import (
+    I1,
+    I32,
+    I64,
+    ORDERED,
+    broadcast,
+    call,
+    intrinsic,
+    parted,
+    repeated,
+    shuffle,
+)
 
 __all__ = [
     "WIDTH",
     "Lanes",
     "absolute",
+    "add_squares",
     "bits_of",
+    "count_equal",
     "count_ones",
+    "four",
     "lane_mask",
     "lanes_of",
     "maximum",
@@ -38,6 +55,7 @@ __all__ = [
     "select",
     "smallest",
     "splat",
+    "sum_of_four",
     "total",
     "trailing_zeros",
     "vector_type",
@@ -79,24 +97,34 @@ def vector_type(context: Any, lanes: Lanes) -> ir.VectorType:
     return context.get_value_type(lanes)
 
 
+def _longest(*kinds: Any) -> Any:
+    """The type of what is made of these: of one register and several, several; None if they do not fit."""
+    if not all(isinstance(kind, Lanes) and kind.dtype == kinds[0].dtype for kind in kinds):
+        return None
+    longest = max(kinds, key=lambda kind: kind.count)
+    return longest if all(longest.count % kind.count == 0 for kind in kinds) else None
+
+
 def _operator(
     op: Any, emit: Callable[[Any, Any, Any, bool], Any], *, masks: bool = False, compares: bool = False
 ) -> None:
-    """Make ``a op b`` work on two registers of one type; ``emit`` gets (builder, a, b, is float)."""
+    """Make ``a op b`` work on registers of one dtype; ``emit`` gets (builder, a, b, is float)."""
 
     class _Template(AbstractTemplate):
         def generic(self, args: Any, kws: Any) -> Any:
-            if len(args) != 2 or args[0] != args[1] or not isinstance(args[0], Lanes):
+            if len(args) != 2 or not isinstance(args[0], Lanes):
                 return None
-            if args[0].dtype == types.boolean and not masks:
+            longest = _longest(*args)
+            if longest is None or (longest.dtype == types.boolean and not masks):
                 return None
-            return signature(mask_of(args[0]) if compares else args[0], *args)
+            return signature(mask_of(longest) if compares else longest, *args)
 
     infer_global(op)(_Template)
 
     @lower_builtin(op, Lanes, Lanes)
     def _lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return emit(builder, args[0], args[1], isinstance(sig.args[0].dtype, types.Float))
+        a, b = (repeated(builder, value, sig.return_type.count) for value in args)
+        return emit(builder, a, b, isinstance(sig.args[0].dtype, types.Float))
 
 
 def _comparison(symbol: str) -> Callable[[Any, Any, Any, bool], Any]:
@@ -137,28 +165,92 @@ def splat(typingctx: Any, value: Any) -> Any:
 @intrinsic
 def multiply_add(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
     """``a * b + c``, fused where the machine can."""
+    longest = _longest(a, b, c)
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return call(builder, "fmuladd", list(args))
+        return call(builder, "fmuladd", [repeated(builder, value, longest.count) for value in args])
 
-    return a(a, b, c), emit
+    return longest(a, b, c), emit
 
 
 def _extremum(name: str, symbol: str) -> Any:
     @intrinsic
     def function(typingctx: Any, a: Any, b: Any) -> Any:
-        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            if isinstance(a.dtype, types.Float):
-                return call(builder, name, list(args), ORDERED)
-            return builder.select(builder.icmp_signed(symbol, *args), *args)
+        """The smaller or larger of two numbers, neither of them NaN, in every lane of registers."""
+        if not isinstance(a, Lanes):
+            scalar = typingctx.unify_types(a, b)
 
-        return a(a, b), emit
+            def emit_scalar(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+                compare = builder.fcmp_ordered if isinstance(scalar, types.Float) else builder.icmp_signed
+                return builder.select(compare(symbol, *args), *args)
+
+            return scalar(scalar, scalar), emit_scalar
+
+        longest = _longest(a, b)
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            values = [repeated(builder, value, longest.count) for value in args]
+            if isinstance(longest.dtype, types.Float):
+                return call(builder, name, values, ORDERED)
+            return builder.select(builder.icmp_signed(symbol, *values), *values)
+
+        return longest(a, b), emit
 
     return function
 
 
 minimum = _extremum("minnum", "<")
 maximum = _extremum("maxnum", ">")
+
+
+@intrinsic
+def four(typingctx: Any, a: Any) -> Any:
+    """A register four times, one behind the other."""
+    several = Lanes(a.dtype, 4 * a.count)
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return repeated(builder, args[0], several.count)
+
+    return several(a), emit
+
+
+@intrinsic
+def sum_of_four(typingctx: Any, a: Any) -> Any:
+    """The sum of four registers, lane by lane."""
+    one = lanes_of(a.dtype)
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        first, second, third, fourth = parted(builder, args[0], one.count)
+        return builder.fadd(builder.fadd(first, second), builder.fadd(third, fourth))
+
+    return one(a), emit
+
+
+@intrinsic
+def add_squares(typingctx: Any, a: Any, total: Any) -> Any:
+    """``total`` and the squares of ``a``; of a longer ``a`` those of each part, one after another."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value = args[1]
+        for part in parted(builder, args[0], total.count):
+            value = call(builder, "fmuladd", [part, part, value])
+        return value
+
+    return total(a, total), emit
+
+
+@intrinsic
+def count_equal(typingctx: Any, a: Any, b: Any, count: Any) -> Any:
+    """``count`` and 1 where ``a`` equals ``b``; of longer ones for each part, one after another."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value = args[2]
+        one = ir.Constant(value.type, [value.type.element(1)] * count.count)
+        for x, y in zip(*(parted(builder, arg, count.count) for arg in args[:2]), strict=True):
+            value = builder.select(builder.fcmp_ordered("==", x, y), builder.fadd(value, one), value)
+        return value
+
+    return count(a, b, count), emit
 
 
 @intrinsic

@@ -20,10 +20,12 @@ from nmsolve.backends.cpu._numba.emit import (
     broadcast,
     int64,
     intrinsic,
+    joined,
+    parted,
     pointer_at,
     shuffle,
 )
-from nmsolve.backends.cpu._numba.lanes import lanes_of, vector_type
+from nmsolve.backends.cpu._numba.lanes import Lanes, lanes_of, vector_type
 from nmsolve.backends.cpu._numba.scratch import element_pointer
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "load_blocks_4",
     "load_blocks_8",
     "load_blocks_16",
+    "load_four",
     "load_wide",
     "part_lanes",
     "peek",
@@ -47,6 +50,7 @@ __all__ = [
     "store_flags_4",
     "store_flags_8",
     "store_flags_16",
+    "store_four",
 ]
 
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = range(4)
@@ -94,6 +98,42 @@ def store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.intp, value), emit
+
+
+def _four_places(context: Any, builder: Any, array_type: Any, args: Any, kind: Any) -> list[Any]:
+    """Where the four registers ``step`` apart lie that begin at ``array[index]``."""
+    places = []
+    for k in range(4):
+        index = builder.add(args[1], builder.mul(args[2], int64(k)))
+        place = element_pointer(context, builder, array_type, args[0], index)
+        places.append(builder.bitcast(place, ir.PointerType(kind)))
+    return places
+
+
+@intrinsic
+def load_four(typingctx: Any, array: Any, index: Any, step: Any) -> Any:
+    """The registers at ``array[index + k * step]`` for k from 0 to 3, one behind the other."""
+    one = lanes_of(array.dtype)
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        places = _four_places(context, builder, array, args, vector_type(context, one))
+        return joined(builder, [builder.load(place, align=array.dtype.bitwidth // 8) for place in places])
+
+    return Lanes(array.dtype, 4 * one.count)(array, types.intp, types.intp), emit
+
+
+@intrinsic
+def store_four(typingctx: Any, array: Any, index: Any, step: Any, value: Any) -> Any:
+    """Four registers to ``array[index + k * step]``."""
+    one = lanes_of(array.dtype)
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        places = _four_places(context, builder, array, args, vector_type(context, one))
+        for place, part in zip(places, parted(builder, args[3], one.count), strict=True):
+            builder.store(part, place, align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, value), emit
 
 
 @intrinsic
@@ -214,32 +254,16 @@ def _block_loader(count: int) -> Any:
     ) -> Any:
         """``tile[index + k * step + lane]`` = score k from byte ``bases[lane] + offset``, 0 <= k < count."""
 
-        def transposed(context: Any, builder: Any, sig: Any, args: Any, encoding: int) -> None:
-            lanes = lanes_of(tile.dtype).count
-            pieces = []
-            for lane in range(lanes):
+        def pieces(context: Any, builder: Any, args: Any, encoding: int) -> list[Any]:
+            """What is read of each lane's block."""
+            read = []
+            for lane in range(lanes_of(tile.dtype).count):
                 base = builder.load(element_pointer(context, builder, bases, args[1], int64(lane)))
                 piece = _widened(builder, builder.add(base, args[2]), encoding, count)
                 if tile.dtype == types.float64 and encoding != FLOAT64:
                     piece = builder.fpext(piece, ir.VectorType(ir.DoubleType(), count))
-                pieces.append(piece)
-            # Register r holds the pieces of lanes r, r + count, r + 2 count ... one after another.
-            registers = []
-            for first in range(count):
-                parts = pieces[first::count]
-                while len(parts) > 1:
-                    size = parts[0].type.count
-                    parts = [
-                        shuffle(builder, low, high, list(range(2 * size)))
-                        for low, high in zip(parts[::2], parts[1::2], strict=True)
-                    ]
-                registers.append(parts[0])
-            _transpose(builder, registers, count)
-            for k, register in enumerate(registers):
-                place = builder.add(args[4], builder.mul(args[5], int64(k)))
-                place = element_pointer(context, builder, tile, args[3], place)
-                place = builder.bitcast(place, ir.PointerType(register.type))
-                builder.store(register, place, align=tile.dtype.bitwidth // 8)
+                read.append(piece)
+            return read
 
         def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             if count > lanes_of(tile.dtype).count:
@@ -247,18 +271,29 @@ def _block_loader(count: int) -> Any:
             encodings = [FLOAT32, BFLOAT16, FLOAT16]
             if tile.dtype == types.float64:
                 encodings.append(FLOAT64)
-            end = builder.append_basic_block("loaded")
-            cases = []
-            for encoding in encodings:
-                cases.append((encoding, builder.append_basic_block(f"encoding{encoding}")))
-            switch = builder.switch(args[0], cases[0][1])
-            for encoding, block in cases:
+            end = builder.append_basic_block("read")
+            cases = [builder.append_basic_block(f"encoding{encoding}") for encoding in encodings]
+            switch = builder.switch(args[0], cases[0])
+            found = []
+            for encoding, block in zip(encodings, cases, strict=True):
                 if encoding != encodings[0]:
                     switch.add_case(ir.Constant(args[0].type, encoding), block)
                 builder.position_at_end(block)
-                transposed(context, builder, sig, args, encoding)
+                found.append(pieces(context, builder, args, encoding))
                 builder.branch(end)
             builder.position_at_end(end)
+            read = [builder.phi(piece.type) for piece in found[0]]
+            for of_encoding, block in zip(found, cases, strict=True):
+                for phi, piece in zip(read, of_encoding, strict=True):
+                    phi.add_incoming(piece, block)
+            # Register r holds the pieces of lanes r, r + count, r + 2 count ... one after another.
+            registers = [joined(builder, read[first::count]) for first in range(count)]
+            _transpose(builder, registers, count)
+            for k, register in enumerate(registers):
+                place = builder.add(args[4], builder.mul(args[5], int64(k)))
+                place = element_pointer(context, builder, tile, args[3], place)
+                place = builder.bitcast(place, ir.PointerType(register.type))
+                builder.store(register, place, align=tile.dtype.bitwidth // 8)
             return context.get_dummy_value()
 
         return types.void(types.int64, bases, types.int64, tile, types.intp, types.intp), emit

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from nmsolve.backends.cpu._numba.compiled import compiled, inner
-from nmsolve.backends.cpu._numba.lanes import WIDTH, select, splat
+from nmsolve.backends.cpu._numba.lanes import WIDTH, minimum, select, splat
 from nmsolve.backends.cpu._numba.memory import load, store
+from nmsolve.backends.cpu._numba.scratch import buffer, retyped, scratch, still_needed
 from nmsolve.backends.cpu._numba.tiles import (
     WORD,
     Region,
-    aligned,
     load_tile,
     place_lanes,
     words_for,
@@ -42,13 +42,15 @@ def _rank(tile: Any, cols: int, ranks: Any) -> None:
 @compiled
 def solve_ordinary(region: Region, n: int, reals: Any, ints: Any, first: int, last: int) -> None:
     """Lane groups ``first .. last`` of a region whose blocks have one row."""
-    integer = ints.dtype.type
+    real, integer = reals.dtype.type, ints.dtype.type
     lanes = WIDTH // reals.itemsize
     cols = region.cols
     per_row = words_for(cols)
-    tile, ranks = aligned((cols + 1) * lanes, reals), aligned(cols * lanes, ints)
-    words = aligned(per_row * lanes, ints)
-    places = np.empty(3 * lanes, np.int64)
+    memory = buffer((2 * cols + 1 + per_row) * WIDTH + 3 * lanes * 8)
+    tile = scratch(memory, real(0))
+    ranks = retyped(tile + (cols + 1) * lanes, integer(0))
+    words = ranks + cols * lanes
+    places = retyped(words + per_row * lanes, np.int64(0))
     kept = splat(integer(n))
     none, unit = splat(integer(0)), splat(integer(1))
     for group in range(first, last):
@@ -57,9 +59,10 @@ def solve_ordinary(region: Region, n: int, reals: Any, ints: Any, first: int, la
         _rank(tile, cols, ranks)
         for w in range(per_row):
             word, bit = none, unit
-            for j in range(w * WORD, min(cols, (w + 1) * WORD)):
+            for j in range(w * WORD, minimum(cols, (w + 1) * WORD)):
                 word = select(load(ranks, j * lanes) < kept, word | bit, word)
                 bit = bit + bit
             store(words, w * lanes, word)
         for lane in range(used):
             write_flags(words, lane, lanes, cols, places[lanes + lane], region.mask_col)
+    still_needed(memory)

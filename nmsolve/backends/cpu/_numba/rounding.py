@@ -15,10 +15,10 @@ from nmsolve.backends.cpu._numba.ascent import normalise
 from nmsolve.backends.cpu._numba.compiled import compiled, inner
 from nmsolve.backends.cpu._numba.lanes import WIDTH, maximum, minimum, select, splat, trailing_zeros
 from nmsolve.backends.cpu._numba.memory import load, store
+from nmsolve.backends.cpu._numba.scratch import buffer, retyped, scratch, still_needed
 from nmsolve.backends.cpu._numba.tiles import (
     WORD,
     Region,
-    aligned,
     load_tile,
     place_lanes,
     words_for,
@@ -29,24 +29,22 @@ __all__ = ["complete", "put_in_order", "row_major", "solve_greedy", "take"]
 
 
 @inner
-def row_major(rows: int, cols: int, flipped: bool) -> Any:
+def row_major(rows: int, cols: int, flipped: bool, row_of: Any, col_of: Any) -> None:
     """Row and column of each entry of a block in row-major order, seen transposed if ``flipped``."""
-    entries = np.empty((2, rows * cols), np.int64)
     for i in range(rows):
         for j in range(cols):
             index = j * rows + i if flipped else i * cols + j
-            entries[0, index], entries[1, index] = i, j
-    return entries
+            row_of[index] = i
+            col_of[index] = j
 
 
 @inner
-def put_in_order(tile: Any, pitch: int, entries: Any, keys: Any, order: Any) -> None:
-    """Fill ``order`` with the indices of ``entries``, lane by lane, from the best score to the worst."""
+def put_in_order(tile: Any, pitch: int, size: int, row_of: Any, col_of: Any, keys: Any, order: Any) -> None:
+    """Fill ``order`` with the numbers of a block's ``size`` entries, lane by lane, from the best score on."""
     integer = order.dtype.type
     lanes = WIDTH // tile.itemsize
-    size = entries.shape[1]
     for e in range(size):
-        store(keys, e * lanes, load(tile, (entries[0, e] * pitch + entries[1, e]) * lanes))
+        store(keys, e * lanes, load(tile, (row_of[e] * pitch + col_of[e]) * lanes))
         store(order, e * lanes, splat(integer(e)))
     none = splat(integer(0))
     run = 1
@@ -54,7 +52,7 @@ def put_in_order(tile: Any, pitch: int, entries: Any, keys: Any, order: Any) -> 
         gap = run
         while gap >= 1:
             for first in range(gap % run, size - gap, 2 * gap):
-                for low in range(first, min(first + gap, size - gap)):
+                for low in range(first, minimum(first + gap, size - gap)):
                     high = low + gap
                     if (low ^ high) < 2 * run:
                         a, b = load(keys, low * lanes), load(keys, high * lanes)
@@ -71,19 +69,29 @@ def put_in_order(tile: Any, pitch: int, entries: Any, keys: Any, order: Any) -> 
 
 @inner
 def take(
-    order: Any, lane: int, lanes: int, entries: Any, n: int, per_row: int, held: Any, words: Any
+    order: Any,
+    lane: int,
+    rows: int,
+    cols: int,
+    row_of: Any,
+    col_of: Any,
+    n: int,
+    per_row: int,
+    held: Any,
+    words: Any,
 ) -> None:
     """Take entries in order while their row and column hold fewer than ``n``.
 
     ``held`` becomes the counts of the rows, then of the columns.
     """
-    rows = entries[0, -1] + 1
-    held[:] = 0
+    lanes = WIDTH // order.itemsize
+    for line in range(rows + cols):
+        held[line] = 0
     for i in range(rows * per_row):
         words[i * lanes + lane] = 0
-    for place in range(lane, entries.shape[1] * lanes, lanes):
+    for place in range(lane, rows * cols * lanes, lanes):
         e = order[place]
-        i, j = entries[0, e], entries[1, e]
+        i, j = row_of[e], col_of[e]
         taken = np.int64(held[i] < n) & np.int64(held[rows + j] < n)
         held[i] += taken
         held[rows + j] += taken
@@ -114,23 +122,24 @@ def complete(
     of the kept score is made even where it loses; there always is one.
     """
     lanes = WIDTH // tile.itemsize
-    target = min(n, cols)
+    target = minimum(n, cols)
     lowest = tile.dtype.type(-np.inf)
-    in_col = held[rows:]
+    in_col = held + rows
     for i in range(rows):
         line = i * pitch * lanes + lane
         while held[i] < target:
-            gain, k, left, came = lowest, -1, -1, -1
-            first, last = cols, 0
+            gain = lowest
+            k = left = came = np.int64(-1)
+            first, last = cols, np.int64(0)
             for j in range(cols):
                 if in_col[j] < n:
-                    first, last = min(first, j), j + 1
+                    first, last = minimum(first, j), j + 1
                     score = tile[line + j * lanes]
                     if score > gain and _free_room(words, per_row, lanes, lane, i, j, n, in_col):
                         gain, came = score, j
             for row in range(rows):
                 other = row * pitch * lanes + lane
-                room, best = -1, lowest
+                room, best = np.int64(-1), lowest
                 for j in range(first, last):
                     score = tile[other + j * lanes]
                     if score > best and _free_room(words, per_row, lanes, lane, row, j, n, in_col):
@@ -159,22 +168,32 @@ def complete(
 @compiled
 def solve_greedy(region: Region, n: int, flipped: bool, reals: Any, ints: Any, first: int, last: int) -> None:
     """Groups ``first .. last`` of a region by the greedy; a ``flipped`` region is seen transposed."""
+    real, integer = reals.dtype.type, ints.dtype.type
     lanes = WIDTH // reals.itemsize
     rows, cols = region.rows, region.cols
     pitch, per_row = cols + 1, words_for(cols)
-    tile, keys = aligned(rows * pitch * lanes, reals), aligned(rows * cols * lanes, reals)
-    order, words = aligned(rows * cols * lanes, ints), aligned(rows * per_row * lanes, ints)
-    held = np.empty(rows + cols, np.int64)
-    places = np.empty(3 * lanes, np.int64)
-    entries = row_major(rows, cols, flipped)
+    size = rows * cols
+    memory = buffer(
+        (rows * pitch + 2 * size + rows * per_row) * WIDTH + (2 * size + rows + cols + 3 * lanes) * 8
+    )
+    tile = scratch(memory, real(0))
+    keys = tile + rows * pitch * lanes
+    order = retyped(keys + size * lanes, integer(0))
+    words = order + size * lanes
+    row_of = retyped(words + rows * per_row * lanes, np.int64(0))
+    col_of = row_of + size
+    held = col_of + size
+    places = held + rows + cols
+    row_major(rows, cols, flipped, row_of, col_of)
     for group in range(first, last):
         used = place_lanes(region, group * lanes, lanes, places)
         load_tile(region, places, tile, pitch)
-        put_in_order(tile, pitch, entries, keys, order)
+        put_in_order(tile, pitch, size, row_of, col_of, keys, order)
         normalise(tile, pitch, rows, cols)
         for lane in range(used):
-            take(order, lane, lanes, entries, n, per_row, held, words)
+            take(order, lane, rows, cols, row_of, col_of, n, per_row, held, words)
             complete(tile, pitch, lane, rows, cols, n, per_row, held, words)
             for i in range(rows):
                 place, address = i * per_row * lanes + lane, places[lanes + lane] + i * region.mask_row
                 write_flags(words, place, lanes, cols, address, region.mask_col)
+    still_needed(memory)

@@ -9,15 +9,18 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.core.typing import signature
 from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_getattr, infer_global
 from numba.extending import lower_builtin, lower_getattr, models, register_model
 
-from nmsolve.backends.cpu._numba.emit import I64, intrinsic, pointer_at
+from nmsolve.backends.cpu._numba.compiled import inner
+from nmsolve.backends.cpu._numba.emit import I64, int64, intrinsic, pointer_at
+from nmsolve.backends.cpu._numba.lanes import WIDTH
 
-__all__ = ["Scratch", "element_pointer", "scratch", "scratch_at", "still_needed"]
+__all__ = ["Scratch", "buffer", "element_pointer", "retyped", "scratch", "scratch_at", "still_needed"]
 
 
 class Scratch(types.Type):
@@ -99,18 +102,36 @@ def _move_scratch(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     return builder.gep(args[0], [args[1]])
 
 
+@inner
+def buffer(size: int) -> Any:
+    """Memory for :func:`scratch` of ``size`` bytes."""
+    return np.empty(size + WIDTH, np.uint8)
+
+
 @intrinsic
-def scratch(typingctx: Any, array: Any) -> Any:
-    """A pointer to the first number of a one-dimensional array.
+def scratch(typingctx: Any, memory: Any, like: Any) -> Any:
+    """A pointer to numbers of the type of ``like`` on the first cache line of a :func:`buffer`.
 
     Numba frees an array after its last mention in a function, so :func:`still_needed` has to mention it once
     more when the pointer is done with.
     """
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return context.make_array(sig.args[0])(context, builder, args[0]).data
+        data = context.make_array(sig.args[0])(context, builder, args[0]).data
+        address = builder.add(builder.ptrtoint(data, I64), int64(WIDTH - 1))
+        return pointer_at(builder, builder.and_(address, int64(-WIDTH)), args[1].type)
 
-    return Scratch(array.dtype)(array), emit
+    return Scratch(like)(memory, like), emit
+
+
+@intrinsic
+def retyped(typingctx: Any, pointer: Any, like: Any) -> Any:
+    """The same place, of numbers of the type of ``like``."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.PointerType(args[1].type))
+
+    return Scratch(like)(pointer, like), emit
 
 
 @intrinsic

@@ -46,7 +46,7 @@ from nmsolve.backends.cpu._numba.lanes import (
     total,
 )
 from nmsolve.backends.cpu._numba.memory import load, store
-from nmsolve.backends.cpu._numba.scratch import scratch, scratch_at, still_needed
+from nmsolve.backends.cpu._numba.scratch import buffer, scratch, scratch_at, still_needed
 
 __all__ = ["backward_double", "backward_single", "forward_double", "forward_single"]
 
@@ -536,12 +536,12 @@ def _entries(real: Any) -> tuple[Any, Any]:
         iterations, rows)``, ``kept_v`` and ``made`` ``(B, 1 + iterations)``, in int32, may be 0, too.
         """
         zero = real(0)
-        memory = np.empty(_needed(rows, cols, lanes, 1), real)
+        memory = buffer(_needed(rows, cols, lanes, 1) * WIDTH // lanes)
         _forward(
             scratch_at(logits, zero), scratch_at(row_marginals, zero), scratch_at(col_marginals, zero),
             row_marginals != 0, temperature, iterations, tolerance, scratch_at(plan, zero),
             scratch_at(kept_u, zero), scratch_at(kept_v, zero), scratch_at(made, np.int32(0)), made != 0,
-            rows, cols, first, last, scratch(memory),
+            rows, cols, first, last, scratch(memory, zero),
         )  # fmt: skip
         still_needed(memory)
 
@@ -552,12 +552,12 @@ def _entries(real: Any) -> tuple[Any, Any]:
     ) -> None:  # fmt: skip
         """Gradients of blocks ``first .. last``, from what ``forward`` kept."""
         zero = real(0)
-        memory = np.empty(_needed(rows, cols, lanes, 2), real)
+        memory = buffer(_needed(rows, cols, lanes, 2) * WIDTH // lanes)
         _backward(
             scratch_at(gradient, zero), scratch_at(logits, zero), scratch_at(row_marginals, zero),
             scratch_at(col_marginals, zero), row_marginals != 0, scratch_at(kept_u, zero),
             scratch_at(kept_v, zero), scratch_at(made, np.int32(0)), temperature, iterations,
-            scratch_at(out, zero), rows, cols, first, last, scratch(memory),
+            scratch_at(out, zero), rows, cols, first, last, scratch(memory, zero),
         )  # fmt: skip
         still_needed(memory)
 

@@ -72,6 +72,13 @@ def _take(column: Any, before: Any, after: Any) -> None:
 
 
 @inner
+def _copy(source: Any, target: Any, count: int) -> None:
+    """``target[:count] = source[:count]``; NumPy's way brings the formatting of its errors with it."""
+    for i in range(count):
+        target[i] = source[i]
+
+
+@inner
 def _order(values: Any, index: Any, count: int) -> None:
     """Sorts ``index[:count]`` by descending value; ties stay in their order."""
     for i in range(1, count):
@@ -155,13 +162,13 @@ def _lowered(columns: Any, n: int, k: int, best: float, prices: Any, worth: Any,
             value += worth[order[i]]
         if value < bound:
             bound, waited = value, 0
-            prices[:] = trial
+            _copy(trial, prices, v)
         else:
             waited += 1
             if waited == 4:
                 # Back to the best prices with half the step.
                 factor, waited = factor / 2, 0
-                trial[:] = prices
+                _copy(prices, trial, v)
                 continue
         if bound <= best + _ROUNDING * abs(best):
             break
@@ -215,7 +222,7 @@ def search_columns(blocks: Any, n: int, limit: int, chosen: Any, bounds: Any, fi
             worth[j] = _total(columns[j])
             order[j] = j
         _order(worth, order, m)
-        best_set[:] = order[:k]
+        _copy(order, best_set, k)
         best = _exchange(columns, best_set, tops, used)
 
         # Prices, and the choice that they make.
@@ -224,16 +231,16 @@ def search_columns(blocks: Any, n: int, limit: int, chosen: Any, bounds: Any, fi
             worth[j] = _gain(columns[j], prices)
             order[j] = j
         _order(worth, order, m)
-        picked[:] = order[:k]
+        _copy(order, picked, k)
         value = _exchange(columns, picked, tops, used)
         if value > best:
             best = value
-            best_set[:] = picked
+            _copy(picked, best_set, k)
 
         # The search. A depth below n takes columns in the order of c, the others in that of their gains.
         passes = 0 if limit else 1
         depth = 0
-        left[0] = order
+        _copy(order, left[0], m)
         count[0], place[0] = m, 0
         tops[0] = -np.inf
         kept[0] = 0.0
@@ -258,7 +265,7 @@ def search_columns(blocks: Any, n: int, limit: int, chosen: Any, bounds: Any, fi
                 value = _kept(columns, path, tops[depth:])
                 if value > best:
                     best = value
-                    best_set[:] = path
+                    _copy(path, best_set, k)
                 depth -= 1
                 continue
             j = left[depth, at]
@@ -266,7 +273,7 @@ def search_columns(blocks: Any, n: int, limit: int, chosen: Any, bounds: Any, fi
             place[depth] = at + 1
             _take(columns[j], tops[depth], tops[depth + 1])
             rest = count[depth] - at - 1
-            left[depth + 1, :rest] = left[depth, at + 1 : count[depth]]
+            _copy(left[depth, at + 1 :], left[depth + 1], rest)
             count[depth + 1], place[depth + 1] = rest, 0
             paid[depth + 1] = paid[depth] + worth[j]
             passes += 1

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nmsolve.backends.cpu._numba.compiled import inner
-from nmsolve.backends.cpu._numba.lanes import WIDTH
+from nmsolve.backends.cpu._numba.lanes import WIDTH, minimum
 from nmsolve.backends.cpu._numba.memory import (
     load_blocks_1,
     load_blocks_2,
@@ -26,7 +26,7 @@ from nmsolve.backends.cpu._numba.memory import (
     store_flags_16,
 )
 
-__all__ = ["WORD", "Region", "aligned", "load_tile", "place_lanes", "words_for", "write_flags"]
+__all__ = ["WORD", "Region", "load_tile", "place_lanes", "words_for", "write_flags"]
 
 WORD = 32
 """Bits of a mask's row in one integer of scratch."""
@@ -95,24 +95,15 @@ def words_for(cols: int) -> int:
 
 
 @inner
-def aligned(count: int, like: Any) -> Any:
-    """Uninitialised scratch for ``count`` numbers of the type of the array ``like``, on a cache line."""
-    lanes = WIDTH // like.itemsize
-    room = np.empty(count + lanes, like.dtype)
-    skip = (-(room.ctypes.data // like.itemsize)) % lanes
-    return room[skip : skip + count]
-
-
-@inner
 def place_lanes(region: Region, first: int, lanes: int, places: Any) -> int:
     """Find blocks ``first .. first + lanes`` of the region: how many there are.
 
     ``places[k]``, ``places[lanes + k]`` and ``places[2 * lanes + k]`` become the address of lane k's scores,
     of its mask, and its number among the blocks of the matrix. Lanes beyond the last block repeat it.
     """
-    used = min(lanes, region.batch * region.grid_rows * region.grid_cols - first)
+    used = minimum(lanes, region.batch * region.grid_rows * region.grid_cols - first)
     for k in range(lanes):
-        block = first + min(k, used - 1)
+        block = first + minimum(k, used - 1)
         row, col = divmod(block, region.grid_cols)
         batch, row = divmod(row, region.grid_rows)
         places[k] = (
