@@ -246,7 +246,18 @@ class Backend:
         """Why it cannot run tensors on ``device``, or None if it can."""
         if not self.is_installed():
             return f"{self.needs} is not installed: {self.remedy}"
-        return self.masks.why_not(device)
+        return self._import_error or self.masks.why_not(device)
+
+    @cached_property
+    def _import_error(self) -> str | None:
+        """Why what it needs cannot be imported though it is there: as a rule a release that something else
+        is too new for."""
+        try:
+            if self.needs is not None:
+                importlib.import_module(self.needs)
+        except ImportError as error:
+            return f"{self.needs} cannot be imported: {error}"
+        return None
 
     def holds(self, m: int) -> bool:
         """Whether blocks of size ``m`` are small enough for it."""

@@ -212,6 +212,26 @@ print(json.dumps(said | {"loaded": [name for name in HIDDEN if name in sys.modul
     assert not found["loaded"]
 
 
+USES_TORCH = """
+import json, torch, nmsolve
+from nmsolve.backends.dispatch import backend_reasons
+nmsolve.check_mask(nmsolve.transposable_mask(torch.rand(16, 16), 2, 4), 2, 4)
+nmsolve.sinkhorn(torch.rand(1, 4, 4)), nmsolve.assignment(torch.rand(1, 4, 4))
+nmsolve.hierarchical_mask(torch.rand(16, 16), nmsolve.VNMPattern(4, 2, 8))
+print(json.dumps(backend_reasons("cpu")["cpu"]))
+"""
+
+
+def test_works_with_a_numba_that_does_not(tmp_path):
+    """One that NumPy is too new for says so when it is imported; one can be told to compile nothing."""
+    (tmp_path / "numba").mkdir()
+    (tmp_path / "numba" / "__init__.py").write_text("raise ImportError('Numba needs an older NumPy')")
+    prepare = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
+    assert python(prepare + USES_TORCH, tmp_path) == "numba cannot be imported: Numba needs an older NumPy"
+    told = python("import os; os.environ['NUMBA_DISABLE_JIT'] = '1'" + USES_TORCH, tmp_path)
+    assert "NUMBA_DISABLE_JIT" in told
+
+
 def test_import_brings_nothing_beyond_torch(tmp_path):
     found = python(
         """

@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numba import config
 from torch import Tensor
 
 from nmsolve.backends import ascent_schedule
@@ -38,6 +39,8 @@ _ENCODINGS = {
 
 def why_not(device: torch.device) -> str | None:
     """Why this backend cannot run tensors on ``device``, or None if it can."""
+    if config.DISABLE_JIT:
+        return "Numba has been told not to compile (NUMBA_DISABLE_JIT)"
     return None if device.type == "cpu" else f"it runs on CPUs, and the tensor is on {device}"
 
 
