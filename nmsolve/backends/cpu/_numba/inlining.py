@@ -2,8 +2,9 @@
 
 Numba optimises a function and translates it to machine code so that Python can call it; then LLVM puts it
 into its callers and does all that once more. For functions that Python never calls the first time is half of
-LLVM's work. Numba's steps for what is not in our functions (closures, array expressions, constants that
-decide about types, loops over tuples) each look through all of a function, too.
+LLVM's work. Numba's steps for what is not in our functions (closures, ``raise``, array expressions, branches
+that a type decides, loops over tuples) each look through all of a function, too; a function that has any of
+it is refused, or, of expressions and branches, compiled as it stands.
 """
 
 from __future__ import annotations
