@@ -111,107 +111,95 @@ def _step(surplus: Any, slope: Any, like: Any) -> Any:
     return minimum(maximum(step, splat(real(0)) - limit), limit)
 
 
-@inner
-def _one_more_fractional(s: Any, held: Any, count: Any) -> Any:
-    return count_equal(s, held, count)
+@inner(forceinline=True)
+def _one_more(s: Any, held: Any, count: Any, last: bool) -> Any:
+    """What the slopes follow from: the sum of the squares of s, clipped; last, how many need no clipping."""
+    return count_equal(s, held, count) if last else add_squares(held, count)
 
 
-@inner
-def _one_more_square(s: Any, held: Any, squares: Any) -> Any:
-    return add_squares(held, squares)
-
-
-@inner
-def _slope_of_fractional(total: Any, count: Any, like: Any) -> Any:
-    return count + splat(like.dtype.type(LAST_DAMPING))
-
-
-@inner
-def _slope_of_squares(total: Any, squares: Any, like: Any) -> Any:
+@inner(forceinline=True)
+def _slope(total: Any, count: Any, last: bool, like: Any) -> Any:
+    """The slopes of lines whose clipped s sum to ``total``."""
     real = like.dtype.type
-    return multiply_add(splat(real(CURVATURE)), total - squares, splat(real(DAMPING)))
+    if last:
+        return count + splat(real(LAST_DAMPING))
+    return multiply_add(splat(real(CURVATURE)), total - count, splat(real(DAMPING)))
 
 
-def _sweep_of(one_more: Any, slope_of: Any) -> Any:
-    """A sweep whose steps have the slopes that ``slope_of`` finds from what ``one_more`` has summed."""
-
-    @inner
-    def four_rows(
-        tile: Any,
-        pitch: int,
-        row: int,
-        cols: int,
-        target: Any,
-        tau: Any,
-        inverse: Any,
-        u: Any,
-        scaled_v: Any,
-        sums: Any,
-        counts: Any,
-    ) -> None:
-        """Move the duals of four rows and add the rows, at the new duals, to the columns' sums and counts."""
-        real = tile.dtype.type
-        lanes = WIDTH // tile.itemsize
-        zero, one, half = splat(real(0)), splat(real(1)), splat(real(0.5))
-        place, step = row * pitch * lanes, pitch * lanes
-        dual = load_four(u, row * lanes, lanes)
-        base = half - tau * dual
-        total = count = four(zero)
-        for j in range(0, cols * lanes, lanes):
-            s = multiply_add(tau, load_four(tile, place + j, step), base - load(scaled_v, j))
-            held = minimum(maximum(s, zero), one)
-            total = total + held
-            count = one_more(s, held, count)
-        change = _step(total - target, slope_of(total, count, tile), tile)
-        dual = multiply_add(change, inverse, dual)
-        store_four(u, row * lanes, lanes, dual)
-        base = half - tau * dual
-        for j in range(0, cols * lanes, lanes):
-            s = multiply_add(tau, load_four(tile, place + j, step), base - load(scaled_v, j))
-            held = minimum(maximum(s, zero), one)
-            store(sums, j, load(sums, j) + sum_of_four(held))
-            store(counts, j, one_more(s, held, load(counts, j)))
-
-    @inner
-    def sweep(
-        tile: Any,
-        pitch: int,
-        rows: int,
-        cols: int,
-        row_goal: Any,
-        col_goal: Any,
-        tau: Any,
-        u: Any,
-        v: Any,
-        sums: Any,
-        counts: Any,
-    ) -> Any:
-        """Move all duals; returns the columns' sum of what is summed less what ``one_more`` has summed."""
-        real = tile.dtype.type
-        lanes = WIDTH // tile.itemsize
-        zero, one = splat(real(0)), splat(real(1))
-        inverse = one / tau
-        for j in range(0, cols * lanes, lanes):
-            store(sums, j, zero)
-            store(counts, j, zero)
-            store(sums, cols * lanes + j, tau * load(v, j))
-        scaled_v = sums + cols * lanes
-        for row in range(0, rows, 4):
-            four_rows(tile, pitch, row, cols, row_goal, tau, inverse, u, scaled_v, sums, counts)
-        difference = zero
-        for j in range(0, cols * lanes, lanes):
-            held, count = load(sums, j), load(counts, j)
-            step = _step(held - col_goal, slope_of(held, count, tile), tile)
-            dual = multiply_add(step, inverse, load(v, j))
-            store(v, j, maximum(dual, zero) if rows < cols else dual)
-            difference = difference + (held - count)
-        return difference
-
-    return sweep
+@inner(forceinline=True)
+def _four_rows(
+    tile: Any,
+    pitch: int,
+    row: int,
+    cols: int,
+    target: Any,
+    tau: Any,
+    inverse: Any,
+    u: Any,
+    scaled_v: Any,
+    sums: Any,
+    counts: Any,
+    last: bool,
+) -> None:
+    """Move the duals of four rows and add the rows, at the new duals, to the columns' sums and counts."""
+    real = tile.dtype.type
+    lanes = WIDTH // tile.itemsize
+    zero, one, half = splat(real(0)), splat(real(1)), splat(real(0.5))
+    place, step = row * pitch * lanes, pitch * lanes
+    dual = load_four(u, row * lanes, lanes)
+    base = half - tau * dual
+    total = count = four(zero)
+    for j in range(0, cols * lanes, lanes):
+        s = multiply_add(tau, load_four(tile, place + j, step), base - load(scaled_v, j))
+        held = minimum(maximum(s, zero), one)
+        total = total + held
+        count = _one_more(s, held, count, last)
+    change = _step(total - target, _slope(total, count, last, tile), tile)
+    dual = multiply_add(change, inverse, dual)
+    store_four(u, row * lanes, lanes, dual)
+    base = half - tau * dual
+    for j in range(0, cols * lanes, lanes):
+        s = multiply_add(tau, load_four(tile, place + j, step), base - load(scaled_v, j))
+        held = minimum(maximum(s, zero), one)
+        store(sums, j, load(sums, j) + sum_of_four(held))
+        store(counts, j, _one_more(s, held, load(counts, j), last))
 
 
-_sweep = _sweep_of(_one_more_square, _slope_of_squares)
-_last_sweep = _sweep_of(_one_more_fractional, _slope_of_fractional)
+@inner(forceinline=True)
+def _sweep(
+    tile: Any,
+    pitch: int,
+    rows: int,
+    cols: int,
+    row_goal: Any,
+    col_goal: Any,
+    tau: Any,
+    u: Any,
+    v: Any,
+    sums: Any,
+    counts: Any,
+    last: bool,
+) -> Any:
+    """Move all duals; returns the sum over the columns of ``total`` less ``count``, of :func:`_slope`."""
+    real = tile.dtype.type
+    lanes = WIDTH // tile.itemsize
+    zero, one = splat(real(0)), splat(real(1))
+    inverse = one / tau
+    for j in range(0, cols * lanes, lanes):
+        store(sums, j, zero)
+        store(counts, j, zero)
+        store(sums, cols * lanes + j, tau * load(v, j))
+    scaled_v = sums + cols * lanes
+    for row in range(0, rows, 4):
+        _four_rows(tile, pitch, row, cols, row_goal, tau, inverse, u, scaled_v, sums, counts, last)
+    difference = zero
+    for j in range(0, cols * lanes, lanes):
+        held, count = load(sums, j), load(counts, j)
+        step = _step(held - col_goal, _slope(held, count, last, tile), tile)
+        dual = multiply_add(step, inverse, load(v, j))
+        store(v, j, maximum(dual, zero) if rows < cols else dual)
+        difference = difference + (held - count)
+    return difference
 
 
 @inner
@@ -236,10 +224,12 @@ def ascend(
     real = tile.dtype.type
     row_goal, col_goal = splat(real(row_target)), splat(real(col_target))
     wanted = FRACTION_START * cols
-    fall = (FRACTION_END / wanted) ** (1 / max(1, sweeps - 1))
+    fall = (FRACTION_END / wanted) ** (1 / maximum(1, sweeps - 1))
+    # Numba compiles a sweep once, for any bool, and LLVM twice, for these.
+    early, last = bool(0), bool(1)
     for _ in range(sweeps - 1):
-        spread = _sweep(tile, pitch, rows, cols, row_goal, col_goal, tau, u, v, sums, counts)
+        spread = _sweep(tile, pitch, rows, cols, row_goal, col_goal, tau, u, v, sums, counts, early)
         wanted *= fall
         growth = spread * splat(real(SPREAD / (cols * wanted)))
         tau = tau * minimum(maximum(growth, splat(real(GROWTH_MIN))), splat(real(GROWTH_MAX)))
-    _last_sweep(tile, pitch, rows, cols, row_goal, col_goal, tau, u, v, sums, counts)
+    _sweep(tile, pitch, rows, cols, row_goal, col_goal, tau, u, v, sums, counts, last)
