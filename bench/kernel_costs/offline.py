@@ -106,7 +106,7 @@ KERNELS = {
     "nm_groups": (("nm_groups.py",), "nm_groups_kernel"),
     "strips": (("strips.py",), "strips_kernel"),
     "sinkhorn_forward": (("sinkhorn.py",), "sinkhorn_forward_kernel"),
-    "sinkhorn_backward": (("sinkhorn.py",), "sinkhorn_backward_kernel"),
+    "sinkhorn_backward": (("sinkhorn_gradient.py", "sinkhorn.py"), "sinkhorn_backward_kernel"),
     "gather": (("gather.py",), "permute_columns_kernel"),
     "maxima": (("maxima.py",), "sum_maxima_kernel"),
     "add_parts": (("maxima.py",), "add_parts_kernel"),
@@ -252,7 +252,7 @@ def _block_arguments(job: dict[str, Any], scores: Any) -> tuple[Any, list[Any], 
 
 def _permute_arguments(job: dict[str, Any], dtype: Any) -> tuple[Any, list[Any], dict[str, Any]]:
     import torch
-    from nmsolve.kernels import _launch, gather, sinkhorn
+    from nmsolve.kernels import _launch, gather, sinkhorn, sinkhorn_gradient
 
     from nmsolve.backends.triton import permutations as gpu_permute
 
@@ -281,7 +281,7 @@ def _permute_arguments(job: dict[str, Any], dtype: Any) -> tuple[Any, list[Any],
         )
     sizes = [1000, rows, cols, *strides, *strides, rows, cols, 14.4, 10.0, 20, 1]
     positional = [real, dtype, *[real] * 4, torch.int32, real, dtype, *sizes]
-    return sinkhorn.sinkhorn_backward_kernel, positional, tile.meta(amd=amd)
+    return sinkhorn_gradient.sinkhorn_backward_kernel, positional, tile.meta(amd=amd)
 
 
 def _compile(job: dict[str, Any]) -> dict[str, Any]:

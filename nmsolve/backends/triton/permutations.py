@@ -25,7 +25,8 @@ from nmsolve.kernels.maxima import (
     sum_largest_kernel,
     sum_maxima_kernel,
 )
-from nmsolve.kernels.sinkhorn import sinkhorn_backward_kernel, sinkhorn_forward_kernel
+from nmsolve.kernels.sinkhorn import sinkhorn_forward_kernel
+from nmsolve.kernels.sinkhorn_gradient import sinkhorn_backward_kernel
 from nmsolve.pattern import NMPattern
 
 __all__ = [
