@@ -147,6 +147,35 @@ def test_the_collector_rests_while_a_function_is_compiled() -> None:
             gc.enable()
 
 
+FORKED = """
+import gc, os, sys
+from numba.core import event
+from nmsolve.backends.cpu._numba.compiled import compiled
+
+class Forking(event.Listener):
+    def on_start(self, event):
+        if os.fork() == 0:
+            os._exit(10 + gc.isenabled())
+        print(gc.isenabled(), os.waitstatus_to_exitcode(os.wait()[1]))
+
+    def on_end(self, event):
+        raise KeyboardInterrupt
+
+try:
+    with event.install_listener("numba:compile", Forking()):
+        compiled(lambda x: 2 * x)(3)
+except KeyboardInterrupt:
+    print(gc.isenabled())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_collector_works_in_a_fork_and_after_an_interruption(tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", FORKED], stdout=-1, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["False", "11", "True"]
+
+
 def test_what_is_inlined_gets_no_machine_code_of_its_own() -> None:
     @inner
     def third(x: float) -> float:

@@ -119,6 +119,12 @@ class _Around(event.Listener):
         if timer is not None:
             timer.cancel()
 
+    def after_fork(self) -> None:
+        """Of a process that another thread forked meanwhile: nobody ends there what has begun."""
+        if self._resting_for is not None:
+            self._resting_for = None
+            gc.enable()
+
     @staticmethod
     def _tell(dispatcher: Any) -> None:
         if sys.stderr is None or not sys.stderr.isatty():
@@ -132,6 +138,8 @@ class _Around(event.Listener):
 
 _AROUND = _Around()
 event.register("numba:compile", _AROUND)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_AROUND.after_fork)
 
 
 def compiled(function: Callable[..., Any], *, fastmath: bool | set[str] = False) -> Any:
