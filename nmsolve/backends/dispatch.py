@@ -335,7 +335,7 @@ def select(backend: str, device: torch.device | str, m: int = 1) -> Backend:
     """The backend that runs blocks of size ``m`` on ``device``.
 
     ``"auto"`` takes triton on a GPU (blocks up to 64; larger ones take torch), the Numba backend on a CPU
-    where numba is installed, and torch otherwise. A backend asked for by name runs or raises.
+    where numba can be imported and compiles, and torch otherwise. A backend asked for by name runs or raises.
 
     Raises
     ------

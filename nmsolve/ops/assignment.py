@@ -89,7 +89,7 @@ def assignment(
         "cpu" is Jonker and Volgenant's algorithm (Computing 38, 1987) in Numba, in float64 whatever the
         scores are, for any M. "triton" is the block solver of the masks with one kept entry per line, in
         float32, for M up to 64. "torch" is the reference in float64, slow for large M. "auto" takes "cpu"
-        for CPU tensors (if numba is installed, else "torch"). On a GPU it takes "triton" up to M = 64;
+        for CPU tensors (if numba works, else "torch"). On a GPU it takes "triton" up to M = 64;
         larger matrices travel to the host and back, where "cpu" solves them sooner than a GPU can (without
         numba: "torch").
     return_solution : bool
@@ -142,7 +142,7 @@ def _runner(backend: str, scores: Tensor) -> tuple[Backend, bool]:
             "use 'auto' or 'torch'"
         )
     host = BACKENDS["cpu"]
-    return (host, True) if host.is_installed() else (REFERENCE, False)
+    return (host, True) if host.why_not(torch.device("cpu")) is None else (REFERENCE, False)
 
 
 def _solve(scores: Tensor, backend: str, want_solution: bool) -> tuple[Tensor, ...]:

@@ -54,7 +54,7 @@ def sinkhorn(
     backend : {"auto", "triton", "cpu", "torch"}
         "triton" makes all iterations in one launch, in float32, for up to 128 rows and columns; "auto" takes
         it on a GPU, except for larger blocks and float64 (then "torch"). On a CPU "auto" takes "cpu" where
-        numba is installed, else "torch".
+        numba works, else "torch".
 
     Returns
     -------

@@ -182,11 +182,19 @@ def stored_part(folder: Path, name: str, part: Callable[[Tensor], Tensor] = Tens
         return part(file.get_tensor("weight")).clone()
 
 
+_KINDS = {"str": str, "int": int, "float": float | int, "float | None": float | int | None}
+_SEQUENCES = {"tuple[int, ...]": tuple, "list[int] | None": list | None}
+
+
 def _fits(report: LayerReport) -> bool:
     """Whether the fields of a report are of their types."""
-    kinds = {"str": str, "int": int, "float": float | int, "float | None": float | int | None}
-    return all(
-        isinstance(getattr(report, field.name), kinds[field.type])
-        for field in fields(report)
-        if field.type in kinds
-    )
+    for field in fields(report):
+        value, kind = getattr(report, field.name), str(field.type)
+        if kind in _KINDS and not isinstance(value, _KINDS[kind]):
+            return False
+        if kind not in _KINDS:
+            if not isinstance(value, _SEQUENCES[kind]):
+                return False
+            if not all(isinstance(part, int) for part in value or ()):
+                return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import tiny_models
 import torch
 import torch.nn.utils.prune
 from pruning import QUICK, mlp, prune
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import nmsolve
 from nmsolve.prune import prune_model
@@ -139,6 +142,29 @@ def test_a_folder_serves_one_run_at_a_time(tmp_path):
     with pytest.raises(ZeroDivisionError):
         prune(mlp(), data, "2:4", resume=tmp_path / "a", check=check)
     prune(mlp(), data, "2:4", resume=tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"expert_tokens": 3},
+        {"expert_tokens": [1, "2"]},
+        {"tokens": "8"},
+        {"gap": [0.0]},
+        {"shape": ["8", 16]},
+    ],
+)
+def test_a_layer_whose_report_is_of_other_types(wrong, tmp_path):
+    data = torch.randn(8, 16)
+    prune(mlp(), data, "2:4", resume=tmp_path / "a")
+    file = sorted((tmp_path / "a/layers").iterdir())[0]
+    with safe_open(file, framework="pt") as opened:
+        report = json.loads(opened.metadata()["report"]) | wrong
+    save_file(load_file(file), file, {"report": json.dumps(report)})
+    with pytest.raises(
+        nmsolve.NMSolveError, match="expected a finished layer of this run, got something else"
+    ):
+        prune(mlp(), data, "2:4", resume=tmp_path / "a")
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
