@@ -498,7 +498,7 @@ def _is_ours(path: str, place: Place) -> bool:
 
 
 def _is_said_to_be_finished(path: str, err: str) -> bool:
-    """Whether a run that has ended in the middle says of a folder that the same command goes on from there."""
+    """Whether a run that ended in the middle says that the same command goes on from this path's folder."""
     folder = path.partition("/")[0]
     return folder.startswith(".out.unfinished") and f"/{folder}: the same command goes on" in err
 
