@@ -103,7 +103,7 @@ def cost(case: Case, result: Mapping[str, Any], trips: Trips) -> Cost:
     sources = offline.sources_of(KERNELS[case.kernel].compiled)
     for region, counts in result["phases"].items():
         if counts["peeled"]:
-            entered[region] -= entered[around(region, sources)]
+            entered[region] = max(0.0, entered[region] - entered[around(region, sources)])
     for region, counts in result["phases"].items():
         entered[region] /= counts["turns"]
     pipes: dict[str, float] = defaultdict(float)

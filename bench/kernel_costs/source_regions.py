@@ -244,16 +244,21 @@ def peeled_loops(
     Of these over half of a turn is there twice, also of what lanes exchange, loads and stores; of others no
     more than what was moved out of them, which may be much, but seldom the latter. Copies are no work, and
     the line of a ``for`` is no part of a turn: tiles that the loop takes in may be said to come from there.
+
+    What functions do that are called from elsewhere, too, cannot be told apart. A loop of which that is more
+    than three quarters counts as one that is there once.
     """
     innermost = sass.innermost(loops)
     inside: Counter[tuple[str, bool]] = Counter()
     before: Counter[tuple[str, bool]] = Counter()
+    whole: Counter[str] = Counter()
     loop_around = {region_of[k]: region_of[loop.parent] for k, loop in enumerate(loops)}
     for b in sass.reachable(blocks):
         here = region_of[innermost.get(b)]
         for line in code[blocks[b].first : blocks[b].last]:
             if line.name.startswith(_COPIES):
                 continue
+            whole[here] += 1
             region = sources.at(*line.source)
             for name in (sources.chain(region) if region else None) or ():
                 key = name, line.name.startswith(_STAY)
@@ -263,7 +268,8 @@ def peeled_loops(
     return {
         name
         for name in loop_around
-        if 2 * turns.get(name, 1) * before[name, True] >= inside[name, True]
+        if 4 * (inside[name, True] + inside[name, False]) >= whole[name]
+        and 2 * turns.get(name, 1) * before[name, True] >= inside[name, True]
         and 2 * turns.get(name, 1) * (before[name, True] + before[name, False])
         > inside[name, True] + inside[name, False]
     }
