@@ -110,7 +110,7 @@ def selected(target: str) -> list[dict[str, Any]]:
 
 
 def known_to_spill(result: dict[str, Any]) -> bool:
-    """tsenor of M = 64 does so from Triton 3.8 on, a few registers: docs/internals/compilers.md says why."""
+    """tsenor of M = 64 may, a few registers, with releases from Triton 3.8 on."""
     newer = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
     tsenor = result["kernel"] == "dykstra" and result["options"].get("transport", True)
     return newer and tsenor and result["m"] == 64 and result["spills"] <= 16
