@@ -1,7 +1,7 @@
 """The exact method on a region: 64 bytes of blocks side by side from load to store.
 
 What bounds it: the ascent, by the throughput of the vector units. Its two inner loops (:mod:`.ascent`) are
-seven arithmetic instructions per entry, half-sweep and register, with all operands in the first-level cache
+six arithmetic instructions per entry, half-sweep and register, with all operands in the first-level cache
 for the four rows at hand; memory bandwidth and the divisions hide behind them. The augmenting paths come
 second, and their share grows with M: there are more of them, and each looks at more lines. They wait for
 latency, one line's labels after another's. More sweeps would save paths and cost about as much, which is why
