@@ -256,8 +256,9 @@ def test_masks_settle_where_pruned_weights_decay():
 def test_a_refresh_costs_what_the_page_says():
     rows = read_csv(RESULTS / "training_refresh.csv")
     assert {row["pattern"] for row in rows} == {"2:4", "4:8", "8:16", "16:32"}
-    assert all(float(row["over_ordinary"]) <= 2.5 for row in rows)
-    assert all(float(row["of_a_step"]) < 0.2 for row in rows)
+    most = {"2:4": 7, "4:8": 3.5, "8:16": 2.5, "16:32": 2.5}
+    assert all(float(row["over_ordinary"]) <= most[row["pattern"]] for row in rows)
+    assert all(float(row["of_a_step"]) < 0.1 for row in rows)
     assert max(int(row["weights"]) for row in rows) > 1e8
 
 
