@@ -102,7 +102,7 @@ def cost(case: Case, result: Mapping[str, Any], trips: Trips) -> Cost:
         raise ValueError(f"{case}: {sorted(missing)} not counted: run python bench kernel_costs")
     sources = offline.sources_of(KERNELS[case.kernel].compiled)
     for region, counts in result["phases"].items():
-        if counts["peeled"]:
+        if counts["peeled"]:  # which takes a turn off each time, but none off a loop that made none
             entered[region] = max(0.0, entered[region] - entered[around(region, sources)])
     for region, counts in result["phases"].items():
         entered[region] /= counts["turns"]

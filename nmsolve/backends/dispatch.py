@@ -250,8 +250,7 @@ class Backend:
 
     @cached_property
     def _import_error(self) -> str | None:
-        """Why what it needs cannot be imported though it is there: as a rule a release that something else
-        is too new for."""
+        """Why what it needs is there and cannot be imported, as where NumPy is too new for it."""
         try:
             if self.needs is not None:
                 importlib.import_module(self.needs)

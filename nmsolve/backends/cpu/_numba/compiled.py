@@ -89,8 +89,8 @@ def _cache_of(function: Callable[..., Any]) -> _Cache | None:
 class _Around(event.Listener):
     """What is done while one of our functions is compiled.
 
-    The collector of garbage rests: it would look through all objects of the process, over and over, for a
-    tenth of the time and more. Somebody at a terminal is told what takes so long.
+    The collector of garbage rests: it would look through all objects of the process, over and over. Somebody
+    at a terminal is told what takes so long.
     """
 
     def __init__(self) -> None:

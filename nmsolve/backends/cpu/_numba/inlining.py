@@ -1,8 +1,8 @@
 """How functions that only compiled ones call are compiled: no further than to LLVM's code, in few steps.
 
 Numba optimises a function and translates it to machine code so that Python can call it; then LLVM puts it
-into its callers and does all that once more. For functions that Python never calls the first time is half of
-LLVM's work. Numba's steps for what is not in our functions (closures, ``raise``, array expressions, branches
+into its callers and does all that once more. For functions that Python never calls the first time is wasted.
+Numba's steps for what is not in our functions (closures, ``raise``, array expressions, branches
 that a type decides, loops over tuples) each look through all of a function, too; a function that has any of
 it is refused, or, of expressions and branches, compiled as it stands.
 """
@@ -28,7 +28,7 @@ __all__ = ["InliningCompiler"]
 
 
 class _Inlined(JITCodeLibrary):
-    """LLVM's code of a function, as good as it comes, for its callers to be linked with."""
+    """LLVM's code of a function, hardly optimised, for its callers to be linked with."""
 
     def _optimize_functions(self, ll_module: Any) -> None:
         # References to arrays that are counted up and down again are found while a function is small.
